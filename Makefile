@@ -1,0 +1,80 @@
+# Every command of the project; `make help` lists them. A fresh machine needs Python 3.11 or newer and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV := .venv
+BIN := $(VENV)/bin
+CASCADE ?= $(BIN)/cascade
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+# Two stamps, because a server needs fewer packages than the tests. Both are renewed when a requirement changes.
+SERVER_READY := $(VENV)/.server-ready
+TESTS_READY := $(VENV)/.tests-ready
+
+.PHONY: help serve test test-slow test-gpu check format lint types imports bench bench-gpu train evaluate install constraints clean
+
+help:  ## List the commands
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (HOST=, PORT= change it)
+	@exec $(CASCADE) serve --host $(HOST) --port $(PORT)
+
+test: $(TESTS_READY)  ## Install what is missing and run the fast tests
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
+	$(BIN)/pytest -m slow $(ARGS)
+
+test-gpu: $(TESTS_READY)  ## Run the parity tests at published size on a CUDA device
+	$(BIN)/pytest -m gpu $(ARGS)
+
+check: format lint types imports test  ## Format, lint, type check, check imports, run the fast tests
+
+format: $(TESTS_READY)  ## Format the code
+	$(BIN)/ruff format .
+
+lint: $(TESTS_READY)  ## Check formatting and lint, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(TESTS_READY)  ## Type check strictly
+	$(BIN)/mypy
+
+imports: $(TESTS_READY)  ## Check which module may import which
+	$(BIN)/pytest -q tests/test_architecture.py
+
+bench: $(TESTS_READY)  ## Compare time and memory with diffusers on the same weights, noise and steps
+	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+bench-gpu: $(TESTS_READY)  ## Time the networks at published size on a CUDA device
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
+
+train: $(TESTS_READY)  ## Train the embedded checkpoint anew in runs/tiny (core hours; resumes after an interruption)
+	$(CASCADE) train tiny $(ARGS)
+
+evaluate: $(SERVER_READY)  ## Score the embedded checkpoint on prompts that it never saw
+	$(CASCADE) evaluate --model tiny --prompts 300 $(ARGS)
+
+install: $(TESTS_READY)  ## Create .venv with everything that development needs
+
+constraints: $(TESTS_READY)  ## Write the versions that are installed now into constraints.txt
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
+
+clean:  ## Delete the environment, caches and build output (never data/ or runs/)
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find app cascade tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=$$(.ci/find-python) && echo "Creating $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
+
+$(SERVER_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(TESTS_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(SERVER_READY) $@

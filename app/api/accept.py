@@ -1,0 +1,47 @@
+"""Content negotiation: JSON, or the bytes of a picture when `Accept` prefers one (RFC 9110, 12.5.1)."""
+
+from app.errors import NotAcceptable
+from app.schemas import OutputFormat
+
+_FORMATS: dict[str, OutputFormat] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/jpg": "jpeg",
+    "image/webp": "webp",
+}
+
+
+def raw_format(accept: str, output_format: OutputFormat) -> OutputFormat | None:
+    """The format of raw bytes that `accept` prefers, None for JSON. `image/*` means `output_format`.
+
+    Raises NotAcceptable when only kinds of pictures are accepted that cannot be made.
+    """
+    kinds = _by_preference(accept)
+    for kind in kinds:
+        if kind == "image/*":
+            return output_format
+        if kind in _FORMATS:
+            return _FORMATS[kind]
+        if not kind.startswith("image/"):
+            return None
+    if kinds:
+        raise NotAcceptable("pictures can be had as image/png, image/jpeg and image/webp")
+    return None
+
+
+def _by_preference(accept: str) -> list[str]:
+    """Media ranges with the best first; equal ones in the order given, those of weight 0 left out."""
+    weighted = []
+    for part in accept.split(","):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((_weight(text[2:]) for text in parameters if text.startswith("q=")), 1.0)
+        if kind and weight > 0:
+            weighted.append((weight, kind))
+    return [kind for _, kind in sorted(weighted, key=lambda pair: -pair[0])]
+
+
+def _weight(text: str) -> float:
+    try:
+        return min(max(float(text), 0.0), 1.0)
+    except ValueError:
+        return 1.0

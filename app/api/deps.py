@@ -1,0 +1,146 @@
+"""What routes ask for: the parts of the server, the caller behind a key, a decoded body, its own address."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic_core import from_json
+
+from app.api.gateway import Exchange
+from app.engine.engine import Engine
+from app.errors import InvalidRequest, PayloadTooLarge, Unauthorized, UnsupportedMediaType
+from app.logs import Logger
+from app.metrics import Metrics
+from app.settings import Settings
+from app.storage.images import ImageStore
+from app.storage.signing import Signer
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of one server, built by `create_app` and handed to the routes."""
+
+    settings: Settings
+    engine: Engine
+    images: ImageStore
+    signer: Signer
+    encoders: Executor  # encoding and disk, which must not hold up the event loop
+    metrics: Metrics
+    logger: Logger
+    version: str
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def _exchange(request: Request) -> Exchange:
+    exchange: Exchange = request.state.exchange
+    return exchange
+
+
+TheServices = Annotated[Services, Depends(_services)]
+TheExchange = Annotated[Exchange, Depends(_exchange)]
+
+
+async def authenticate(request: Request, services: TheServices, exchange: TheExchange) -> None:
+    """Refuse a request without a configured key, when keys are configured."""
+    keys = services.settings.api_keys
+    if not keys:
+        return
+    offered = list(_offered_keys(request))
+    found = None
+    for candidate in offered:
+        digest = hashlib.sha256(candidate).digest()
+        for key in keys:  # all of them, always: the time taken says nothing about which one matched
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+    if found is None:
+        raise Unauthorized(
+            "this API key is not known here" if offered else "an API key is needed: Authorization: Bearer KEY"
+        )
+    exchange.key_name = found.name
+
+
+def _offered_keys(request: Request) -> Iterator[bytes]:
+    """Every key that the request carries, in any of the forms that clients use."""
+    scheme, _, value = request.headers.get("authorization", "").strip().partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer" and value:
+        yield value.encode("latin-1")
+    elif scheme.lower() == "basic" and value:
+        try:
+            _, _, password = base64.b64decode(value, validate=True).partition(b":")
+        except (binascii.Error, ValueError):
+            password = b""
+        if password:
+            yield password
+    for name in ("x-api-key", "api-key"):
+        if key := request.headers.get(name, "").strip():
+            yield key.encode("latin-1")
+
+
+async def read_json_object(request: Request, services: TheServices) -> dict[str, Any]:
+    """The body as a JSON object, read no further than the limit."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
+        raise UnsupportedMediaType("the body must be JSON: send Content-Type: application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed")
+    body = await _read(request, services.settings.max_body_bytes)
+    try:
+        members = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(members, dict):
+        raise InvalidRequest("the body must be a JSON object", code="invalid_type")
+    return members
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(
+        f"the body must be at most {limit_bytes} bytes", headers={"Connection": "close"}
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_large
+    return bytes(body)
+
+
+_HOST = re.compile(r"[A-Za-z0-9.\-_]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
+
+
+def public_base(request: Request, settings: Settings) -> str:
+    """Where this server is for its callers, as `https://host:port`, to put before the paths of URLs."""
+    if settings.public_base_url is not None:
+        return settings.public_base_url
+    scheme = request.url.scheme
+    host = request.headers.get("host", "")
+    if request.client is not None and _is_trusted(request.client.host, settings):
+        scheme = request.headers.get("x-forwarded-proto", scheme).partition(",")[0].strip()
+        host = request.headers.get("x-forwarded-host", host).partition(",")[0].strip()
+    if scheme not in ("http", "https") or not _HOST.fullmatch(host):
+        raise InvalidRequest("the Host header is missing or malformed, so no URL can be given")
+    return f"{scheme}://{host}"
+
+
+def _is_trusted(address: str, settings: Settings) -> bool:
+    try:
+        client = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(client in network for network in settings.trusted_proxies)

@@ -1,0 +1,115 @@
+"""Errors as answers. The path chooses the family: OpenAI's shape under /v1, RFC 9457 problems elsewhere."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from app.errors import AppError, InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+
+
+class OpenAIErrorMembers(BaseModel):
+    """The members of an OpenAI error; all four are always there."""
+
+    message: str = Field(description="What was wrong and what is allowed, in one sentence")
+    type: str
+    param: str | None = Field(description="The member at fault")
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    """An error of the OpenAI family."""
+
+    error: OpenAIErrorMembers
+
+
+class ProblemPointer(BaseModel):
+    """One member at fault."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 shapes it (`application/problem+json`)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    errors: list[ProblemPointer] = []
+
+
+def is_openai(path: str) -> bool:
+    """Whether the path belongs to the OpenAI family."""
+    return path == "/v1" or path.startswith("/v1/")
+
+
+def respond(error: AppError, path: str, request_id: str) -> Response:
+    """The answer that says `error` in the family of `path`."""
+    if is_openai(path):
+        members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        return JSONResponse({"error": members}, error.status, error.headers)
+    problem: dict[str, Any] = {
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.message,
+        "instance": path,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if error.param is not None:
+        problem["errors"] = [{"pointer": f"/{error.param}", "detail": error.message}]
+    return JSONResponse(problem, error.status, error.headers, media_type="application/problem+json")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error of a route an answer of its family; what is not listed here the gateway catches."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return respond(as_app_error(error, request), request.url.path, request.state.exchange.request_id)
+
+    for kind in (AppError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, handle)
+
+
+def allowed_methods(server: FastAPI, scope: Scope) -> list[str]:
+    """Methods of all routes at the path of `scope`, and OPTIONS."""
+    methods = {"OPTIONS"}
+    for route in iter_route_contexts(server.router.routes):
+        match, _ = route.matches({**scope, "method": "GET"})
+        if match is not Match.NONE:
+            methods |= route.methods or set()
+    return [method for method in METHODS if method in methods]
+
+
+def as_app_error(error: Exception, request: Request) -> AppError:
+    """Our own error for one of the framework."""
+    if isinstance(error, AppError):
+        return error
+    if isinstance(error, RequestValidationError):
+        problem = error.errors()[0]
+        name = str(problem["loc"][-1])
+        return InvalidRequest(f"{name}: {problem['msg']}", param=name)
+    assert isinstance(error, HTTPException), "handlers are installed for three kinds of errors"
+    method, path = request.method, request.url.path
+    if error.status_code == 404:
+        return NotFound(f"there is nothing at {path}", code="unknown_url")
+    if error.status_code == 405:
+        allowed = ", ".join(allowed_methods(request.app, request.scope))
+        return MethodNotAllowed(f"{path} takes {allowed}, not {method}", headers={"Allow": allowed})
+    if error.status_code == 413:
+        return PayloadTooLarge("the body is too large")
+    return InvalidRequest(str(error.detail))

@@ -1,0 +1,147 @@
+"""The outermost layer around every request: its id, log line and figures, CORS and OPTIONS, the last net.
+
+Written against ASGI itself, so that bodies and answers stream through it untouched.
+"""
+
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.failures import METHODS, allowed_methods, respond
+from app.errors import DO_NOT_REPEAT, AppError
+from app.logs import Logger
+from app.metrics import Metrics
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
+_QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
+
+EXPOSED_HEADERS = (
+    "x-request-id, retry-after, retry-after-ms, location, preference-applied, x-seed, x-ignored-params, "
+    "x-resampled-from, x-prompt-truncated, idempotency-replayed, ratelimit, ratelimit-policy, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
+)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer, as the log tells it."""
+
+    request_id: str
+    status: int = 0
+    key_name: str | None = None
+    facts: dict[str, object] = field(default_factory=dict)  # what the route adds to the log line
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the answer is on its way, so that another cannot be given any more."""
+        return self.status != 0
+
+
+class Gateway:
+    """ASGI middleware around the whole server."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        server: FastAPI,
+        cors_origins: tuple[str, ...],
+        metrics: Metrics,
+        logger: Logger,
+    ) -> None:
+        self._app = app
+        self._server = server
+        self._cors_origins = cors_origins
+        self._metrics = metrics
+        self._logger = logger
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(_request_id(headers))
+        scope.setdefault("state", {})["exchange"] = exchange
+        started = time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = exchange.request_id
+                self._allow_origin(headers, answer)
+            await send(message)
+
+        try:
+            if scope["method"] == "OPTIONS":
+                await self._options(scope, headers)(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
+        except Exception:
+            self._logger.exception("request failed", request_id=exchange.request_id)
+            if not exchange.has_started:
+                error = AppError("the server failed on this request; its log says why", headers=DO_NOT_REPEAT)
+                response = respond(error, scope["path"], exchange.request_id)
+                await response(scope, receive, send_with_headers)
+        finally:
+            self._note(scope, exchange, time.perf_counter() - started)
+
+    def _options(self, scope: Scope, headers: Headers) -> Response:
+        """The answer to OPTIONS, for everybody and every path, with what a browser wants to know."""
+        allowed = ", ".join(allowed_methods(self._server, scope))
+        response = Response(status_code=204, headers={"Allow": allowed})
+        if self._is_allowed(headers.get("origin")) and "access-control-request-method" in headers:
+            response.headers["Access-Control-Allow-Methods"] = ", ".join(METHODS)
+            response.headers["Access-Control-Allow-Headers"] = headers.get(
+                "access-control-request-headers", "*"
+            )
+            response.headers["Access-Control-Max-Age"] = "600"
+        return response
+
+    def _allow_origin(self, headers: Headers, answer: MutableHeaders) -> None:
+        if not self._cors_origins:
+            return
+        answer.add_vary_header("Origin")
+        origin = headers.get("origin")
+        if origin is not None and self._is_allowed(origin):
+            answer["Access-Control-Allow-Origin"] = origin
+            answer["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+
+    def _is_allowed(self, origin: str | None) -> bool:
+        return origin is not None and ("*" in self._cors_origins or origin in self._cors_origins)
+
+    def _note(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
+        """One log line and the figures of a request that has ended."""
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        route = _route_path(scope)
+        self._metrics.requests.labels(method, route, str(exchange.status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        log = self._logger.debug if route in _QUIET else self._logger.info
+        log(
+            "request",
+            request_id=exchange.request_id,
+            method=method,
+            path=scope["path"][:200],
+            status=exchange.status,
+            seconds=round(seconds, 4),
+            **({"key": exchange.key_name} if exchange.key_name else {}),
+            **exchange.facts,
+        )
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id if it is usable, else a new one."""
+    given = headers.get("x-request-id") or headers.get("x-client-request-id") or ""
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+def _route_path(scope: Scope) -> str:
+    """The path of the route as declared: a closed set, unlike the paths that are asked for."""
+    return getattr(scope.get("route"), "path", None) or "unmatched"

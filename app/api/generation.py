@@ -1,0 +1,93 @@
+"""What all contracts share: from a checked request to finished files, while somebody waits for them."""
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import Request
+
+from app.api.deps import Services
+from app.errors import ClientGone, TimedOut
+from app.jobs.job import Job, Picture
+from app.schemas import GenerationRequest
+from app.storage.encoding import encode
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedImage:
+    """An encoded picture and what is told about it."""
+
+    content: bytes
+    picture: Picture
+
+    @property
+    def seed(self) -> int:
+        """The seed that gives this picture when asked for alone."""
+        return self.picture.seed
+
+
+async def make_images(
+    request: Request, services: Services, generation: GenerationRequest
+) -> list[FinishedImage]:
+    """Queue the request, wait for its pictures, encode them. When the caller leaves, the work is dropped."""
+    job = services.engine.submit(generation)
+    pictures = await _wait(request, services, job)
+    loop = asyncio.get_running_loop()
+    encoded = [
+        loop.run_in_executor(
+            services.encoders, partial(_encode, generation, picture, services.engine.model.name)
+        )
+        for picture in pictures
+    ]
+    files = await asyncio.gather(*encoded)
+    services.metrics.pictures.inc(len(files))
+    return [FinishedImage(content, picture) for content, picture in zip(files, pictures, strict=True)]
+
+
+async def _wait(request: Request, services: Services, job: Job) -> list[Picture]:
+    outcome = asyncio.wrap_future(job.outcome)
+    gone = asyncio.ensure_future(_disconnected(request))
+    seconds = services.settings.sync_timeout
+    try:
+        either: set[asyncio.Future[Any]] = {outcome, gone}
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if outcome.done():
+            return outcome.result()
+        if gone.done():
+            raise ClientGone("the caller left before the picture was ready")
+        raise TimedOut(f"the picture was not ready within {seconds:g} seconds; ask for fewer steps or pixels")
+    finally:
+        gone.cancel()
+        outcome.cancel()
+        services.engine.cancel(job)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the caller has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _encode(generation: GenerationRequest, picture: Picture, model: str) -> bytes:
+    text = parameters_text(generation, picture, model) if generation.embed_metadata else None
+    return encode(picture.image, generation.output_format, generation.output_quality, text)
+
+
+def parameters_text(generation: GenerationRequest, picture: Picture, model: str) -> str:
+    """The settings of one picture as the text that A1111 made a custom."""
+    settings = {
+        "Steps": generation.prior_num_inference_steps,
+        "Sampler": generation.sampler,
+        "CFG scale": generation.prior_guidance_scale,
+        "Seed": picture.seed,
+        "Size": f"{generation.width}x{generation.height}",
+        "Model": model,
+        "Decoder steps": generation.decoder_num_inference_steps,
+        "Decoder CFG scale": generation.decoder_guidance_scale,
+        "Preset": generation.preset,
+    }
+    lines = [generation.prompt]
+    if generation.negative_prompt:
+        lines.append(f"Negative prompt: {generation.negative_prompt}")
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])

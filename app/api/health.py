@@ -1,0 +1,59 @@
+"""Questions about the server itself: is it up, is it ready, what is it, how is it doing."""
+
+from fastapi import APIRouter, Depends, Response
+
+from app.api.deps import TheServices, authenticate
+from app.api.description import NEEDS_KEY, problems
+from app.errors import Overloaded
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/", operation_id="index", summary="What this is")
+@router.head("/", include_in_schema=False)
+async def index(services: TheServices) -> dict[str, str]:
+    """Name, version, model and where the documentation is."""
+    return {
+        "name": "stable-cascade-server",
+        "version": services.version,
+        "model": services.settings.model_name,
+        "docs": "/docs",
+    }
+
+
+@router.get("/healthz", operation_id="healthz", summary="Is the process up?")
+async def healthz() -> dict[str, str]:
+    """Always 200: the process answers, whatever the engine does."""
+    return {"status": "ok"}
+
+
+@router.get(
+    "/readyz", operation_id="readyz", summary="Would a request be accepted now?", responses=problems(500, 503)
+)
+async def readyz(services: TheServices) -> dict[str, str]:
+    """200 when the model is loaded and the queue has room, else 503 with `Retry-After`."""
+    engine = services.engine
+    model = engine.model
+    if not engine.is_accepting:
+        raise Overloaded("the queue is full", retry_after_seconds=engine.retry_after_seconds())
+    return {"status": "ready", "model": model.name, "device": model.device, "dtype": model.dtype}
+
+
+@router.get("/version", operation_id="version", summary="Version of server and model")
+async def version(services: TheServices) -> dict[str, str]:
+    """The version of this program and the checkpoint it was given."""
+    return {"version": services.version, "model": services.settings.model_name}
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    summary="Figures for Prometheus",
+    dependencies=[Depends(authenticate)],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(401)},
+    openapi_extra=NEEDS_KEY,
+)
+async def metrics(services: TheServices) -> Response:
+    """Prometheus text format."""
+    return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,119 @@
+"""`cascade generate`: a prompt becomes one or more picture files."""
+
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import rich.progress
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from app import cli_options as options
+from app.cli_pictures import check_folder, numbered, picture_format, save_pictures
+
+if TYPE_CHECKING:
+    from cascade import GeneratedImage, Progress
+
+Result = TypeVar("Result")
+
+STAGE_TITLES = {"prior": "Stage C", "decoder": "Stage B", "decode": "Stage A"}
+
+
+def generate(
+    prompt: options.Prompt,
+    output: options.Output = Path("out.png"),
+    num_images: options.NumImages = 1,
+    negative_prompt: options.NegativePrompt = "",
+    width: options.Side = None,
+    height: options.Side = None,
+    seed: options.Seed = None,
+    steps: options.Steps = 20,
+    guidance_scale: options.GuidanceScale = 4.0,
+    decoder_steps: options.DecoderSteps = 10,
+    decoder_guidance_scale: options.DecoderGuidanceScale = 0.0,
+    preset: options.Preset = "official",
+    sampler: options.Sampler = "ddpm",
+    grid: options.Grid = None,
+    quality: options.Quality = 90,
+    embed_metadata: options.EmbedMetadata = False,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    offline: options.Offline = False,
+) -> None:
+    """Draw pictures of a prompt.
+
+    \b
+    Examples:
+      cascade generate "a red circle on a blue background" -o circle.png
+      cascade generate "a green star and a pink ring" -n 4 --seed 7 -o stars.webp
+      cascade generate "a castle at dusk" --model DIR --width 1536 --height 1024
+    """
+    picture_format(output)
+    check_folder(output)
+    from cascade import Cascade, TextToImage
+    from cascade.tasks.text_to_image import generate as make
+
+    settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_images=num_images,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        decoder_steps=decoder_steps,
+        decoder_guidance_scale=decoder_guidance_scale,
+        preset=preset,
+        sampler=sampler,
+    )
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with console.status(f"Loading {model}"):
+        cascade = Cascade.from_pretrained(
+            model, device=device, dtype=dtype, revision=revision, variant=variant, local_files_only=offline
+        )
+    loaded = time.monotonic()
+    [pictures] = run_with_bars(make(cascade, [settings]), console)
+    drawn = time.monotonic()
+    save_pictures(
+        pictures,
+        output,
+        quality=quality,
+        has_grid=num_images > 1 if grid is None else grid,
+        named_model=cascade.name if embed_metadata else None,
+    )
+    report(pictures, output)
+    typer.echo(f"loaded in {loaded - started:.2f} s, drawn in {drawn - loaded:.2f} s", err=True)
+
+
+def report(pictures: list["GeneratedImage"], output: Path) -> None:
+    """One line for each picture that was saved, and what the user should know about them."""
+    for path, picture in zip(numbered(output, len(pictures)), pictures, strict=True):
+        line = f"{path}  {picture.image.width}x{picture.image.height}  seed {picture.settings.seed}"
+        if picture.resampled_from is not None:
+            line += "  drawn at {}x{} and resampled".format(*picture.resampled_from)
+        typer.echo(line)
+    if pictures[0].prompt_truncated:
+        typer.echo("the prompt is longer than the text encoder reads; its end was left out", err=True)
+
+
+def run_with_bars(run: Generator["Progress", None, Result], console: Console) -> Result:
+    """Drive `run` to its end, with one bar for each stage, which appears when the stage begins."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars: dict[str, TaskID] = {}
+    with rich.progress.Progress(*columns, console=console) as display:
+        while True:
+            try:
+                seen = next(run)
+            except StopIteration as finished:
+                result: Result = finished.value
+                return result
+            if seen.stage not in bars:
+                bars[seen.stage] = display.add_task(STAGE_TITLES[seen.stage], total=seen.steps)
+            display.update(bars[seen.stage], completed=seen.step)

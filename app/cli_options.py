@@ -1,0 +1,42 @@
+"""Options of the command, described once; several commands share some of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+Prompt = Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)]
+Output = Annotated[
+    Path, Option("--output", "-o", help="Picture file; .png, .jpg or .webp chooses the format.")
+]
+NumImages = Annotated[
+    int, Option("--num-images", "-n", help="Pictures to draw: out-0.png, out-1.png, ... and a grid.")
+]
+NegativePrompt = Annotated[str, Option(help="What the picture must not show.")]
+Side = Annotated[int | None, Option(help="In pixels, a multiple of 8.", show_default="native")]
+Seed = Annotated[int | None, Option(help="0 to 4294967295; picture i uses seed + i.", show_default="random")]
+Steps = Annotated[int, Option(help="Steps of Stage C, 1 to 100.")]
+GuidanceScale = Annotated[float, Option(help="Guidance of Stage C, 0 to 20; 1 or less is off.")]
+DecoderSteps = Annotated[int, Option(help="Steps of Stage B, 1 to 60.")]
+DecoderGuidanceScale = Annotated[float, Option(help="Guidance of Stage B, 0 to 10; 1 or less is off.")]
+Preset = Annotated[str, Option(help="official, or diffusers: compute what that library does.")]
+Sampler = Annotated[str, Option(help="ddpm, ddim or lcm.")]
+Grid = Annotated[
+    bool | None, Option("--grid/--no-grid", help="Also save all pictures as one.", show_default="if n > 1")
+]
+Quality = Annotated[int, Option(min=1, max=100, help="Of JPEG and WebP.")]
+EmbedMetadata = Annotated[
+    bool, Option("--embed-metadata", help="Write prompt, seed and settings into the file.")
+]
+
+Model = Annotated[str, Option("--model", "-m", help="tiny, a folder, or a repository name.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, Option(help="auto, float32 or bfloat16.")]
+Revision = Annotated[
+    str | None, Option(help="Commit, branch or tag.", show_default="the pinned one, at first main")
+]
+Variant = Annotated[
+    str | None, Option(help="bf16, fp32, lite or lite.bf16.", show_default="bf16 where there is one")
+]
+Offline = Annotated[bool, Option("--offline", help="Use only files that are already here.")]

@@ -1,0 +1,113 @@
+"""`cascade serve`: the HTTP server in this process."""
+
+import errno
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+GRACE_SECONDS = 30  # for requests in work when the server is told to stop
+BACKLOG = 2048  # connections that the kernel keeps for us while the event loop is starting
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="8000")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="tiny, a folder, or a repository name.", show_default="tiny"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", show_default="auto")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of pictures and secrets.", show_default="data")
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Listen beyond this machine although no key is set.")
+    ] = False,
+) -> None:
+    """Serve pictures over HTTP. Options win over the environment (CASCADE_HOST, CASCADE_PORT, ...).
+
+    \b
+    Examples:
+      cascade serve
+      cascade serve --model DIR --port 9000
+      CASCADE_API_KEYS=secret cascade serve --host 0.0.0.0
+    """
+    from app.settings import load_settings
+
+    chosen = {
+        "host": host,
+        "port": port,
+        "model": model,
+        "device": device,
+        "dtype": dtype,
+        "data_dir": data_dir,
+        "allow_anonymous": allow_anonymous or None,
+    }
+    settings = load_settings(**{name: value for name, value in chosen.items() if value is not None})
+    listener = listen(
+        settings.host, settings.port
+    )  # before the model is loaded: a busy port is known at once
+
+    import uvicorn
+
+    from app.main import create_app
+
+    address, bound_port = listener.getsockname()[:2]
+    settings = settings.model_copy(update={"port": bound_port})
+    typer.echo(f"cascade: loading {settings.model} for http://{_bracketed(address)}:{bound_port}", err=True)
+    unusable: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        unusable.append(error)
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(settings, on_unusable=stop),
+        log_config=None,  # the app logs its own requests, one JSON line each
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the app decides which proxies it believes
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, _leave)
+    server.run(sockets=[listener])
+    if unusable:
+        raise unusable[0]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: the port is taken or not ours; the message names it and says what to do.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = (
+            "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        )
+        raise OSError(f"{_bracketed(host)}:{port} {reason}; choose another with --host and --port") from None
+    return listener
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """After the server has drained, a request to terminate is a success."""
+    sys.exit(0)

@@ -1,0 +1,101 @@
+"""The bridge to `cascade`, and the only file of the server that knows it: requests in, pictures out.
+
+Everything heavy is imported inside the methods, which only the engine's thread calls.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from app.engine.engine import ModelFacts, Steps
+from app.errors import InvalidRequest, OutOfMemory
+from app.jobs.job import Picture, Progress
+from app.schemas import GenerationRequest
+
+if TYPE_CHECKING:
+    from cascade import Cascade, GeneratedImage, TextToImage
+
+
+class CascadeRunner:
+    """Makes pictures with a checkpoint."""
+
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        self._source = model
+        self._device = device
+        self._dtype = dtype
+        self._cascade: Cascade | None = None
+
+    def load(self) -> ModelFacts:
+        """Read the checkpoint onto the device."""
+        from cascade import Cascade
+        from cascade.memory import keep_freed_memory
+
+        keep_freed_memory()
+        return self.take(Cascade.from_pretrained(self._source, device=self._device, dtype=self._dtype))
+
+    def take(self, cascade: "Cascade") -> ModelFacts:
+        """Work with a checkpoint that is loaded already."""
+        self._cascade = cascade
+        return ModelFacts(
+            name=cascade.name,
+            device=str(cascade.device),
+            dtype=str(cascade.dtype).removeprefix("torch."),
+            native_size=cascade.native.sizes[0],
+        )
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Steps:
+        """Make the pictures of `requests` together; each picture is a run of its own seed."""
+        import torch
+
+        from cascade import InvalidSetting
+        from cascade.tasks.text_to_image import generate
+
+        assert self._cascade is not None, "load() comes first"
+        try:
+            run = generate(
+                self._cascade, [_settings(request, seed) for request in requests for seed in request.seeds]
+            )
+            while True:
+                try:
+                    step = next(run)
+                except StopIteration as end:
+                    images = [image for group in end.value for image in group]
+                    break
+                yield Progress(step.stage, step.step, step.steps)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "the device has not enough memory for this; ask for fewer pixels or pictures"
+            ) from error
+        except InvalidSetting as error:
+            raise InvalidRequest(f"{error.field} {error.message}", param=error.field) from error
+        return [[self._picture(images.pop(0)) for _ in request.seeds] for request in requests]
+
+    def _picture(self, made: "GeneratedImage") -> Picture:
+        assert self._cascade is not None
+        assert made.settings.seed is not None
+        encoder = self._cascade.text_encoder
+        tokens = encoder.tokenizer(made.settings.prompt, truncation=True, max_length=encoder.max_tokens)
+        return Picture(
+            image=made.image,
+            seed=made.settings.seed,
+            resampled_from=made.resampled_from,
+            prompt_truncated=made.prompt_truncated,
+            prompt_tokens=len(tokens.input_ids),
+        )
+
+
+def _settings(request: GenerationRequest, seed: int) -> "TextToImage":
+    from cascade import TextToImage
+
+    return TextToImage(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        seed=seed,
+        steps=request.prior_num_inference_steps,
+        guidance_scale=request.prior_guidance_scale,
+        decoder_steps=request.decoder_num_inference_steps,
+        decoder_guidance_scale=request.decoder_guidance_scale,
+        preset=request.preset,
+        sampler=request.sampler,
+    )

@@ -1,0 +1,201 @@
+"""Every setting of the server, and the only place that reads the environment (`CASCADE_*`)."""
+
+import difflib
+import hashlib
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "CASCADE_"
+MEBIBYTE = 1024 * 1024
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message has one line per mistake and no secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that may call the server. Only its SHA-256 is kept, so that no dump or log can hold the key."""
+
+    name: str
+    sha256: bytes
+
+
+def _split(value: object) -> object:
+    """Comma-separated text as a tuple; everything else unchanged."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _parse_networks(value: object) -> object:
+    entries = _split(value)
+    if not isinstance(entries, tuple | list):
+        return entries
+    return tuple(ipaddress.ip_network(entry) for entry in entries)
+
+
+def _parse_keys(value: object) -> object:
+    entries = _split(value)
+    if not isinstance(entries, tuple | list):
+        return entries
+    return tuple(
+        _parse_key(entry, number) if isinstance(entry, str) else entry
+        for number, entry in enumerate(entries, start=1)
+    )
+
+
+def _parse_key(entry: str, number: int) -> ApiKey:
+    """`KEY`, `NAME=KEY` or `NAME=sha256:HEX`. An equals sign that only pads a key is part of it."""
+    name, separator, key = entry.partition("=")
+    if not separator or not key.strip("="):
+        name, key = f"key-{number}", entry
+    if not key.startswith("sha256:"):
+        return ApiKey(name, hashlib.sha256(key.encode()).digest())
+    digest = key.removeprefix("sha256:")
+    if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
+        raise ValueError(f"entry {number}: sha256: must be followed by 64 hexadecimal digits")
+    return ApiKey(name, bytes.fromhex(digest))
+
+
+def _base_url(value: str | None) -> str | None:
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value.rstrip("/") if value else None
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
+Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)]
+BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
+
+
+class Settings(BaseSettings):
+    """What the operator decides. Each field `name` is read from `CASCADE_NAME`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=()
+    )
+
+    model: str = Field("tiny", min_length=1, description="`tiny`, a checkpoint folder or a repository id")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Arithmetic of the networks")
+    data_dir: Path = Field(Path("data"), description="Folder of pictures and of the signing secret")
+
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    api_keys: Keys = Field((), description="Comma-separated `KEY`, `NAME=KEY` or `NAME=sha256:HEX`")
+    allow_anonymous: bool = Field(False, description="Listen beyond this machine although there is no key")
+    public_base_url: BaseUrl = Field(None, description="Base of the URLs given out, as `https://host`")
+    trusted_proxies: Networks = Field((), description="Networks whose X-Forwarded-Proto and -Host count")
+    cors_origins: Texts = Field((), description="Origins of browser pages that may call; `*` for all")
+
+    model_aliases: Texts = Field(
+        ("dall-e-", "gpt-image-", "chatgpt-image-"),
+        description="Prefixes of model names that mean the model served here",
+    )
+    list_aliases: bool = Field(False, description="List the common aliases in /v1/models")
+    quality_steps: dict[str, tuple[int, int]] = Field(
+        {
+            "low": (12, 6),
+            "medium": (20, 10),
+            "high": (30, 15),
+            "max": (40, 20),
+        },
+        description="Steps of prior and decoder for each quality, as JSON",
+    )
+
+    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are refused with 503")
+    max_batch: int = Field(8, ge=1, description="Pictures made together at most")
+    max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
+    max_pixels: int = Field(4_194_304, ge=64 * 64, description="Width times height at most")
+    max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    sync_timeout: float = Field(540.0, gt=0, description="Seconds that a waiting request may take")
+    file_ttl: float = Field(86_400.0, gt=0, description="Seconds that a picture is kept")
+    url_ttl: float = Field(3_600.0, ge=1, description="Seconds that a signed URL works")
+
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: console on a terminal, else JSON"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
+    log_prompts: bool = Field(False, description="Write prompts into the log")
+
+    @property
+    def model_name(self) -> str:
+        """The model as callers may know it: of a folder only its last name."""
+        return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_variables(cls, values: Any) -> Any:
+        unknown = unknown_variables(os.environ, cls.model_fields)
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        return values
+
+    @field_validator("quality_steps")
+    @classmethod
+    def _check_quality_steps(cls, steps: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        if set(steps) != {"low", "medium", "high", "max"}:
+            raise ValueError("must have exactly the members low, medium, high and max")
+        if any(not (1 <= prior <= 100 and 1 <= decoder <= 60) for prior, decoder in steps.values()):
+            raise ValueError("prior steps must be 1 to 100, decoder steps 1 to 60")
+        return steps
+
+    @model_validator(mode="after")
+    def _refuse_an_open_door(self) -> Self:
+        if not (self.is_loopback or self.api_keys or self.allow_anonymous):
+            raise ValueError(
+                f"listening on {self.host} lets others call this server without a key: set {PREFIX}API_KEYS, "
+                f"or {PREFIX}ALLOW_ANONYMOUS=true if that is meant"
+            )
+        return self
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment, with `overrides` (from the command line) before them.
+
+    Raises `SettingsError` with one line for each mistake.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = [_one_line(problem["loc"], problem["msg"]) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from None
+    except ValueError as error:  # pydantic-settings: a structured setting that is not JSON
+        raise SettingsError(str(error).splitlines()[0]) from None
+
+
+def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
+    """One sentence for each `CASCADE_*` variable that means nothing, with the nearest that does."""
+    names = [f"{PREFIX}{name.upper()}" for name in known]
+    unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in names)
+    return [f"{name} is no setting; did you mean {_nearest(name, names)}?" for name in unknown]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+
+
+def _one_line(location: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ").replace("Input should", "should")
+    return f"{PREFIX}{str(location[0]).upper()} {message}" if location else message

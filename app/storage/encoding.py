@@ -1,0 +1,65 @@
+"""Pixels to PNG, JPEG or WebP, each with its mark: every picture says that a model made it.
+
+The mark is XMP metadata (IPTC `DigitalSourceType`), which the readers of the platforms look for; it leaves
+the pixels alone. On request the settings go in too, as the `parameters` text that many tools read.
+"""
+
+from io import BytesIO
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from app.schemas import OutputFormat
+
+MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+PNG_LEVEL = 2  # deflate above 3 costs several times as long for a few per cent
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' Iptc4xmpExt:DigitalSourceType="{AI_MADE}"/>'
+    "</rdf:RDF></x:xmpmeta>"
+    '<?xpacket end="w"?>'
+)
+
+
+def encode(
+    image: Image.Image, output_format: OutputFormat, quality: int, parameters: str | None = None
+) -> bytes:
+    """A file of `output_format` with the mark. `quality` (1 to 100) counts for JPEG and WebP only.
+
+    `parameters` is the text to embed; None embeds nothing but the mark.
+    """
+    file = BytesIO()
+    xmp = XMP.encode()
+    if output_format == "png":
+        image.save(file, "PNG", compress_level=PNG_LEVEL, pnginfo=_png_texts(parameters))
+    elif output_format == "jpeg":
+        subsampling = "4:4:4" if quality >= 90 else "4:2:0"
+        image.save(file, "JPEG", quality=quality, subsampling=subsampling, xmp=xmp, exif=_exif(parameters))
+    else:
+        image.save(file, "WEBP", quality=quality, xmp=xmp, exif=_exif(parameters))
+    return file.getvalue()
+
+
+def _png_texts(parameters: str | None) -> PngInfo:
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", XMP)
+    if parameters is not None:
+        texts.add_itxt("parameters", parameters)
+    return texts
+
+
+def _exif(parameters: str | None) -> Image.Exif:
+    """EXIF with the text as user comment, in UTF-16 as the standard wants it."""
+    exif = Image.Exif()
+    if parameters is not None:
+        # A marker of JPEG holds 65,533 bytes: longer prompts are cut rather than refused.
+        comment = b"UNICODE\x00" + parameters[:30_000].encode("utf-16-be", "replace")[:64_000]
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
+    return exif

@@ -1,0 +1,79 @@
+"""Finished pictures in a local folder: written whole or not at all, under random names, for a while."""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from app.errors import NotFound, StorageFull
+
+EXTENSIONS = ("png", "jpeg", "webp")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
+_UNFINISHED = ".partial"
+_CHUNK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An open picture: who has it can read it to its end, even when it is removed meanwhile."""
+
+    file: BinaryIO
+    size_bytes: int
+    sha256: str
+
+
+class ImageStore:
+    """A folder of pictures. Its methods use the disk: call them outside the event loop."""
+
+    def __init__(self, folder: Path, ttl_seconds: float, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._ttl_seconds = ttl_seconds
+        self._clock = clock
+
+    def save(self, content: bytes, extension: str) -> str:
+        """Keep `content` and return its name, `RANDOM.extension`. Raises StorageFull."""
+        name = f"{secrets.token_hex(16)}.{extension}"
+        unfinished = self._folder / f"{name}{_UNFINISHED}"
+        try:
+            with unfinished.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._folder / name)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StorageFull("there is no room to keep the picture; ask for b64_json instead") from error
+            raise
+        return name
+
+    def open(self, name: str) -> StoredImage:
+        """The picture of that name, hashed. Raises NotFound for anything that `save` did not return."""
+        if not _NAME.fullmatch(name):
+            raise NotFound("there is no such file")
+        try:
+            file = (self._folder / name).open("rb")
+        except FileNotFoundError:
+            raise NotFound("there is no such file; it may have been removed after its time") from None
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        return StoredImage(file, file.tell(), digest.hexdigest())
+
+    def sweep(self) -> int:
+        """Remove the pictures whose time is over, and what a crash left unfinished; returns how many."""
+        removed = 0
+        oldest = self._clock() - self._ttl_seconds
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(_UNFINISHED)
+                if _NAME.fullmatch(name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                    Path(entry.path).unlink(missing_ok=True)
+                    removed += 1
+        return removed

@@ -1,0 +1,63 @@
+"""Signed, expiring names: who holds one may fetch the file, nobody else, and only for a while."""
+
+import hashlib
+import hmac
+import os
+import secrets
+import string
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app.errors import Forbidden, Gone
+
+SECRET_BYTES = 32
+
+
+class Signer:
+    """Signs `name` until a time in whole Unix seconds, with HMAC-SHA256."""
+
+    def __init__(self, secret: bytes, ttl_seconds: float, clock: Callable[[], float] = time.time) -> None:
+        self._secret = secret
+        self._ttl_seconds = ttl_seconds
+        self._clock = clock
+
+    def sign(self, name: str) -> str:
+        """The query that opens `name` from now on for the life of a URL."""
+        expires = int(self._clock() + self._ttl_seconds)
+        return f"exp={expires}&sig={self._signature(name, str(expires))}"
+
+    def verify(self, name: str, expires: str, signature: str) -> int:
+        """Seconds that the signature is still good for; raises Forbidden or Gone."""
+        genuine = self._signature(name, expires).encode()
+        if not hmac.compare_digest(genuine, signature.encode("utf-8", "replace")):
+            raise Forbidden("the signature of this URL is wrong; ask for the picture again to get a new URL")
+        left = int(expires) - self._clock()
+        if left <= 0:
+            raise Gone("this URL has expired; ask for the picture again to get a new one")
+        return int(left)
+
+    def _signature(self, name: str, expires: str) -> str:
+        message = f"{name}\n{expires}".encode("utf-8", "replace")
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+
+
+def load_secret(path: Path) -> bytes:
+    """The secret in `path`, made there (readable by the owner alone) when it does not exist."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _read_secret(path)
+    secret = secrets.token_bytes(SECRET_BYTES)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret.hex())
+        file.flush()
+        os.fsync(file.fileno())
+    return secret
+
+
+def _read_secret(path: Path) -> bytes:
+    text = path.read_text(errors="replace").strip()
+    if len(text) != 2 * SECRET_BYTES or not set(text) <= set(string.hexdigits):
+        raise ValueError(f"{path} holds no secret of this server; delete it, and the URLs given out end")
+    return bytes.fromhex(text)

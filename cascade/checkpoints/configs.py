@@ -1,0 +1,271 @@
+"""Configurations of networks: shapes first, config.json in its two vocabularies second.
+
+A config.json that contradicts the shapes is refused; only what leaves no trace in shapes is taken from it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cascade.checkpoints.keys import Component, Tensors
+from cascade.checkpoints.shapes import visible_settings
+from cascade.config import (
+    EFFNET_V2_S,
+    PREVIEWER,
+    STAGE_A,
+    STAGE_B_1_5B,
+    STAGE_B_700M,
+    STAGE_C_1B,
+    STAGE_C_3_6B,
+    EffNetConfig,
+    EffNetStage,
+    PreviewerConfig,
+    ScheduleConfig,
+    StageAConfig,
+    StageBConfig,
+    StageCConfig,
+)
+from cascade.errors import CheckpointError
+
+NetworkConfig: TypeAlias = StageCConfig | StageBConfig | StageAConfig | EffNetConfig | PreviewerConfig
+
+CONFIG_CLASSES: Mapping[Component, type[NetworkConfig]] = {
+    Component.STAGE_C: StageCConfig,
+    Component.STAGE_B: StageBConfig,
+    Component.STAGE_A: StageAConfig,
+    Component.EFFNET_ENCODER: EffNetConfig,
+    Component.PREVIEWER: PreviewerConfig,
+}
+PUBLISHED: Mapping[str, NetworkConfig] = {
+    "3.6B": STAGE_C_3_6B,
+    "1B": STAGE_C_1B,
+    "1.5B": STAGE_B_1_5B,
+    "700M": STAGE_B_700M,
+    "18M": STAGE_A,
+    "EfficientNet-V2-S": EFFNET_V2_S,
+    "4M": PREVIEWER,
+}
+HEAD_WIDTH = 64
+
+_BLOCKS = {"SDCascadeResBlock": "C", "SDCascadeTimestepBlock": "T", "SDCascadeAttnBlock": "A"}
+# The vocabulary of the original code, which old revisions of the diffusers folders use too.
+_OLD_NAMES = {
+    "c_in": "in_channels",
+    "c_out": "out_channels",
+    "c_r": "timestep_ratio_embedding_dim",
+    "c_cond": "conditioning_dim",
+    "c_hidden": "block_out_channels",
+    "nhead": "num_attention_heads",
+    "level_config": "block_types_per_layer",
+    "c_clip_text": "clip_text_in_channels",
+    "c_clip_text_pooled": "clip_text_pooled_in_channels",
+    "c_clip": "clip_text_pooled_in_channels",
+    "c_clip_img": "clip_image_in_channels",
+    "c_clip_seq": "clip_seq",
+    "c_effnet": "effnet_in_channels",
+    "c_pixels": "pixel_mapper_in_channels",
+    "t_conds": "timestep_conditioning_type",
+    "embed_dim": "hidden_channels",
+    "num_vq_embeddings": "codebook_size",
+}
+_OLD_PAIRS = {  # [down, up] in one list
+    "blocks": ("down_num_layers_per_block", "up_num_layers_per_block"),
+    "block_repeat": ("down_blocks_repeat_mappers", "up_blocks_repeat_mappers"),
+}
+_STAGE_A_CONSTANTS = {"in_channels": 3, "out_channels": 3, "up_down_scale_factor": 2}
+_OPTIONAL_IN_DIFFUSERS = (
+    "clip_text_in_channels",
+    "clip_image_in_channels",
+    "effnet_in_channels",
+    "pixel_mapper_in_channels",
+    "switch_level",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def network_config(
+    component: Component, tensors: Tensors, content: Mapping[str, Any] | None = None
+) -> NetworkConfig:
+    """The configuration of a network from its canonical tensors and the content of its config.json, if any.
+
+    Raises `CheckpointError` where both contradict each other, or where a needed setting cannot be known.
+    """
+    stated = _stated(component, content or {})
+    try:
+        seen = visible_settings(component, tensors, stated.get("patch_size"))
+    except CheckpointError:
+        if not _is_complete(component, stated):
+            raise
+        seen = {}  # the tensors are checked one by one against what is stated
+    _check(stated, seen)
+    strides = {name: stated[name] for name in ("stages",) if name in stated}
+    settings = stated | seen | strides
+    if component in (Component.STAGE_B, Component.STAGE_C):
+        _check_levels(settings)
+        settings = _assumed(component, settings) | settings
+        _check_heads(settings, is_stated="num_attention_heads" in stated)
+    return CONFIG_CLASSES[component](**{name: _frozen(value) for name, value in settings.items()})
+
+
+def schedule_config(path: Path | None, default: ScheduleConfig) -> ScheduleConfig:
+    """The noise schedule of a scheduler_config.json; what it does not state is taken from `default`."""
+    if path is None:
+        return default
+    stated = read_json(path)
+    names = [field.name for field in dataclasses.fields(ScheduleConfig)]
+    found = {name: stated[name] for name in names if name in stated}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{path}: {name} must be a number, is {value!r}")
+    return dataclasses.replace(default, **{name: float(value) for name, value in found.items()})
+
+
+def to_json(config: NetworkConfig) -> dict[str, Any]:
+    """The content of config.json, in diffusers' vocabulary where diffusers has the class."""
+    settings = dataclasses.asdict(config)
+    match config:
+        case StageCConfig() | StageBConfig():
+            names = {letter: name for name, letter in _BLOCKS.items()}
+            patterns = [[names[letter] for letter in pattern] for pattern in config.block_types_per_layer]
+            absent = dict.fromkeys(_OPTIONAL_IN_DIFFUSERS)
+            return (
+                {"_class_name": "StableCascadeUNet"} | absent | settings | {"block_types_per_layer": patterns}
+            )
+        case StageAConfig():
+            settings["embed_dim"] = settings.pop("hidden_channels")
+            settings["num_vq_embeddings"] = settings.pop("codebook_size")
+            return {"_class_name": "PaellaVQModel"} | _STAGE_A_CONSTANTS | settings
+        case EffNetConfig():
+            return {"_class_name": "EffNetEncoder"} | settings
+        case PreviewerConfig():
+            return {"_class_name": "Previewer"} | settings
+
+
+def variant_name(config: NetworkConfig) -> str:
+    """How the publishers call a network of these dimensions, or "custom"."""
+    for name, published in PUBLISHED.items():
+        if type(published) is type(config) and _dimensions(published) == _dimensions(config):
+            return name
+    return "custom"
+
+
+def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json under the names of the config class; null ones are left out."""
+    flat = {_OLD_NAMES.get(name, name): value for name, value in content.items()}
+    for name, (down, up) in _OLD_PAIRS.items():
+        if isinstance(pair := content.get(name), list) and len(pair) == 2:
+            flat[down], flat[up] = pair
+    fields = [field.name for field in dataclasses.fields(CONFIG_CLASSES[component])]
+    stated = {name: flat[name] for name in fields if flat.get(name) is not None}
+    try:
+        return {name: _plain(name, value, stated) for name, value in stated.items()}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json is malformed: {error}") from error
+
+
+def _plain(name: str, value: Any, stated: Mapping[str, Any]) -> Any:
+    """The several ways in which one setting is written, as one."""
+    if name == "block_types_per_layer":
+        return ["".join(_BLOCKS.get(block, block) for block in level) for level in value]
+    if name in ("dropout", "self_attn") and not isinstance(value, list):
+        return [value] * len(stated["block_out_channels"])
+    if name == "stages":
+        return [EffNetStage(**stage) for stage in value]
+    return value
+
+
+def _is_complete(component: Component, stated: Mapping[str, Any]) -> bool:
+    """Whether a config.json tells the sizes of the network without help."""
+    fields = dataclasses.fields(CONFIG_CLASSES[component])
+    optional = ("dropout", "self_attn", "switch_level", "scale_factor", "patch_size", "codebook_size")
+    return all(field.name in stated or field.name in optional for field in fields)
+
+
+def _check(stated: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+    """Raise when the file says something else than the shapes do."""
+    said, shown = _comparable(stated), _comparable(seen)
+    for name in sorted(said.keys() & shown.keys()):
+        if said[name] != shown[name]:
+            raise CheckpointError(
+                f"config.json says {name} = {_listed(said[name])}, "
+                f"but the tensors show {_listed(shown[name])}"
+            )
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which equal networks are equal: patterns and counts become the blocks of each level."""
+    result = {name: _frozen(value) for name, value in settings.items()}
+    patterns = result.pop("block_types_per_layer", None)
+    if patterns:
+        for name, order in (("down_num_layers_per_block", 1), ("up_num_layers_per_block", -1)):
+            counts = result.get(name, ())
+            result[name] = tuple(p * count for p, count in zip(patterns[::order], counts, strict=False))
+    if "stages" in result:
+        result["stages"] = tuple(dataclasses.replace(stage, stride=1) for stage in result["stages"])
+    return result
+
+
+def _check_levels(settings: Mapping[str, Any]) -> None:
+    """Raise unless all lists of a UNet have one entry for each level."""
+    num_levels = len(settings["block_out_channels"])
+    for name, value in settings.items():
+        is_per_level = isinstance(value, list) and name != "timestep_conditioning_type"
+        expected = num_levels - 1 if name == "switch_level" else num_levels
+        if is_per_level and len(value) != expected:
+            raise CheckpointError(f"config.json says {name} = {value}, which are not {expected} values")
+
+
+def _check_heads(settings: Mapping[str, Any], *, is_stated: bool) -> None:
+    """Raise where attention cannot be split into the heads that are stated or assumed."""
+    levels = zip(
+        settings["block_types_per_layer"],
+        settings["block_out_channels"],
+        settings["num_attention_heads"],
+        strict=True,
+    )
+    for pattern, width, heads in levels:
+        divisor = heads if is_stated else HEAD_WIDTH
+        if "A" in pattern and (divisor < 1 or width % divisor):
+            raise CheckpointError(
+                f"num_attention_heads must be stated in config.json and divide the width {width}"
+            )
+
+
+def _assumed(component: Component, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a UNet that no shape shows, as all published checkpoints have them."""
+    widths = settings["block_out_channels"]
+    attends = ["A" in pattern for pattern in settings["block_types_per_layer"]]
+    assumed: dict[str, Any] = {
+        "num_attention_heads": [
+            width // HEAD_WIDTH * has for width, has in zip(widths, attends, strict=True)
+        ],
+        "dropout": [0.1 * has for has in attends],
+        "self_attn": [True] * len(widths),
+    }
+    return assumed | ({"switch_level": [False] * (len(widths) - 1)} if component is Component.STAGE_C else {})
+
+
+def _dimensions(config: NetworkConfig) -> dict[str, Any]:
+    """Everything of a config that decides the shapes of its tensors."""
+    unseen = ("num_attention_heads", "dropout", "self_attn", "switch_level", "scale_factor")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unseen}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _listed(value: Any) -> str:
+    return str(list(value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)

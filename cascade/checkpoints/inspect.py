@@ -1,0 +1,114 @@
+"""Looking at a checkpoint without loading it: what is in it, in which form, and what is missing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from cascade.checkpoints.files import (
+    REQUIRED,
+    TOKENIZER_FILES,
+    Part,
+    folder_beside,
+    scan,
+    variant_of,
+)
+from cascade.checkpoints.fill import check_tensors
+from cascade.checkpoints.keys import Component, Layout
+from cascade.checkpoints.load import EMBEDDED, build, existing
+from cascade.checkpoints.stored import StoredTensor
+from cascade.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedComponent:
+    """One component as some files hold it."""
+
+    component: Component
+    variant: str  # the publishers' name of these dimensions, such as "3.6B", or "custom"
+    layout: Layout
+    dtypes: tuple[str, ...]  # of the weights, the most frequent first
+    parameters: int
+    num_bytes: int
+    files: tuple[Path, ...]
+    problem: str | None  # why it would not load
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a file or folder holds."""
+
+    path: Path
+    components: tuple[InspectedComponent, ...]
+    missing: tuple[str, ...]  # of a folder: what pictures need and is not there
+    unknown: tuple[Path, ...]  # safetensors files of something else
+    refused: tuple[Path, ...]  # pickles
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether pictures can be made from it alone."""
+        return not self.missing and not any(component.problem for component in self.components)
+
+
+def inspect(path: str | PathLike[str]) -> Inspection:
+    """Read the headers of a file, of a folder, or of the embedded checkpoint "tiny".
+
+    Raises:
+        CheckpointError: nothing is there, or a file is cut, lying or a pickle.
+    """
+    place = existing(EMBEDDED[str(path)] if path in EMBEDDED else Path(path))
+    found = scan(place)
+    order = list(Component)
+    parts = sorted(found.parts, key=lambda part: (order.index(part.component), str(part.files[0])))
+    return Inspection(
+        path=place,
+        components=tuple(_inspected(part) for part in parts),
+        missing=() if place.is_file() else _missing(parts),
+        unknown=tuple(found.unknown),
+        refused=tuple(found.pickles),
+    )
+
+
+def _inspected(part: Part) -> InspectedComponent:
+    tensors = part.stored.values()
+    return InspectedComponent(
+        component=part.component,
+        variant=variant_of(part),
+        layout=part.layout,
+        dtypes=_dtypes(tensors),
+        parameters=sum(_count(tensor) for tensor in tensors if tensor.dtype.is_floating_point),
+        num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        files=part.files,
+        problem=_problem(part),
+    )
+
+
+def _dtypes(tensors: Iterable[StoredTensor]) -> tuple[str, ...]:
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + _count(tensor)
+    return tuple(sorted(counts, key=lambda name: -counts[name]))
+
+
+def _count(tensor: StoredTensor) -> int:
+    return tensor.num_bytes // tensor.dtype.itemsize
+
+
+def _problem(part: Part) -> str | None:
+    try:
+        check_tensors(build(part).state_dict(), part.tensors, str(part))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _missing(parts: Iterable[Part]) -> tuple[str, ...]:
+    parts = list(parts)
+    present = {part.component for part in parts}
+    missing = [str(component) for component in REQUIRED if component not in present]
+    texts = [part for part in parts if part.component is Component.TEXT_ENCODER]
+    names = ("tokenizer", "prior_tokenizer")
+    if not any(folder_beside(part, names, TOKENIZER_FILES) for part in texts):
+        missing.append("tokenizer")
+    return tuple(missing)

@@ -1,0 +1,271 @@
+"""Loading: from a name, folder or repository to models that are ready to run."""
+
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from cascade.checkpoints.configs import CONFIG_CLASSES, schedule_config
+from cascade.checkpoints.files import (
+    TOKENIZER_FILES,
+    Part,
+    are_equal,
+    companion,
+    find_parts,
+    folder_beside,
+    scan,
+    stated_native_sizes,
+)
+from cascade.checkpoints.fill import fill
+from cascade.checkpoints.keys import Component
+from cascade.checkpoints.towers import build_tower, load_processor, load_tokenizer
+from cascade.conditioning import ImageEncoder, TextEncoder
+from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
+from cascade.errors import CheckpointError, InvalidSetting
+from cascade.models import Models
+from cascade.networks.effnet import EffNetEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.stage_b import StageB
+from cascade.networks.stage_c import StageC
+from cascade.sizes import NativeSizes
+
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny"}
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CLASSES: Mapping[Component, type[nn.Module]] = {
+    Component.STAGE_C: StageC,
+    Component.STAGE_B: StageB,
+    Component.STAGE_A: StageA,
+    Component.EFFNET_ENCODER: EffNetEncoder,
+    Component.PREVIEWER: Previewer,
+}
+# Small, run once per request or preview, and sensitive: always in full precision.
+_ALWAYS_FP32 = (Component.EFFNET_ENCODER, Component.PREVIEWER)
+
+
+def load_cascade(
+    source: str | PathLike[str] = "tiny",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+) -> Models:
+    """Load a whole checkpoint.
+
+    Args:
+        source: "tiny" (shipped with the library), a folder in any published layout, one of the files in such
+            a folder, or a repository of the Hugging Face hub such as "stabilityai/stable-cascade".
+        device: "auto" takes CUDA where it is.
+        dtype: "float32" or "bfloat16"; "auto" takes the first on a CPU and the second on a GPU.
+        revision: commit, branch or tag of a repository.
+        token: access token of the hub.
+        variant: words that file or folder names must have: "bf16", "lite", "lite.bf16".
+        local_files_only: never ask the hub; use what was downloaded before.
+
+    Raises:
+        CheckpointError: something is missing, damaged or refused; names the files and tensors.
+        InvalidSetting: device, dtype, variant or source is unknown.
+    """
+    chosen_device = parse_device(device)
+    chosen_dtype = parse_dtype(dtype, chosen_device)
+    paths = _resolve(source, revision, token, variant, local_files_only)
+    candidates = find_parts(*paths, variant=variant, dtype=chosen_dtype)
+    return _Loader(candidates, chosen_device, chosen_dtype).models(str(source))
+
+
+def load_network(
+    path: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> nn.Module:
+    """One component from its file or folder, as the class that runs it; a CLIP tower as transformers' class.
+
+    Raises `CheckpointError` unless exactly one component is there.
+    """
+    parts = scan(existing(Path(path))).parts
+    if len(parts) != 1:
+        found = ", ".join(part.component for part in parts) or "none"
+        raise CheckpointError(f"{path}: should hold one component, holds {found}")
+    chosen_device = parse_device(device)
+    return _load_part(parts[0], chosen_device, parse_dtype(dtype, chosen_device))
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device that is there; "auto" is the first GPU, or else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = ["auto", "cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    is_there = chosen is not None and (
+        chosen.type == "cpu" or (chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count())
+    )
+    if chosen is None or not is_there:
+        raise InvalidSetting("device", f"{str(device)!r} is not here; allowed are {', '.join(allowed)}")
+    return chosen
+
+
+def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of the weights; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    if name in ("float16", "fp16", "half"):
+        raise InvalidSetting("dtype", "float16 overflows in Stage C and gives black pictures; use bfloat16")
+    if name not in DTYPES:
+        raise InvalidSetting("dtype", f"{name!r} is unknown; allowed are auto, float32, bfloat16")
+    return DTYPES[name]
+
+
+def _resolve(
+    source: str | PathLike[str],
+    revision: str | None,
+    token: str | None,
+    variant: str | None,
+    local_files_only: bool,
+) -> tuple[Path, ...]:
+    """The folder or file of a source; two folders for a pair of repositories, which are downloaded first."""
+    if source in EMBEDDED:
+        return (existing(EMBEDDED[str(source)]),)
+    path = Path(source).expanduser()
+    if path.exists() or not _REPOSITORY.fullmatch(str(source)):
+        return (existing(path),)
+    from cascade.checkpoints.hub import download
+
+    return download(
+        str(source), revision=revision, token=token, variant=variant, local_files_only=local_files_only
+    )
+
+
+def existing(path: Path) -> Path:
+    """`path`, or a `CheckpointError` that says what can be given instead."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; give {', '.join(EMBEDDED)}, a folder, a .safetensors file in its "
+            "folder, or a repository such as stabilityai/stable-cascade"
+        )
+    return path
+
+
+class _Loader:
+    """Picks the parts that belong together and loads them."""
+
+    def __init__(
+        self, candidates: Mapping[Component, Sequence[Part]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.candidates = candidates
+        self.device = device
+        self.dtype = dtype
+        self.prior = candidates[Component.STAGE_C][0]
+        self.decoder = candidates[Component.STAGE_B][0]
+
+    def models(self, name: str) -> Models:
+        """Everything, in one object. What takes no time is checked first."""
+        texts = self.candidates[Component.TEXT_ENCODER]
+        prior_text, decoder_text = companion(self.prior, texts), companion(self.decoder, texts)
+        tokenizer = _tokenizer_folder(self.prior, prior_text)
+        is_shared = are_equal(prior_text, decoder_text)
+        decoder_tokenizer = tokenizer if is_shared else _tokenizer_folder(self.decoder, decoder_text)
+        schedules = self._schedules()
+        native = _native_sizes(self.prior, self.decoder)
+
+        text_encoder = self._text_encoder(prior_text, tokenizer)
+        return Models(
+            stage_a=cast(StageA, self._load(companion(self.decoder, self.candidates[Component.STAGE_A]))),
+            stage_b=cast(StageB, self._load(self.decoder)),
+            stage_c=cast(StageC, self._load(self.prior)),
+            text_encoder=text_encoder,
+            decoder_text_encoder=text_encoder
+            if is_shared
+            else self._text_encoder(decoder_text, decoder_tokenizer),
+            prior_schedule=schedules[0],
+            decoder_schedule=schedules[1],
+            image_encoder=self._image_encoder(),
+            effnet=cast(EffNetEncoder | None, self._optional(Component.EFFNET_ENCODER)),
+            previewer=cast(Previewer | None, self._optional(Component.PREVIEWER)),
+            native=native,
+            device=self.device,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def _load(self, part: Part) -> nn.Module:
+        return _load_part(part, self.device, self.dtype)
+
+    def _optional(self, component: Component) -> nn.Module | None:
+        parts = self.candidates.get(component)
+        return self._load(companion(self.prior, parts)) if parts else None
+
+    def _text_encoder(self, part: Part, tokenizer: Path) -> TextEncoder:
+        return TextEncoder(load_tokenizer(tokenizer), self._load(part))
+
+    def _image_encoder(self) -> ImageEncoder | None:
+        model = self._optional(Component.IMAGE_ENCODER)
+        if model is None:
+            return None
+        names = ("prior_feature_extractor", "feature_extractor", "prior_image_processor")
+        folder = folder_beside(self.prior, names, ("preprocessor_config.json",))
+        return ImageEncoder(load_processor(folder), model)
+
+    def _schedules(self) -> tuple[ScheduleConfig, ScheduleConfig]:
+        file = "scheduler_config.json"
+        prior = folder_beside(self.prior, ("prior_scheduler", "scheduler"), (file,))
+        decoder = folder_beside(self.decoder, ("scheduler",), (file,))
+        return (
+            schedule_config(prior / file if prior else None, SCHEDULE_C),
+            schedule_config(decoder / file if decoder else None, SCHEDULE_B),
+        )
+
+
+def build(part: Part) -> nn.Module:
+    """The network of a part, without memory (on the meta device)."""
+    if part.component in CONFIG_CLASSES:
+        with torch.device("meta"):
+            return _CLASSES[part.component](part.config)
+    try:
+        return build_tower(part.component, part.tensors, part.stated)
+    except CheckpointError as error:
+        raise CheckpointError(f"{part}: {error}") from error
+
+
+def _load_part(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    kept = torch.float32 if part.component in _ALWAYS_FP32 else dtype
+    return fill(build(part), part.tensors, device=device, dtype=kept, source=str(part))
+
+
+def _tokenizer_folder(stage: Part, text: Part) -> Path:
+    is_prior = stage.component is Component.STAGE_C
+    names = ("prior_tokenizer", "tokenizer") if is_prior else ("tokenizer", "prior_tokenizer")
+    folder = folder_beside(text, names, TOKENIZER_FILES) or folder_beside(stage, names, TOKENIZER_FILES)
+    if folder is None:
+        raise CheckpointError(
+            f"{text.pipeline}: the tokenizer is missing: put the folder tokenizer/ of the repository "
+            "stabilityai/stable-cascade (tokenizer.json, or vocab.json and merges.txt) beside the weights, "
+            "or fetch it with `cascade download stabilityai/stable-cascade`"
+        )
+    return folder
+
+
+def _native_sizes(*parts: Part) -> NativeSizes:
+    """The sizes that a checkpoint was trained at, where it says so."""
+    for part in parts:
+        if sizes := stated_native_sizes(part):
+            return NativeSizes(tuple((width, height) for width, height in sizes), resamples=True)
+    return NativeSizes()

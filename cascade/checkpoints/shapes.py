@@ -1,0 +1,230 @@
+"""What names and shapes of canonical tensors tell about a network: everything but a few numbers.
+
+So fine-tunes of other widths and depths load without a config.json. Not visible are head counts (heads are 64
+wide wherever nothing else is stated), dropout, strides, and the constants of Stage A and of level switches.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from cascade.checkpoints.keys import Component, Tensors
+from cascade.config import EFFNET_V2_S, EffNetStage
+from cascade.errors import CheckpointError
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+_KINDS = {"depthwise": "C", "channelwise": "C", "attention": "A", "kv_mapper": "A"}
+_TIME_CONDITIONS = ("sca", "crp")  # in the order in which the embedding holds them
+
+
+def visible_settings(component: Component, tensors: Tensors, patch_size: int | None = None) -> dict[str, Any]:
+    """Settings of the component's config class, as far as shapes show them.
+
+    `patch_size` resolves the one ambiguity of Stages B and C (2 and 1 if nothing is stated). Raises
+    `CheckpointError` naming the tensor when one that decides a setting is missing or absurd.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        match component:
+            case Component.STAGE_C:
+                return _unet(shapes, patch_size or 1) | _stage_c(shapes)
+            case Component.STAGE_B:
+                return _unet(shapes, patch_size or 2) | _stage_b(shapes)
+            case Component.STAGE_A:
+                return _stage_a(shapes)
+            case Component.EFFNET_ENCODER:
+                return _effnet(shapes)
+            case Component.PREVIEWER:
+                return _previewer(shapes)
+            case Component.TEXT_ENCODER:
+                return _text_encoder(shapes)
+            case Component.IMAGE_ENCODER:
+                return _image_encoder(shapes)
+    except KeyError as error:
+        raise CheckpointError(f"missing tensor {error.args[0]}") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the tensors do not form a {component} that we know ({error})") from error
+
+
+def _unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
+    num_levels = _count(shapes, "down_blocks.")
+    down = [_blocks(shapes, f"down_blocks.{level}.") for level in range(num_levels)]
+    up = [_blocks(shapes, f"up_blocks.{level}.") for level in range(num_levels)]
+    patterns = [_pattern(*level) for level in zip(down, reversed(up), strict=True)]
+    return {
+        "in_channels": shapes["embedding.1.weight"][1] // patch_size**2,
+        "out_channels": shapes["clf.1.weight"][0] // patch_size**2,
+        "patch_size": patch_size,
+        "timestep_ratio_embedding_dim": _first(shapes, r"_blocks\..*\.mapper\.weight$")[1],
+        "block_out_channels": [shapes["embedding.1.weight"][0]]
+        + [_downscaler(shapes, level)[0] for level in range(1, num_levels)],
+        "down_num_layers_per_block": [
+            len(blocks) // len(pattern) for blocks, pattern in zip(down, patterns, strict=True)
+        ],
+        "up_num_layers_per_block": [
+            len(blocks) // len(pattern) for blocks, pattern in zip(up, reversed(patterns), strict=True)
+        ],
+        "down_blocks_repeat_mappers": _repeats(shapes, "down_repeat_mappers.", num_levels),
+        "up_blocks_repeat_mappers": _repeats(shapes, "up_repeat_mappers.", num_levels),
+        "block_types_per_layer": patterns,
+        "kernel_size": _first(shapes, r"\.depthwise\.weight$")[-1],
+        "timestep_conditioning_type": _time_conditions(shapes),
+    }
+
+
+def _stage_c(shapes: Shapes) -> dict[str, Any]:
+    width, text_channels = shapes["clip_txt_mapper.weight"]
+    pooled_rows, pooled_channels = shapes["clip_txt_pooled_mapper.weight"]
+    return {
+        "conditioning_dim": width,
+        "clip_text_in_channels": text_channels,
+        "clip_text_pooled_in_channels": pooled_channels,
+        "clip_image_in_channels": shapes["clip_img_mapper.weight"][1],
+        "clip_seq": pooled_rows // width,
+    }
+
+
+def _stage_b(shapes: Shapes) -> dict[str, Any]:
+    width = _first(shapes, r"\.kv_mapper\.1\.weight$")[1]
+    pooled_rows, pooled_channels = shapes["clip_mapper.weight"]
+    return {
+        "conditioning_dim": width,
+        "clip_text_pooled_in_channels": pooled_channels,
+        "clip_seq": pooled_rows // width,
+        "effnet_in_channels": shapes["effnet_mapper.0.weight"][1],
+        "pixel_mapper_in_channels": shapes["pixels_mapper.0.weight"][1],
+    }
+
+
+def _stage_a(shapes: Shapes) -> dict[str, Any]:
+    hidden_channels, latent_channels = shapes["up_blocks.0.0.weight"][:2]
+    levels = 1 + _matches(shapes, r"^down_blocks\.\d+\.weight$")
+    settings = {
+        "levels": levels,
+        "bottleneck_blocks": _matches(shapes, r"^up_blocks\.\d+\.gammas$") - (levels - 1),
+        "hidden_channels": hidden_channels,
+        "latent_channels": latent_channels,
+    }
+    if codebook := shapes.get("vquantizer.codebook.weight"):  # trimmed files come without
+        settings["codebook_size"] = codebook[0]
+    return settings
+
+
+def _effnet(shapes: Shapes) -> dict[str, Any]:
+    last = _count(shapes, "backbone.") - 1
+    stages = [_effnet_stage(shapes, index) for index in range(1, last)]
+    return {
+        "stem_channels": shapes["backbone.0.0.weight"][0],
+        "stages": stages,
+        "head_channels": shapes[f"backbone.{last}.0.weight"][0],
+        "latent_channels": shapes["mapper.0.weight"][0],
+    }
+
+
+def _effnet_stage(shapes: Shapes, index: int) -> EffNetStage:
+    """Strides leave no trace: those of the published network at this place."""
+    stage = f"backbone.{index}."
+    depth = 1 + max(int(name.split(".")[4]) for name in shapes if name.startswith(f"{stage}0.block."))
+    widened, in_channels = shapes[f"{stage}0.block.0.0.weight"][:2]
+    kind = "mbconv" if depth == 4 else "fused"
+    expand = 1 if depth == 1 else widened // in_channels
+    channels = shapes[f"{stage}0.block.{depth - 1}.0.weight"][0]
+    stride = EFFNET_V2_S.stages[index - 1].stride
+    return EffNetStage(kind, expand, stride, channels, _count(shapes, stage))
+
+
+def _previewer(shapes: Shapes) -> dict[str, Any]:
+    hidden_channels, in_channels = shapes["blocks.0.weight"][:2]
+    out_channels = shapes["blocks.24.weight"][0]
+    return {"in_channels": in_channels, "hidden_channels": hidden_channels, "out_channels": out_channels}
+
+
+def _text_encoder(shapes: Shapes) -> dict[str, Any]:
+    embeddings = "text_model.embeddings."
+    vocab_size, width = shapes[f"{embeddings}token_embedding.weight"]
+    return _tower(shapes, "text_model.", width) | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": shapes[f"{embeddings}position_embedding.weight"][0],
+        "projection_dim": shapes["text_projection.weight"][0],
+    }
+
+
+def _image_encoder(shapes: Shapes) -> dict[str, Any]:
+    embeddings = "vision_model.embeddings."
+    width, num_channels, patch_size, _ = shapes[f"{embeddings}patch_embedding.weight"]
+    num_patches = shapes[f"{embeddings}position_embedding.weight"][0] - 1
+    return _tower(shapes, "vision_model.", width) | {
+        "num_channels": num_channels,
+        "patch_size": patch_size,
+        "image_size": patch_size * round(num_patches**0.5),
+        "projection_dim": shapes["visual_projection.weight"][0],
+    }
+
+
+def _tower(shapes: Shapes, prefix: str, width: int) -> dict[str, Any]:
+    layers = f"{prefix}encoder.layers."
+    return {
+        "hidden_size": width,
+        "intermediate_size": shapes[f"{layers}0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, layers),
+    }
+
+
+def _blocks(shapes: Shapes, prefix: str) -> str:
+    """The letters of a level's blocks in order, told by the names inside each block."""
+    letters = [""] * _count(shapes, prefix)
+    for name in shapes:
+        if name.startswith(prefix):
+            index, part = name.removeprefix(prefix).split(".")[:2]
+            letters[int(index)] = _KINDS.get(part, "T" if part.startswith("mapper") else "")
+    if "" in letters:
+        raise KeyError(f"{prefix}{letters.index('')}.* (block {letters.index('')} of {len(letters)})")
+    return "".join(letters)
+
+
+def _pattern(down: str, up: str) -> str:
+    """The shortest pattern that gives both lists of blocks when it is repeated."""
+    longest = down or up
+    for length in range(1, len(longest) + 1):
+        pattern = longest[:length]
+        if all(blocks == pattern * (len(blocks) // length) for blocks in (down, up)):
+            return pattern
+    raise ValueError(f"the blocks {down} and {up} of one level repeat no common pattern")
+
+
+def _downscaler(shapes: Shapes, level: int) -> tuple[int, ...]:
+    """Shape of the weight that leads to a level: plain in Stage B, inside `blocks` in Stage C."""
+    plain, switchable = f"down_downscalers.{level}.1.weight", f"down_downscalers.{level}.1.blocks.0.weight"
+    return shapes[switchable] if switchable in shapes else shapes[plain]
+
+
+def _repeats(shapes: Shapes, prefix: str, num_levels: int) -> list[int]:
+    return [1 + _count(shapes, f"{prefix}{level}.", allow_none=True) for level in range(num_levels)]
+
+
+def _time_conditions(shapes: Shapes) -> list[str]:
+    found = {match[1] for name in shapes if (match := re.search(r"\.mapper_(\w+)\.weight$", name))}
+    return sorted(
+        found, key=lambda name: (_TIME_CONDITIONS.index(name) if name in _TIME_CONDITIONS else 9, name)
+    )
+
+
+def _count(shapes: Shapes, prefix: str, *, allow_none: bool = False) -> int:
+    """One more than the highest number that follows `prefix`."""
+    numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
+    if not numbers and not allow_none:
+        raise KeyError(f"{prefix}*")
+    return max(numbers, default=-1) + 1
+
+
+def _matches(shapes: Shapes, pattern: str) -> int:
+    return sum(re.search(pattern, name) is not None for name in shapes)
+
+
+def _first(shapes: Shapes, pattern: str) -> Sequence[int]:
+    """Shape of the first tensor whose name has `pattern`."""
+    for name, shape in shapes.items():
+        if re.search(pattern, name):
+            return shape
+    raise KeyError(pattern.strip("$^").replace("\\", ""))

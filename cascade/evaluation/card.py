@@ -1,0 +1,130 @@
+"""The model card of the tiny checkpoint: what it is, how it was made, and the figures of an evaluation."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from cascade.evaluation.evaluate import ASPECTS, Report
+from cascade.models import Models
+from cascade.training.scenes import COLOURS, NATIVE_SIZES, SHAPES
+
+# What trained for how long; the command of the last column repeats it.
+_RECIPE = (
+    ("tokenizer, text tower", "facts of captions read by linear layers", "text"),
+    ("vision tower", "contrast with the frozen text tower, facts read by linear layers", "vision"),
+    ("Stage A", "squared and absolute error on crops with edges, codebook", "stage_a"),
+    ("semantic encoder, previewer", "squared error to the code, to small pictures", "encoder"),
+    ("Stage C", "text to code, noise prediction", "stage_c"),
+    ("Stage B", "code to Stage A latents, noise prediction", "stage_b"),
+)
+
+
+def write_card(report: Report, models: Models, path: Path, training_time: str = "") -> None:
+    """Write the card of evaluated `models` as Markdown.
+
+    Args:
+        training_time: a sentence on how long the training took, and on what.
+    """
+    paragraphs = (
+        f"# {report.model}: a small Stable Cascade",
+        _SUMMARY,
+        "## What it can draw",
+        _vocabulary(),
+        "## Data",
+        _DATA,
+        "## Recipe",
+        "\n".join(_recipe()),
+        f"Each part is repeated by `cascade train tiny --component NAME`. {training_time}".rstrip(),
+        "## Parameters",
+        "\n".join(_parameters(models)),
+        "## Figures",
+        "\n".join(_figures(report)),
+        _measured(report),
+        "## Limits",
+        _LIMITS,
+        "## Licence",
+        _LICENCE,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+
+_SUMMARY = """\
+The networks, samplers and file layout are those of Stable Cascade; only the dimensions are small. It exists
+so that text to image works at once on a CPU, and so that tests can judge whole pictures. It is no general
+image model."""
+
+_DATA = """\
+Drawn by a program, with captions written from the same scene descriptions, new ones at every step: nothing
+collected, no people, no works of others. Evaluation scenes come from seeds that training cannot reach.
+Stage C's latent is a code defined from the scene (background, and for each thing colour, shape, place and
+size), not a learned one, so that every network is trained on its own."""
+
+_LIMITS = """\
+It knows the words of its captions and guesses at all others: no objects of the world, no styles, no third
+shape, no two shapes of one colour, no large shapes in pairs. Prompts are cut after 32 tokens. The verifier
+accepts what looks right by palette and outline; it measures neither beauty nor the likeness of colours finer
+than the palette."""
+
+_LICENCE = """\
+Apache-2.0, like the code that trained it. Nothing of the published Stable Cascade weights is in it."""
+
+
+def _vocabulary() -> str:
+    sizes = ", ".join(f"{width}x{height}" for width, height in NATIVE_SIZES)
+    return (
+        f"One or two flat shapes on a plain background. Shapes: {', '.join(SHAPES)}. Colours: "
+        f"{', '.join(COLOURS)}. One shape may be small, medium or large and stand in the centre, left, "
+        "right, top or bottom; two are small or medium, have different colours, and stand side by side or "
+        f"one above the other. Sizes: {sizes}; other sizes are scaled from these."
+    )
+
+
+def _recipe() -> Iterator[str]:
+    yield "| part | trained on | component |"
+    yield "|---|---|---|"
+    for part, objective, component in _RECIPE:
+        yield f"| {part} | {objective} | `{component}` |"
+
+
+def _parameters(models: Models) -> Iterator[str]:
+    parts: dict[str, nn.Module | None] = {
+        "Stage A": models.stage_a,
+        "Stage B": models.stage_b,
+        "Stage C": models.stage_c,
+        "text tower": models.text_encoder.model,
+        "vision tower": models.image_encoder.model if models.image_encoder else None,
+        "semantic encoder": models.effnet,
+        "previewer": models.previewer,
+    }
+    yield "| part | parameters |"
+    yield "|---|---|"
+    for name, module in parts.items():
+        if module is not None:
+            yield f"| {name} | {sum(parameter.numel() for parameter in module.parameters()):,} |"
+
+
+def _figures(report: Report) -> Iterator[str]:
+    yield "| right in | one shape | two shapes | all prompts |"
+    yield "|---|---|---|---|"
+    for aspect, name in ASPECTS.items():
+        scores = (report.score(aspect, 1), report.score(aspect, 2), report.score(aspect))
+        yield f"| {name} | {' | '.join(map(str, scores))} |"
+
+
+def _measured(report: Report) -> str:
+    settings = report.settings
+    width, height = report.judged[0].image.size
+    pictures = (
+        f"{len(report.judged)} held-out prompts, seeds from {settings.seed}, {width}x{height}, "
+        f"{settings.steps} + {settings.decoder_steps} steps, guidance {settings.guidance_scale:g}; "
+        f"{report.seconds_per_picture:.2f} s per picture, made one by one."
+    )
+    if report.reconstruction is None:
+        return pictures
+    again = report.reconstruction
+    return (
+        f"{pictures} Pictures drawn again by encoder, Stage B and Stage A: {again.decibels:.1f} dB, "
+        f"{again.verified} of {again.count} verified."
+    )

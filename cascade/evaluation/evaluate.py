@@ -1,0 +1,168 @@
+"""Evaluation: prompts of scenes that no training saw, drawn, read by the verifier and counted."""
+
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from cascade.evaluation.reconstruction import Reconstruction, reconstruct
+from cascade.evaluation.verifier import Verdict, judge, read_picture
+from cascade.models import Models
+from cascade.tasks.text_to_image import TextToImage, generate
+from cascade.training.captions import Caption, caption
+from cascade.training.scenes import Scene, held_out_generator, sample_scene
+
+Aspect = Literal["background", "count", "colours", "shapes", "is_right", "place", "size"]
+ASPECTS: dict[Aspect, str] = {
+    "background": "background",
+    "count": "number",
+    "colours": "colours",
+    "shapes": "shapes",
+    "is_right": "all of these",
+    "place": "place, where named",
+    "size": "size, where named",
+}
+NUM_TIMED = 10
+BATCH_SIZE = 16
+
+R = TypeVar("R")
+Draw = Callable[[list[TextToImage]], list[Image.Image]]  # the first picture of each request
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A prompt, its picture, and what the verifier found in it."""
+
+    caption: Caption
+    seed: int
+    image: Image.Image
+    seen: Scene
+    verdict: Verdict
+
+    @property
+    def num_things(self) -> int:
+        """How many things the prompt asks for."""
+        return 2 if "second_shape" in self.caption.facts else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """So many right, of so many where the aspect could be judged."""
+
+    right: int
+    of: int
+
+    def __str__(self) -> str:
+        if not self.of:
+            return "-"
+        return f"{100 * self.right / self.of:.1f} % ({self.right}/{self.of})"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of an evaluation."""
+
+    model: str
+    settings: TextToImage  # of all pictures, but for prompt and seed; this seed is the first picture's
+    judged: tuple[Judged, ...]
+    seconds_per_picture: float  # median of pictures made one by one
+    reconstruction: Reconstruction | None  # None: the checkpoint has no encoder
+
+    def score(self, aspect: Aspect, num_things: int | None = None) -> Score:
+        """Of all prompts, or only of those that ask for one or two things."""
+        chosen = [one for one in self.judged if num_things in (None, one.num_things)]
+        values = [value for one in chosen if (value := getattr(one.verdict, aspect)) is not None]
+        return Score(sum(values), len(values))
+
+
+def evaluate(
+    models: Models,
+    num_prompts: int = 300,
+    seed: int = 0,
+    *,
+    steps: int = 20,
+    guidance_scale: float = 4.0,
+    decoder_steps: int = 10,
+    num_reconstructions: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Draw `num_prompts` held-out prompts, half with one thing and half with two, and judge the pictures.
+
+    Args:
+        seed: chooses the prompts and is the seed of the first picture.
+        progress: called with the number of pictures made and of all pictures to make.
+    """
+    settings = TextToImage(
+        prompt="-", seed=seed, steps=steps, guidance_scale=guidance_scale, decoder_steps=decoder_steps
+    )
+    num_reconstructions = num_reconstructions if models.effnet is not None else 0
+    total = num_prompts + num_reconstructions
+
+    def report_done(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    def draw(requests: list[TextToImage]) -> list[Image.Image]:
+        return [images[0].image for images in finish(generate(models, requests))]
+
+    judged, seconds = draw_and_judge(draw, held_out_captions(num_prompts, seed), settings, report_done)
+    reconstruction = reconstruct(models, num_reconstructions, seed) if num_reconstructions else None
+    report_done(total)
+    return Report(models.name, settings, judged, seconds, reconstruction)
+
+
+def draw_and_judge(
+    draw: Draw, captions: list[Caption], settings: TextToImage, report_done: Callable[[int], None]
+) -> tuple[tuple[Judged, ...], float]:
+    """The pictures of `captions`, judged, and the median of the seconds of those drawn alone."""
+    assert settings.seed is not None
+    first = settings.seed
+    requests = [replace(settings, prompt=one.text, seed=first + i) for i, one in enumerate(captions)]
+    images: list[Image.Image] = []
+    seconds = []
+    for batch in _batches(requests):
+        start = time.perf_counter()
+        images += draw(batch)
+        if len(batch) == 1:
+            seconds.append(time.perf_counter() - start)
+        report_done(len(images))
+    return tuple(map(_judge, captions, requests, images)), statistics.median(seconds)
+
+
+def held_out_captions(count: int, seed: int) -> list[Caption]:
+    """Captions of scenes with one thing and with two, in turn."""
+    rng = held_out_generator(seed)
+    return [caption(_scene_with(1 + index % 2, rng), rng) for index in range(count)]
+
+
+def finish(run: Generator[Any, None, R]) -> R:
+    """Drive a generator to its end and return its value."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as finished:
+            value: R = finished.value
+            return value
+
+
+def _scene_with(num_things: int, rng: np.random.Generator) -> Scene:
+    while len((scene := sample_scene(rng)).things) != num_things:
+        pass
+    return scene
+
+
+def _batches(requests: list[TextToImage]) -> Iterator[list[TextToImage]]:
+    """The first few alone, to be timed; the rest together, which does not change the pictures."""
+    yield from ([request] for request in requests[:NUM_TIMED])
+    for start in range(NUM_TIMED, len(requests), BATCH_SIZE):
+        yield requests[start : start + BATCH_SIZE]
+
+
+def _judge(asked: Caption, request: TextToImage, image: Image.Image) -> Judged:
+    assert request.seed is not None
+    seen = read_picture(np.asarray(image))
+    return Judged(asked, request.seed, image, seen, judge(asked.facts, seen))

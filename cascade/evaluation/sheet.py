@@ -1,0 +1,55 @@
+"""The contact sheet: pictures with their prompts, and whether the verifier found them right."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cascade.evaluation.evaluate import ASPECTS, Judged
+
+_COLUMNS = 10
+_PICTURE = 256
+_GAP = 12
+_TEXT = 92  # pixels below a picture
+_CHARACTERS = 38  # in a line of text
+_RIGHT, _WRONG, _INK, _PAPER = (20, 130, 60), (200, 30, 30), (40, 40, 40), (255, 255, 255)
+
+
+def save_sheet(judged: Sequence[Judged], path: Path, count: int = 50) -> None:
+    """Write the first `count` pictures to a PNG, framed green if right and red if wrong."""
+    shown = judged[:count]
+    rows = -(-len(shown) // _COLUMNS)
+    columns = min(_COLUMNS, len(shown))
+    cell_width, cell_height = _PICTURE + _GAP, _PICTURE + _GAP + _TEXT
+    sheet = Image.new("RGB", (columns * cell_width + _GAP, rows * cell_height + _GAP), _PAPER)
+    for index, one in enumerate(shown):
+        row, column = divmod(index, _COLUMNS)
+        _draw_cell(sheet, one, _GAP + column * cell_width, _GAP + row * cell_height)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _draw_cell(sheet: Image.Image, one: Judged, x: int, y: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    is_right = one.verdict.is_right
+    draw.rectangle((x - 4, y - 4, x + _PICTURE + 3, y + _PICTURE + 3), _RIGHT if is_right else _WRONG)
+    image = one.image.copy()
+    image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
+    sheet.paste(image, (x + (_PICTURE - image.width) // 2, y + (_PICTURE - image.height) // 2))
+    words = textwrap.fill(one.caption.text, _CHARACTERS)
+    font = ImageFont.load_default(size=13)
+    draw.multiline_text((x, y + _PICTURE + 6), words, _INK, font)
+    draw.text((x, y + _PICTURE + 70), _finding(one), _RIGHT if is_right else _WRONG, font)
+
+
+def _finding(one: Judged) -> str:
+    """right, or what is wrong."""
+    wrong = [
+        name.split(",")[0]
+        for aspect, name in ASPECTS.items()
+        if aspect != "is_right" and getattr(one.verdict, aspect) is False
+    ]
+    if one.verdict.is_right:
+        return f"right, except {', '.join(wrong)}" if wrong else "right"
+    return f"wrong: {', '.join(wrong)}"

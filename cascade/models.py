@@ -1,0 +1,51 @@
+"""Everything that a checkpoint brings, loaded: networks, encoders and the constants that go with them."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from cascade.conditioning import ImageEncoder, TextEncoder
+from cascade.config import ScheduleConfig
+from cascade.networks.effnet import EffNetEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.stage_b import StageB
+from cascade.networks.stage_c import StageC
+from cascade.sizes import NativeSizes
+
+OFFICIAL_SCALE_FACTOR = 0.43
+DIFFUSERS_SCALE_FACTOR = 0.3764  # left over from an earlier model, in diffusers' configuration only
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Models:
+    """The parts of one checkpoint. None changes while pictures are made, so that requests can share them."""
+
+    stage_a: StageA
+    stage_b: StageB
+    stage_c: StageC
+    text_encoder: TextEncoder
+    decoder_text_encoder: TextEncoder  # the same object, unless the decoder brings different weights
+    prior_schedule: ScheduleConfig
+    decoder_schedule: ScheduleConfig
+    image_encoder: ImageEncoder | None = None
+    effnet: EffNetEncoder | None = None
+    previewer: Previewer | None = None
+    native: NativeSizes = field(default_factory=NativeSizes)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    name: str = ""
+    stated_scale_factor: float | None = None  # of Stage A's latents, in a configuration file of diffusers
+
+    def scale_factor(self, preset: str) -> float:
+        """By what a preset multiplies Stage B's latents before Stage A decodes them.
+
+        The published weights are decoded with one constant by the official code and with another by
+        diffusers; a checkpoint with a constant of its own is decoded with that by both.
+        """
+        known = self.stage_a.config.scale_factor
+        if preset == "official":
+            return OFFICIAL_SCALE_FACTOR if known == DIFFUSERS_SCALE_FACTOR else known
+        if self.stated_scale_factor is not None:
+            return self.stated_scale_factor
+        return DIFFUSERS_SCALE_FACTOR if known == OFFICIAL_SCALE_FACTOR else known

@@ -1,0 +1,244 @@
+"""The blocks that Stages B and C are made of.
+
+Feature maps are channels-last, (b, h, w, c): LayerNorm and linear layers then work on the last axis and the
+depthwise convolution sees a channels-last view, so that nothing is transposed. Modules keep no state; what
+is constant during a request (condition keys and values, terms of unused time conditions) is computed once by
+`prepare` and handed in again at every step. Source: the Stable Cascade code release, `modules/common.py`.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without gain and bias over the last axis."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def ratio_embedding(ratio: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of the noise level `ratio` in 0..1, shape (b,) -> (b, dim), in fp32.
+
+    The fastest component turns by one radian per 1e-4 of `ratio`: rounding it to bf16 would destroy it.
+    The order of operations is the reference's, so that results agree to the last bits.
+    """
+    half = dim // 2
+    decay = math.log(10_000) / (half - 1)
+    frequencies = torch.arange(half, device=ratio.device).float().mul(-decay).exp()
+    angles = (ratio.float() * 10_000)[:, None] * frequencies[None]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(embedding, (0, dim - 2 * half))
+
+
+def resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear with aligned corners, computed in fp32; (b, h, w, c) -> (b, height, width, c)."""
+    if x.shape[1:3] == (height, width):
+        return x
+    planes = x.permute(0, 3, 1, 2).float()
+    planes = F.interpolate(planes, size=(height, width), mode="bilinear", align_corners=True)
+    return planes.permute(0, 2, 3, 1).to(x.dtype)
+
+
+class ChannelNorm(nn.Module):
+    """`layer_norm` as a module, for the places where the published layout has a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution: a linear layer whose weight keeps the published shape (out, in, 1, 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class Downsample(nn.Module):
+    """A 2x2 convolution of stride 2; an odd last row or column is dropped."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, stride=2).permute(0, 2, 3, 1)
+
+
+class Upsample(nn.Module):
+    """A 2x2 transposed convolution of stride 2, as one matrix product followed by an interleaving copy."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_channels, out_channels, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape
+        patches = (x @ self.weight.flatten(1)).view(b, h, w, -1, 2, 2)
+        return patches.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, -1) + self.bias
+
+
+class GlobalResponseNorm(nn.Module):
+    """GRN (Woo et al. 2023, ConvNeXt V2): scales channels by their energy over the whole picture.
+
+    The energy is a reduction over height and width, so a picture cannot be tiled or padded through it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _ResponseNorm.apply(x, self.gamma, self.beta))  # type: ignore[no-untyped-call]
+
+
+class _ResponseNorm(torch.autograd.Function):
+    """One multiply-add forwards, and a backward pass that reads the large map twice instead of six times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        mean = energy.mean(dim=-1, keepdim=True) + NORM_EPS
+        scale = (1 + gamma.float() * (energy / mean)).to(x.dtype)
+        ctx.save_for_backward(x, gamma, energy, mean, scale)
+        return torch.addcmul(beta.to(x.dtype), x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, gamma, energy, mean, scale = ctx.saved_tensors
+        grad = grads[0]
+        per_channel = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
+        grad_normed = per_channel * gamma.float()  # with respect to energy / mean
+        grad_energy = grad_normed / mean
+        grad_energy = grad_energy - (grad_normed * energy).mean(dim=-1, keepdim=True) / mean.square()
+        pull = (grad_energy / energy.clamp_min(1e-12)).to(x.dtype)
+        grad_x = torch.addcmul(grad * scale, x, pull)
+        grad_gamma = (per_channel * energy / mean).sum(dim=0, keepdim=True)
+        grad_beta = grad.sum(dim=(0, 1, 2), keepdim=True, dtype=torch.float32)
+        return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
+
+
+class ResBlock(nn.Module):
+    """Block C: depthwise 3x3, norm, per-pixel MLP with GRN; an optional skip joins before the MLP."""
+
+    def __init__(self, channels: int, skip_channels: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels + skip_channels, 4 * channels),
+            nn.GELU(),
+            GlobalResponseNorm(4 * channels),
+            nn.Dropout(dropout),
+            nn.Linear(4 * channels, channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        hidden = layer_norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        if skip is not None:
+            hidden = torch.cat([hidden, skip], dim=-1)
+        return x + cast(Tensor, self.channelwise(hidden))
+
+
+class TimestepBlock(nn.Module):
+    """Block T: scales and shifts the channels by the noise level.
+
+    The further time conditions of the published models (`sca`, `crp`) are always zero; their terms are
+    constants that `prepare` adds to the bias.
+    """
+
+    def __init__(self, channels: int, ratio_channels: int, conditions: tuple[str, ...]) -> None:
+        super().__init__()
+        self.conditions = conditions
+        self.mapper = nn.Linear(ratio_channels, 2 * channels)
+        for name in conditions:
+            setattr(self, f"mapper_{name}", nn.Linear(ratio_channels, 2 * channels))
+
+    def prepare(self, zero_embedding: Tensor) -> Tensor:
+        """The bias with the constant terms, (2c,); `zero_embedding` is the embedding of 0, (1, ratio channels)."""
+        bias = self.mapper.bias
+        for name in self.conditions:
+            bias = bias + getattr(self, f"mapper_{name}")(zero_embedding)[0]
+        return bias
+
+    def forward(self, x: Tensor, embedding: Tensor, bias: Tensor) -> Tensor:
+        scale, shift = F.linear(embedding, self.mapper.weight, bias)[:, None, None].chunk(2, dim=-1)
+        return torch.addcmul(shift, x, scale + 1)
+
+
+class AttentionWeights(nn.Module):
+    """Fused query, key and value projections and the output projection, under their published names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+
+class AttnBlock(nn.Module):
+    """Block A: the picture's tokens attend to themselves and to the condition's tokens."""
+
+    def __init__(self, channels: int, condition_channels: int, num_heads: int, self_attention: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.self_attention = self_attention
+        self.attention = nn.ModuleDict({"attn": AttentionWeights(channels)})
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_channels, channels))
+
+    @property
+    def weights(self) -> AttentionWeights:
+        return cast(AttentionWeights, self.attention["attn"])
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        """Keys and values of the condition: (b, m, condition channels) -> (b, 2, heads, m, head width)."""
+        weights = self.weights
+        channels = weights.out_proj.in_features
+        mapped = self.kv_mapper(tokens)
+        keys_values = F.linear(mapped, weights.in_proj_weight[channels:], weights.in_proj_bias[channels:])
+        return self._split_heads(keys_values, parts=2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        b, h, w, channels = x.shape
+        weights = self.weights
+        normed = layer_norm(x).view(b, h * w, channels)
+        if self.self_attention:
+            query, key, value = self._split_heads(
+                F.linear(normed, weights.in_proj_weight, weights.in_proj_bias), parts=3
+            ).unbind(1)
+            key = torch.cat([key, condition[:, 0]], dim=2)
+            value = torch.cat([value, condition[:, 1]], dim=2)
+        else:
+            projected = F.linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
+            query = self._split_heads(projected, parts=1)[:, 0]
+            key, value = condition.unbind(1)
+        attended = _attend(query, key, value).transpose(1, 2).reshape(b, h, w, channels)
+        return x + cast(Tensor, weights.out_proj(attended))
+
+    def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
+        """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""
+        b, n, _ = projected.shape
+        return projected.view(b, n, parts, self.num_heads, -1).permute(0, 2, 3, 1, 4)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention, (b, heads, n, d). The fused kernel's backward pass is three times slower on a CPU."""
+    if query.requires_grad and query.device.type == "cpu":
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)

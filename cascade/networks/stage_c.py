@@ -1,0 +1,80 @@
+"""Stage C, the prior: denoises the 16-channel latent of a picture, 42.67 pixels to a cell.
+
+Source: the Stable Cascade code release, `modules/stage_c.py`.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cascade.config import StageCConfig
+from cascade.networks.blocks import ChannelNorm, Pointwise, layer_norm, resize
+from cascade.networks.unet import Condition, UNet, to_channels_first, to_channels_last
+
+
+class StageC(UNet):
+    """UNet over (b, 16, h, w) latents, guided by text tokens, pooled text and image embeddings."""
+
+    def __init__(self, config: StageCConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        widths, width = config.block_out_channels, config.conditioning_dim
+        patch = config.patch_size**2
+        self.clip_txt_mapper = nn.Linear(config.clip_text_in_channels, width)
+        self.clip_txt_pooled_mapper = nn.Linear(config.clip_text_pooled_in_channels, width * config.clip_seq)
+        self.clip_img_mapper = nn.Linear(config.clip_image_in_channels, width * config.clip_seq)
+        self.embedding = nn.Sequential(
+            nn.Identity(), Pointwise(config.in_channels * patch, widths[0]), ChannelNorm()
+        )
+        for level in range(len(widths)):
+            scale = _Rescale(widths[level - 1], widths[level], config.switch_level[level - 1], "down") if level else None
+            self.down_downscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
+        for level in reversed(range(len(widths))):
+            scale = _Rescale(widths[level], widths[level - 1], config.switch_level[level - 1], "up") if level else None
+            self.up_upscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
+        self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
+
+    def prepare(self, text: Tensor, pooled: Tensor, image_embeds: Tensor) -> Condition:
+        """The condition of a request.
+
+        Args:
+            text: last hidden states of the text tower, (b, n, text width).
+            pooled: projected text, (b, 1, pooled width).
+            image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) where there is no picture.
+        """
+        batch, dtype = text.shape[0], self.dtype
+        tokens = [
+            self.clip_txt_mapper(text.to(dtype)),
+            self.clip_txt_pooled_mapper(pooled.to(dtype)).view(batch, -1, self.config.conditioning_dim),
+            self.clip_img_mapper(image_embeds.to(dtype)).view(batch, -1, self.config.conditioning_dim),
+        ]
+        return self._prepare(layer_norm(torch.cat(tokens, dim=1)))
+
+    def forward(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
+        """Predict the noise in `latents` (b, 16, h, w) at noise levels `ratio` (b,), 0 clean to 1 noise."""
+        x = self.embedding(to_channels_last(latents.to(self.dtype), self.config.patch_size))
+        x = self.clf(self._run(x, ratio, condition))
+        return to_channels_first(x, self.config.patch_size)
+
+
+class _Rescale(nn.Module):
+    """Between two levels: a 1x1 convolution, and a bilinear factor of 2 where the level is switched on.
+
+    `blocks` keeps the published numbering: convolution first on the way down, last on the way up.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, enabled: bool, direction: str) -> None:
+        super().__init__()
+        self.factor = (0.5 if direction == "down" else 2.0) if enabled else 1.0
+        pointwise = Pointwise(in_channels, out_channels)
+        blocks = [pointwise, nn.Identity()] if direction == "down" else [nn.Identity(), pointwise]
+        self.blocks = nn.ModuleList(blocks)
+        self.direction = direction
+
+    def forward(self, x: Tensor) -> Tensor:
+        pointwise = self.blocks[0 if self.direction == "down" else 1]
+        height, width = (int(side * self.factor) for side in x.shape[1:3])
+        if self.direction == "down":
+            return resize(cast(Tensor, pointwise(x)), height, width)
+        return cast(Tensor, pointwise(resize(x, height, width)))

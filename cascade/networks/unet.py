@@ -1,0 +1,185 @@
+"""The UNet that Stages B and C share: levels of C, T and A blocks, repeated levels, skips.
+
+A forward pass needs a `Condition`, made once per request by the stage's `prepare`. Up-path lists are
+deepest level first, as in the published checkpoints: list index u is level n - 1 - u.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.config import StageBConfig, StageCConfig
+from cascade.networks.blocks import (
+    AttnBlock,
+    Pointwise,
+    ResBlock,
+    TimestepBlock,
+    ratio_embedding,
+    resize,
+)
+
+Block = TypeVar("Block", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What guides a network during a request: constant from step to step, one row per picture."""
+
+    keys_values: tuple[Tensor, ...]  # one per A block: (b, 2, heads, tokens, head width)
+    time_biases: tuple[Tensor, ...]  # one per T block: (2c,), the same for every row
+    features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
+
+    @staticmethod
+    def cat(conditions: Sequence["Condition"]) -> "Condition":
+        """The rows of several conditions of one network, in order."""
+        first = conditions[0]
+        if len(conditions) == 1:
+            return first
+        features = [condition.features for condition in conditions if condition.features is not None]
+        columns = zip(*(condition.keys_values for condition in conditions), strict=True)
+        return Condition(
+            keys_values=tuple(torch.cat(column) for column in columns),
+            time_biases=first.time_biases,
+            features=torch.cat(features) if features else None,
+        )
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> "Condition":
+        """Some of the rows."""
+        return Condition(
+            keys_values=tuple(tensor[rows] for tensor in self.keys_values),
+            time_biases=self.time_biases,
+            features=None if self.features is None else self.features[rows],
+        )
+
+
+@dataclass(slots=True)
+class _Step:
+    """One forward pass: the noise level's embedding, and each block's prepared tensor."""
+
+    embedding: Tensor
+    prepared: dict[nn.Module, Tensor]
+
+
+class UNet(nn.Module):
+    """Levels down and up between an embedding and a classifier, which the stages bring."""
+
+    down_blocks: nn.ModuleList
+    up_blocks: nn.ModuleList
+
+    def __init__(self, config: StageBConfig | StageCConfig) -> None:
+        super().__init__()
+        self.ratio_channels = config.timestep_ratio_embedding_dim
+        self.patterns = config.block_types_per_layer
+        widths = config.block_out_channels
+        depth = len(widths)
+        down_counts, up_counts = config.down_num_layers_per_block, config.up_num_layers_per_block
+
+        def level(index: int, count: int, skip_channels: int) -> nn.ModuleList:
+            blocks: list[nn.Module] = []
+            for group in range(count):
+                for kind in self.patterns[index]:
+                    skip = skip_channels if group == 0 else 0
+                    blocks.append(_block(config, index, kind, skip))
+            return nn.ModuleList(blocks)
+
+        self.down_blocks = nn.ModuleList(level(i, down_counts[i], 0) for i in range(depth))
+        self.up_blocks = nn.ModuleList(
+            level(i, up_counts[depth - 1 - i], widths[i] if i < depth - 1 else 0) for i in reversed(range(depth))
+        )
+        self.down_repeat_mappers = _repeat_mappers(widths, config.down_blocks_repeat_mappers)
+        self.up_repeat_mappers = _repeat_mappers(widths[::-1], config.up_blocks_repeat_mappers)
+        self.down_downscalers = nn.ModuleList()
+        self.up_upscalers = nn.ModuleList()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of the large activations."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _prepare(self, tokens: Tensor, features: Tensor | None = None) -> Condition:
+        """Keys and values of the condition's tokens (b, m, conditioning width) for every block."""
+        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels).to(self.dtype)
+        keys_values = [block.prepare(tokens) for block in self._blocks(AttnBlock)]
+        time_biases = [block.prepare(zero) for block in self._blocks(TimestepBlock)]
+        return Condition(tuple(keys_values), tuple(time_biases), features)
+
+    def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
+        """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
+        embedding = ratio_embedding(ratio, self.ratio_channels).to(x.dtype)
+        prepared: dict[nn.Module, Tensor] = dict(zip(self._blocks(AttnBlock), condition.keys_values, strict=True))
+        prepared.update(zip(self._blocks(TimestepBlock), condition.time_biases, strict=True))
+        step = _Step(embedding, prepared)
+
+        skips: list[Tensor] = []
+        for downscale, blocks, mappers in zip(
+            self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
+        ):
+            x = _level(blocks, mappers, downscale(x), None, step)
+            skips.append(x)
+        for index, (blocks, mappers, upscale) in enumerate(
+            zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
+        ):
+            skip = skips.pop()
+            if index > 0:
+                x = resize(x, *skip.shape[1:3])
+            x = upscale(_level(blocks, mappers, x, skip if index > 0 else None, step))
+        return x
+
+    def _blocks(self, kind: type[Block]) -> Iterator[Block]:
+        for level in (*self.down_blocks, *self.up_blocks):
+            for block in cast(nn.ModuleList, level):
+                if isinstance(block, kind):
+                    yield block
+
+
+def to_channels_last(x: Tensor, patch_size: int) -> Tensor:
+    """(b, c, h, w) -> (b, h / p, w / p, c * p * p)."""
+    return F.pixel_unshuffle(x, patch_size).permute(0, 2, 3, 1)
+
+
+def to_channels_first(x: Tensor, patch_size: int) -> Tensor:
+    """(b, h, w, c * p * p) -> (b, c, h * p, w * p)."""
+    return F.pixel_shuffle(x.permute(0, 3, 1, 2), patch_size)
+
+
+def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, step: _Step) -> Tensor:
+    """Run a level; when it is repeated, the same weights run again and see the same skip again."""
+    for mapper in (*cast(nn.ModuleList, mappers), None):
+        for index, block in enumerate(cast(nn.ModuleList, blocks)):
+            if isinstance(block, ResBlock):
+                x = block(x, skip if index == 0 else None)
+            elif isinstance(block, TimestepBlock):
+                x = block(x, step.embedding, step.prepared[block])
+            else:
+                x = block(x, step.prepared[block])
+        if mapper is not None:
+            x = mapper(x)
+    return x
+
+
+def _block(config: StageBConfig | StageCConfig, level: int, kind: str, skip_channels: int) -> nn.Module:
+    channels = config.block_out_channels[level]
+    if kind == "C":
+        return ResBlock(channels, skip_channels, config.kernel_size, config.dropout[level])
+    if kind == "T":
+        conditions = config.timestep_conditioning_type
+        return TimestepBlock(channels, config.timestep_ratio_embedding_dim, conditions)
+    if kind == "A":
+        heads = config.num_attention_heads[level]
+        return AttnBlock(channels, config.conditioning_dim, heads, config.self_attn[level])
+    raise ValueError(f"block_types_per_layer: {kind!r} is not a known block; known are C, T and A")
+
+
+def _repeat_mappers(widths: Sequence[int], repeats: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.ModuleList(Pointwise(width, width) for _ in range(repeat - 1))
+        for width, repeat in zip(widths, repeats, strict=True)
+    )

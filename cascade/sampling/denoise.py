@@ -1,0 +1,128 @@
+"""Denoising: carries samples from noise to clean latents.
+
+The network keeps no state. Everything that changes during a run lives in `Sample`, and everything is per row:
+samples of different prompts, steps, guidance, samplers and presets share one forward pass unnoticed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from cascade.sampling.guidance import guide
+from cascade.sampling.noise import NoiseSource
+from cascade.sampling.presets import Preset
+from cascade.sampling.samplers import Sampler, Weights, clean_latents, next_latents
+from cascade.sampling.schedule import Levels
+
+C = TypeVar("C")  # what guides the network; opaque here
+
+# (latents (b, c, h, w), ratio (b,) fp32, condition of b rows) -> predicted noise, same shape as the latents
+Network = Callable[[Tensor, Tensor, C], Tensor]
+
+# Conditions of some rows each -> one condition of all their rows, in order
+Join = Callable[[list[C]], C]
+
+
+@dataclass(slots=True, eq=False)
+class Sample(Generic[C]):
+    """One picture on its way through one stage."""
+
+    condition: C  # one row
+    unguided: C | None  # one row, of the negative prompt; None: no guidance, one forward pass per step
+    guidance_scale: float
+    levels: Levels
+    sampler: Sampler
+    preset: Preset
+    draw: NoiseSource
+    device: torch.device
+    latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
+    clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.latents = self.draw(0).to(self.device)
+        self.clean = torch.zeros_like(self.latents)
+
+    @property
+    def is_done(self) -> bool:
+        """All steps were made."""
+        return self.step == self.levels.steps
+
+    @property
+    def result(self) -> Tensor:
+        """What the next stage gets, (c, h, w)."""
+        return self.clean if self.preset.keeps_clean else self.latents
+
+
+class Batch(Generic[C]):
+    """Samples of one shape that step together; their conditions are joined once, not at every step."""
+
+    def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
+        self.samples = list(samples)
+        unguided = [sample.unguided for sample in samples if sample.unguided is not None]
+        self._condition = join([*(sample.condition for sample in samples), *unguided])
+        guided = [row for row, sample in enumerate(samples) if sample.unguided is not None]
+        self._guided = torch.tensor(guided, device=samples[0].device)
+
+    def step(self, network: Network[C]) -> None:
+        """Advance every sample by one step of its own."""
+        samples = self.samples
+        latents = torch.stack([sample.latents for sample in samples])
+        log_snr = torch.stack([sample.levels.log_snr[sample.step] for sample in samples])
+        noise = self._predict(network, latents)
+        clean = clean_latents(latents, noise, log_snr)
+        weights = _weights(samples)
+        fresh = torch.stack(
+            [
+                sample.draw(sample.step + 1) if share > 0 else torch.zeros(latents.shape[1:])
+                for sample, share in zip(samples, weights.fresh, strict=True)
+            ]
+        )
+        latents = next_latents(clean, noise, fresh.to(latents.device), weights)
+        for sample, stepped, predicted in zip(samples, latents, clean, strict=True):
+            sample.latents, sample.clean = stepped, predicted
+            sample.step += 1
+
+    def _predict(self, network: Network[C], latents: Tensor) -> Tensor:
+        """Noise in fp32. The rows are all samples with their prompts, then the guided ones without."""
+        ratio = torch.stack([sample.levels.ratio[sample.step] for sample in self.samples])
+        ratio = ratio.to(latents.device, torch.float32)
+        guided = self._guided
+        if not len(guided):
+            return network(latents, ratio, self._condition).float()
+        rows = torch.cat([latents, latents[guided]])
+        noise = network(rows, torch.cat([ratio, ratio[guided]]), self._condition).float()
+        noise, unguided = noise[: len(latents)], noise[len(latents) :]
+        active = [sample for sample in self.samples if sample.unguided is not None]
+        scale = torch.tensor([sample.guidance_scale for sample in active])
+        rescale = torch.tensor([sample.preset.rescale for sample in active])
+        return noise.index_copy(0, guided, guide(noise[guided], unguided, scale, rescale))
+
+
+@torch.inference_mode()
+def denoise(network: Network[C], samples: list[Sample[C]], join: Join[C]) -> Iterator[None]:
+    """Advance `samples` together and yield after every step.
+
+    Between two steps the caller may report progress, drop a cancelled sample or append a new one.
+    Samples may be at different steps; their shapes must match.
+    """
+    batch: Batch[C] | None = None
+    while active := [sample for sample in samples if not sample.is_done]:
+        if batch is None or batch.samples != active:
+            batch = Batch(active, join)
+        batch.step(network)
+        yield
+
+
+def _weights(samples: Sequence[Sample[C]]) -> Weights:
+    """Each row's own sampler at its own level. A last step adds no noise, as none follows to remove it."""
+    rows = []
+    for sample in samples:
+        log_snr, next_log_snr = sample.levels.log_snr[sample.step : sample.step + 2]
+        weights = sample.sampler(log_snr, next_log_snr)
+        is_last = sample.step + 1 == sample.levels.steps
+        rows.append(weights._replace(fresh=torch.zeros_like(weights.fresh)) if is_last else weights)
+    return Weights(*(torch.stack(column) for column in zip(*rows, strict=True)))

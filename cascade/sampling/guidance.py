@@ -1,0 +1,24 @@
+"""Classifier-free guidance: away from the negative prompt's prediction, towards the prompt's."""
+
+import torch
+from torch import Tensor
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
+    """The guided noise, (b, c, h, w); `scale` and `rescale` are (b,).
+
+    Guidance inflates the prediction. `rescale` (rho) says how far its standard deviation is brought back to
+    the conditional one's (Lin et al. 2023, section 3.4): 0 not at all, 1 fully. The deviation is each
+    sample's own, so that company changes nothing; the official code takes it over the whole batch.
+    """
+    guided = torch.lerp(unconditional, conditional, _per_row(scale, conditional))
+    rho = _per_row(rescale, conditional)
+    return guided * (rho * _deviation(conditional) / (_deviation(guided) + 1e-9) + (1 - rho))
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).view(-1, 1, 1, 1)
+
+
+def _deviation(noise: Tensor) -> Tensor:
+    return noise.std(dim=(1, 2, 3), keepdim=True)

@@ -1,0 +1,83 @@
+"""Noise that depends on the request and on nothing else.
+
+`gaussian` is a function of (seed, stage, step), so a picture comes out the same alone, in any batch, on any
+machine and after any crash. `TorchGenerator` repeats the draws of a diffusers script, step by step, instead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Stage = Literal["prior", "decoder"]
+
+# step -> noise of the latents' shape, fp32 on the CPU: step 0 starts the run, step i is for the i-th update
+NoiseSource = Callable[[int], Tensor]
+
+_STAGE_NUMBER: dict[Stage, int] = {"prior": 1, "decoder": 2}
+
+
+def gaussian(shape: Sequence[int], seed: int, stage: Stage, step: int) -> Tensor:
+    """Standard normal noise, fp32 on the CPU: Philox 4x64 bits (Salmon et al. 2011) through Box-Muller.
+
+    The key is (seed, stage), the high counter word the step. numpy promises these bits for ever but not its
+    normal variates, hence our own transform, in fp64 so that rounding to fp32 hides differences of libm.
+    """
+    num_values = int(np.prod(shape))
+    key = np.array([seed, _STAGE_NUMBER[stage]], dtype=np.uint64)
+    counter = np.array([0, 0, 0, step], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw((num_values + 1) // 2)
+    first, second = bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)
+    radius = np.sqrt(-2 * np.log((first + 0.5) / 2**32))
+    angle = (second + 0.5) * (2 * np.pi / 2**32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return torch.from_numpy(pairs.astype(np.float32)).flatten()[:num_values].reshape(*shape)
+
+
+@dataclass(frozen=True, slots=True)
+class PhiloxNoise:
+    """`gaussian` for one sample, as a noise source."""
+
+    shape: tuple[int, ...]
+    seed: int
+    stage: Stage
+
+    def __call__(self, step: int) -> Tensor:
+        """Noise of one step."""
+        return gaussian(self.shape, self.seed, self.stage, step)
+
+
+class TorchGenerator:
+    """The draws of `torch.Generator("cpu").manual_seed(seed)` in a diffusers script, as a noise source.
+
+    Draws come in one order only, so the state before each is remembered and any of them can be repeated.
+    `dtype` is the weights' (the draws differ between types); `earlier` are shapes drawn before this run.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        earlier: Sequence[tuple[int, ...]] = (),
+    ) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for drawn in earlier:
+            torch.randn(drawn, generator=generator, dtype=dtype)
+        self._states = [generator.get_state()]
+
+    def __call__(self, step: int) -> Tensor:
+        """Noise of one step; steps before it are drawn too if they were not yet."""
+        generator = torch.Generator("cpu")
+        for known in range(min(step, len(self._states) - 1), step + 1):
+            generator.set_state(self._states[known])
+            noise = torch.randn(self._shape, generator=generator, dtype=self._dtype)
+            if known + 1 == len(self._states):
+                self._states.append(generator.get_state())
+        return noise.float()

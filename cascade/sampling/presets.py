@@ -1,0 +1,28 @@
+"""The two ways to run the same networks: as the official code does, and as diffusers does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from cascade.sampling.schedule import CosineSchedule, Levels
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What differs between the two, apart from where the noise comes from."""
+
+    shifts: bool  # levels are shifted and the network is told the level; otherwise it is told the time
+    rescale: float  # rho of the guidance
+    keeps_clean: bool  # the result is the clean latents as last predicted, not the latents stepped to
+
+    def levels(self, schedule: CosineSchedule, steps: int) -> Levels:
+        """The noise levels of a run."""
+        return schedule.grid(steps) if self.shifts else schedule.diffusers_grid(steps)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "official": Preset(shifts=True, rescale=0.7, keeps_clean=True),
+        "diffusers": Preset(shifts=False, rescale=0.0, keeps_clean=False),
+    }
+)

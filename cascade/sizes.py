@@ -1,0 +1,124 @@
+"""Sizes: which are allowed, on which grids a picture is drawn, and how it gets exactly the size asked for."""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image
+
+from cascade.errors import InvalidSetting
+
+MULTIPLE = 8
+MIN_SIDE = 64
+MAX_SIDE = 4096
+MAX_PIXELS = 4_194_304
+MAX_ASPECT = 4
+
+_CELL_PIXELS = 42.67  # a cell of Stage C's latent, rounded as both official code bases round it
+_LATENTS_PER_CELL = 10.67  # the same cell in Stage B's latent, of which one is four pixels wide
+_LATENT_PIXELS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSizes:
+    """The sizes (width, height) that a checkpoint knows, the default first.
+
+    Full checkpoints draw any size. Those that `resample` draw only these, and other sizes are made from them.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    resamples: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SizePlan:
+    """A size asked for and the grids (height, width) on which it is drawn."""
+
+    width: int
+    height: int
+    prior_grid: tuple[int, int]
+    decoder_grid: tuple[int, int]  # even sides: Stage B joins 2x2 latents to one token
+    resampled: bool = False
+
+    @property
+    def draw_width(self) -> int:
+        """Width of Stage A's pixels."""
+        return self.decoder_grid[1] * _LATENT_PIXELS
+
+    @property
+    def draw_height(self) -> int:
+        """Height of Stage A's pixels."""
+        return self.decoder_grid[0] * _LATENT_PIXELS
+
+    @property
+    def resampled_from(self) -> tuple[int, int] | None:
+        """The drawn size (width, height), if the picture is scaled to the size asked for."""
+        return (self.draw_width, self.draw_height) if self.resampled else None
+
+
+def plan_size(
+    width: int | None, height: int | None, native: NativeSizes, max_pixels: int = MAX_PIXELS
+) -> SizePlan:
+    """How to draw a picture of `width` x `height` pixels; an absent side is the native one.
+
+    Raises:
+        InvalidSetting: the size is not allowed.
+    """
+    default_width, default_height = native.sizes[0]
+    width = default_width if width is None else width
+    height = default_height if height is None else height
+    check_size(width, height, max_pixels)
+    if native.resamples:
+        drawn = _nearest_aspect(width, height, native)
+        return SizePlan(width, height, _cells(*drawn), _latents(*drawn), resampled=drawn != (width, height))
+    prior_grid = _cells(width, height)
+    rows, columns = (_even(int(cells * _LATENTS_PER_CELL)) for cells in prior_grid)
+    return SizePlan(width, height, prior_grid, (rows, columns))
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise `InvalidSetting` unless `width` x `height` is a size that can be asked for."""
+    for field, side in (("width", width), ("height", height)):
+        if type(side) is not int or not MIN_SIDE <= side <= MAX_SIDE or side % MULTIPLE:
+            raise InvalidSetting(
+                field, f"must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}"
+            )
+    if width * height > max_pixels:
+        raise InvalidSetting("size", f"{width}x{height} has more than {max_pixels} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InvalidSetting(
+            "size", f"{width}x{height} is beyond the aspect ratios 1:{MAX_ASPECT} to {MAX_ASPECT}:1"
+        )
+
+
+def fit_to_size(image: Image.Image, plan: SizePlan) -> Image.Image:
+    """The drawn picture at exactly the planned size: scaled to cover it if need be, then cut centrally."""
+    if plan.resampled:
+        scale = max(plan.width / image.width, plan.height / image.height)
+        covering = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+    if image.size == (plan.width, plan.height):
+        return image
+    left, top = (image.width - plan.width) // 2, (image.height - plan.height) // 2
+    return image.crop((left, top, left + plan.width, top + plan.height))
+
+
+def _nearest_aspect(width: int, height: int, native: NativeSizes) -> tuple[int, int]:
+    """The native size of the nearest aspect ratio, and among those the one of the nearest area."""
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        across, area = size[0] / size[1], size[0] * size[1]
+        return abs(math.log(across * height / width)), abs(math.log(area / (width * height)))
+
+    return min(native.sizes, key=distance)
+
+
+def _cells(width: int, height: int) -> tuple[int, int]:
+    return math.ceil(height / _CELL_PIXELS), math.ceil(width / _CELL_PIXELS)
+
+
+def _latents(width: int, height: int) -> tuple[int, int]:
+    return height // _LATENT_PIXELS, width // _LATENT_PIXELS
+
+
+def _even(side: int) -> int:
+    return side + side % 2

@@ -1,0 +1,149 @@
+"""The semantic code: what Stage C draws for a scene, defined instead of learned.
+
+Sixteen channels on the Stage C grid say everything about the scene at every node, so
+that each network of the tiny checkpoint can be trained against it on its own.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade.training.scenes import COLOURS, PALETTE, SHAPES, Scene, Thing
+
+CHANNELS = 16
+CELL = 48.0  # pixels; about the distance of two nodes
+CELLS_PER_SIDE = 3 / 128  # one node per 42.67 pixels
+
+Code = NDArray[np.float32]  # (16, gh, gw)
+
+_TOKEN = 8.0  # pixels under one token of Stage B, whose outermost centres carry the outermost nodes
+_FULL_WITHIN, _GONE_BEYOND = CELL, 1.6 * CELL
+_SAME_THING = 64.0  # pixels between two nodes' opinions on the centre of one thing
+_FEWEST_NODES = 4  # the smallest thing has nine
+_BACKGROUND, _COLOUR, _SHAPE, _OFFSET, _RADIUS, _WEIGHT = (
+    slice(0, 3),
+    slice(3, 6),
+    slice(6, 12),
+    slice(12, 14),
+    slice(14, 15),
+    slice(15, 16),
+)
+
+# Over 20,000 training scenes; `estimate_moments` finds them again.
+MEAN = np.array([0.0] * 14 + [0.109, 0.577], np.float32)
+DEVIATION = np.array([1.001] * 3 + [0.744] * 3 + [0.743] * 6 + [0.691] * 2 + [0.576, 0.469], np.float32)
+
+
+def grid_size(width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of the code of a picture."""
+    return math.ceil(height * CELLS_PER_SIDE), math.ceil(width * CELLS_PER_SIDE)
+
+
+def scene_code(scene: Scene) -> Code:
+    """The code of a scene, each channel with zero mean and unit variance over training scenes."""
+    return ((_raw_code(scene) - MEAN[:, None, None]) / DEVIATION[:, None, None]).astype(np.float32)
+
+
+def read_code(code: Code, size: tuple[int, int]) -> Scene:
+    """What a code shows in a picture of the given width and height; exact for codes of real scenes.
+
+    Every node has an opinion on the thing that it belongs to; nodes that agree on the centre are
+    averaged. Shape and colour are the nearest ones, however far away.
+    """
+    raw = code * DEVIATION[:, None, None] + MEAN[:, None, None]
+    background = _nearest(raw[_BACKGROUND].mean((1, 2)), _WHITENED, COLOURS)
+    is_thing = raw[15] > 0.6
+    nodes = raw[:, is_thing].T.astype(float)  # (n, 16)
+    position = np.stack(np.meshgrid(*_nodes(*size)), axis=-1)[is_thing]  # (n, 2)
+    centres = position - 64 * nodes[:, _OFFSET] / nodes[:, _WEIGHT]
+    agree = np.linalg.norm(centres[:, None] - centres, axis=-1) < _SAME_THING  # (n, n)
+    things = []
+    fewest = _FEWEST_NODES
+    while (votes := agree.sum(1)).max(initial=0) >= fewest:
+        centre = centres[agree[votes.argmax()]].mean(0)
+        mine = agree.any(1) & (np.linalg.norm(centres - centre, axis=1) < _SAME_THING)
+        things.append(_read_thing(nodes[mine], position[mine]))
+        agree &= ~mine & ~mine[:, None]
+        fewest = max(fewest, int(0.3 * mine.sum()))
+    return Scene(*size, background, tuple(things))
+
+
+def estimate_moments(scenes: list[Scene]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation of each raw channel over the nodes of many scenes; shape and colour share theirs."""
+    raw = np.concatenate([_raw_code(scene).reshape(CHANNELS, -1) for scene in scenes], axis=1).astype(float)
+    mean, deviation = raw.mean(1), raw.std(1)
+    for group in (_BACKGROUND, _COLOUR, _SHAPE, _OFFSET):
+        mean[group] = 0
+        deviation[group] = np.sqrt((raw[group] ** 2).mean())
+    return mean, deviation
+
+
+def _raw_code(scene: Scene) -> NDArray[np.float32]:
+    x, y = _nodes(scene.width, scene.height)
+    raw = np.zeros((CHANNELS, len(y), len(x)), np.float32)
+    raw[_BACKGROUND] = _WHITENED[COLOURS.index(scene.background)][:, None, None]
+    nearest = np.full((len(y), len(x)), np.inf)
+    for thing in scene.things:
+        distance = np.maximum(np.abs(x - thing.x)[None, :], np.abs(y - thing.y)[:, None]) - thing.radius
+        weight = ((_GONE_BEYOND - distance) / (_GONE_BEYOND - _FULL_WITHIN)).clip(0, 1)
+        content = np.zeros((CHANNELS, len(y), len(x)), np.float32)
+        content[_COLOUR] = _WHITENED[COLOURS.index(thing.colour)][:, None, None]
+        content[_SHAPE] = _SIMPLEX[SHAPES.index(thing.shape)][:, None, None]
+        content[12] = ((x - thing.x) / 64)[None, :]
+        content[13] = ((y - thing.y) / 64)[:, None]
+        content[_RADIUS] = (thing.radius - 45) / 20
+        content[_WEIGHT] = 1
+        raw[3:] = np.where(distance < nearest, content * weight, raw)[3:]
+        nearest = np.minimum(nearest, distance)
+    return raw
+
+
+def _read_thing(nodes: NDArray[np.float64], position: NDArray[np.float64]) -> Thing:
+    """The common opinion of the nodes of one thing; all contents are multiplied by the weights already."""
+    weights = nodes[:, 15]
+    mean = nodes.sum(0) / weights.sum()
+    x, y = (weights @ position) / weights.sum() - 64 * mean[_OFFSET]
+    shape, colour = _nearest(mean[_SHAPE], _SIMPLEX, SHAPES), _nearest(mean[_COLOUR], _WHITENED, COLOURS)
+    return Thing(shape, colour, float(x), float(y), float(45 + 20 * mean[14]))
+
+
+def _nearest(vector: NDArray[np.floating], corners: NDArray[np.float32], names: tuple[str, ...]) -> str:
+    return names[int(np.linalg.norm(corners - vector, axis=1).argmin())]
+
+
+def _nodes(width: int, height: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pixel columns and rows of the nodes.
+
+    Stage B resizes the code with aligned corners; from these positions an offset, linear in the node's
+    position, stays exact at every token.
+    """
+    rows, columns = grid_size(width, height)
+    x = _TOKEN / 2 + np.arange(columns) * (width - _TOKEN) / (columns - 1)
+    y = _TOKEN / 2 + np.arange(rows) * (height - _TOKEN) / (rows - 1)
+    return x, y
+
+
+def _whitened_palette() -> NDArray[np.float32]:
+    """The palette with zero mean and unit covariance, (colours, 3)."""
+    centred = np.array([PALETTE[colour] for colour in COLOURS], float)
+    centred -= centred.mean(0)
+    variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    whitened: NDArray[np.float32] = (centred @ axes @ np.diag(variances**-0.5) @ axes.T).astype(np.float32)
+    return whitened
+
+
+def _simplex(corners: int) -> NDArray[np.float32]:
+    """Corners of the regular simplex, (corners, corners - 1), of length sqrt(corners - 1).
+
+    Row k of the Helmert matrix is orthogonal to the ones and to all other rows.
+    """
+    helmert = np.zeros((corners - 1, corners))
+    for k in range(1, corners):
+        helmert[k - 1, :k] = 1 / math.sqrt(k * (k + 1))
+        helmert[k - 1, k] = -k / math.sqrt(k * (k + 1))
+    return (helmert.T * math.sqrt(corners)).astype(np.float32)
+
+
+_WHITENED = _whitened_palette()
+_SIMPLEX = _simplex(len(SHAPES))

@@ -1,0 +1,63 @@
+"""The objective of both diffusion stages: noised latents in, error of the implied clean latents out.
+
+The networks predict noise. Weighting its squared error by the noise-to-signal ratio makes it the error of
+the clean latents, which small networks learn well at high noise; low noise is given more weight than that.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.sampling.samplers import clean_latents
+from cascade.sampling.schedule import CosineSchedule, signal_and_noise
+
+
+@dataclass(frozen=True, slots=True)
+class Emphasis:
+    """Which noised latents a stage is trained on, and how much each level counts."""
+
+    starts: float  # share of rows that begin where sampling does: pure noise, no trace of the picture
+    decoys: float  # share of rows whose noised latents show another picture more or less strongly
+    low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
+    highest: float  # ... but at least 1 and at most this
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedBatch:
+    """Latents on their way, and what they should lead to."""
+
+    clean: Tensor  # (b, c, h, w)
+    latents: Tensor  # (b, c, h, w)
+    log_snr: Tensor  # (b,)
+    ratio: Tensor  # (b,)
+    weight: Tensor  # (b,)
+
+    def loss(self, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Weighted squared error of the clean latents that the predicted `noise` implies, and figures by level."""
+        error = (clean_latents(self.latents, noise.float(), self.log_snr) - self.clean).square().mean((1, 2, 3))
+        figures = {}
+        for name, rows in (("start", self.ratio >= self.ratio.max()), ("late", self.ratio < 0.3)):
+            if rows.any():
+                figures[name] = float(error.detach()[rows].mean())
+        return (error * self.weight).mean(), figures
+
+
+def noise_batch(clean: Tensor, schedule: CosineSchedule, emphasis: Emphasis, rng: np.random.Generator) -> NoisedBatch:
+    """Noise `clean` latents to levels spread evenly over time."""
+    count = len(clean)
+    times = (rng.permutation(count) + rng.random(count)) / count
+    num_starts = round(emphasis.starts * count)
+    times[:num_starts] = 1.0
+    log_snr = schedule.log_snr(torch.from_numpy(times))
+    alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in signal_and_noise(log_snr))
+    decoy = torch.from_numpy(
+        np.where((rng.random(count) < emphasis.decoys) & (times > 0.3), rng.random(count), 0.0).astype(np.float32)
+    )
+    shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
+    shown[:num_starts] = 0
+    noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
+    noise[:num_starts] /= sigma[:num_starts]
+    weight = (emphasis.low_noise * log_snr.exp()).clamp(1.0, emphasis.highest).float()
+    return NoisedBatch(clean, alpha * shown + sigma * noise, log_snr, schedule.ratio(log_snr).float(), weight)

@@ -1,0 +1,67 @@
+"""The finished components of a run become one checkpoint folder, in fp16 and in the ordinary layout."""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cascade.checkpoints.load import load_cascade
+from cascade.checkpoints.save import save_cascade
+from cascade.errors import CheckpointError
+from cascade.sizes import NativeSizes
+from cascade.training.scenes import NATIVE_SIZES
+from cascade.training.stage_b import SCHEDULE as DECODER_SCHEDULE
+from cascade.training.stage_c import SCHEDULE as PRIOR_SCHEDULE
+
+COMPONENTS = (
+    "prior",
+    "decoder",
+    "vqgan",
+    "text_encoder",
+    "tokenizer",
+    "image_encoder",
+    "feature_extractor",
+    "effnet_encoder",
+    "previewer",
+)
+
+
+def pack(run: Path, destination: Path) -> None:
+    """Assemble RUN/prior, RUN/decoder, ... in `destination`, which is replaced once the new one is complete.
+
+    Raises:
+        CheckpointError: a component is not trained yet, or does not fit the others.
+    """
+    missing = [name for name in COMPONENTS if not (run / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{run}: not trained yet: {', '.join(missing)}")
+    with tempfile.TemporaryDirectory(dir=run) as folder:
+        assembled, packed = Path(folder, "assembled"), Path(folder, "packed")
+        for name in COMPONENTS:  # without the states of the training, which lie beside them
+            shutil.copytree(run / name, assembled / name)
+        models = replace(
+            load_cascade(assembled, device="cpu", dtype="float32"),
+            prior_schedule=PRIOR_SCHEDULE,
+            decoder_schedule=DECODER_SCHEDULE,
+            native=NativeSizes(NATIVE_SIZES, resamples=True),
+        )
+        save_cascade(models, packed, torch.float16)
+        shutil.rmtree(destination, ignore_errors=True)
+        shutil.move(packed, destination)
+
+
+def num_bytes(folder: Path) -> int:
+    """The size of all files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Pack the run given on the command line into the folder given after it."""
+    pack(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Trains the tiny Stage C: from a caption to the semantic code of a scene.
+
+Codes need no pictures, so every step draws fresh scenes and wordings. Judge the run by the scenes read back
+from sampled codes, printed at every sample.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from cascade.conditioning import ImageEncoder, TextEncoder
+from cascade.config import ScheduleConfig, StageCConfig
+from cascade.networks.stage_c import StageC
+from cascade.networks.unet import Condition
+from cascade.sampling.denoise import Sample, denoise
+from cascade.sampling.noise import PhiloxNoise
+from cascade.sampling.presets import PRESETS
+from cascade.sampling.samplers import SAMPLERS
+from cascade.sampling.schedule import CosineSchedule
+from cascade.training.captions import caption
+from cascade.training.code import read_code, scene_code
+from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.loop import Plan, fit
+from cascade.training.preconditioning import precondition
+from cascade.training.scenes import NATIVE_SIZES, SQUARE_SIZE, Scene, held_out_generator, render, sample_scene
+from PIL import Image
+
+TINY_STAGE_C = StageCConfig(
+    timestep_ratio_embedding_dim=32,
+    conditioning_dim=128,
+    block_out_channels=(96, 96),
+    num_attention_heads=(3, 3),
+    down_num_layers_per_block=(2, 2),
+    up_num_layers_per_block=(2, 2),
+    clip_text_in_channels=128,
+    clip_text_pooled_in_channels=128,
+    clip_image_in_channels=128,
+    dropout=(0.0, 0.0),
+)
+SCHEDULE = ScheduleConfig(clamp_min=0.005)
+PLAN = Plan(
+    steps=9000,
+    learning_rate=1.5e-3,
+    compute_dtype=torch.bfloat16,
+    save_every=250,
+    sample_every=1000,
+    seed=31,
+)
+
+_BATCH = 96
+_PAIR = 100.0
+_EMPHASIS = Emphasis(starts=0.15, decoys=0.0, low_noise=0.3, highest=8.0)
+_WITHOUT_TEXT = 0.1
+_WITH_IMAGE = 0.08
+
+
+def train(run: Path, plan: Plan = PLAN) -> None:
+    """Train against the towers in `run` and write `run`/prior; an interrupted run goes on where it was."""
+    torch.manual_seed(plan.seed)
+    stage = StageC(TINY_STAGE_C)
+    schedule = CosineSchedule(SCHEDULE)
+    trainable = precondition(stage, schedule, _PAIR)
+    text, images = load_text_encoder(run), load_image_encoder(run)
+    # Most batches have one shape, for which a compiled step is faster; it needs a C++ compiler.
+    compiled = torch.compile(_predict, dynamic=False) if shutil.which("g++") else _predict
+
+    def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(module, StageC)
+        size = SQUARE_SIZE if rng.random() < 0.85 else NATIVE_SIZES[1 + int(rng.integers(len(NATIVE_SIZES) - 1))]
+        scenes = [sample_scene(rng, size) for _ in range(_BATCH)]
+        batch = noise_batch(_codes(scenes), schedule, _EMPHASIS, rng)
+        predict = compiled if size == SQUARE_SIZE else _predict
+        return batch.loss(predict(module, batch.latents, batch.ratio, *embed(scenes, text, images, rng)))
+
+    def report(module: nn.Module, step: int) -> None:
+        assert isinstance(module, StageC)
+        figures = judge(module, text, schedule)
+        print(f"step {step}  {json.dumps(figures)}", flush=True)
+        save(module, run / "prior")
+
+    fit(stage, loss, plan, run / "stage_c", title="Stage C", sample=report, trainable=trainable)
+
+
+def _predict(
+    stage: StageC, latents: Tensor, ratio: Tensor, text: Tensor, pooled: Tensor, image_embeds: Tensor
+) -> Tensor:
+    return stage(latents, ratio, stage.prepare(text, pooled, image_embeds))
+
+
+def embed(
+    scenes: list[Scene], text: TextEncoder, images: ImageEncoder | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions, some dropped, and for some rows the picture's embedding, half of those without words."""
+    words = ["" if rng.random() < _WITHOUT_TEXT else caption(scene, rng).text for scene in scenes]
+    shown = np.flatnonzero(rng.random(len(scenes)) < _WITH_IMAGE) if images else np.empty(0, int)
+    for index in shown:
+        words[index] = words[index] if rng.random() < 0.3 else ""
+    embeddings = text.encode(words)
+    image_embeds = torch.zeros(len(scenes), 1, TINY_STAGE_C.clip_image_in_channels)
+    if images and len(shown):
+        pictures = [Image.fromarray(render(scenes[index])) for index in shown]
+        image_embeds[torch.from_numpy(shown)] = images.encode(pictures).clone()
+    return embeddings.hidden.clone(), embeddings.pooled.clone(), image_embeds
+
+
+@torch.no_grad()
+def judge(
+    stage: StageC, text: TextEncoder, schedule: CosineSchedule, count: int = 120, guidance_scale: float = 4.0
+) -> dict[str, float]:
+    """Shares of held-out captions whose sampled code reads right: by number of things, and the stated sides."""
+    rng = held_out_generator(3)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    captions = [caption(scene, rng) for scene in scenes]
+    results: dict[str, list[bool]] = {}
+    for scene, stated, code in zip(
+        scenes, captions, sample_codes(stage, text, schedule, [c.text for c in captions], guidance_scale), strict=True
+    ):
+        read = read_code(code.numpy(), SQUARE_SIZE)
+        found, wanted = (sorted((t.shape, t.colour) for t in s.things) for s in (read, scene))
+        is_right = found == wanted and ("background" not in stated.facts or read.background == scene.background)
+        results.setdefault(f"right_{len(scene.things)}", []).append(is_right)
+        if len(scene.things) == 2 and found == wanted and "near_shape" in stated.facts:
+            in_order = [[(t.shape, t.colour) for t in s.in_order()] for s in (read, scene)]
+            results.setdefault("sides", []).append(in_order[0] == in_order[1])
+    return {name: round(float(np.mean(hits)), 3) for name, hits in sorted(results.items())}
+
+
+def sample_codes(
+    stage: StageC, text: TextEncoder, schedule: CosineSchedule, prompts: list[str], guidance_scale: float
+) -> list[Tensor]:
+    """Codes (16, 6, 6) drawn for `prompts` in 20 steps."""
+    embeddings = text.encode([*prompts, ""])
+    no_image = torch.zeros(len(prompts) + 1, 1, TINY_STAGE_C.clip_image_in_channels)
+    conditions = stage.prepare(embeddings.hidden, embeddings.pooled, no_image)
+    preset = PRESETS["official"]
+    samples = [
+        Sample(
+            condition=conditions[index : index + 1],
+            unguided=conditions[-1:] if guidance_scale > 1 else None,
+            guidance_scale=guidance_scale,
+            levels=preset.levels(schedule, 20),
+            sampler=SAMPLERS["ddpm"],
+            preset=preset,
+            draw=PhiloxNoise((16, 6, 6), index, "prior"),
+            device=torch.device("cpu"),
+        )
+        for index in range(len(prompts))
+    ]
+    for _ in denoise(stage, samples, Condition.cat):
+        pass
+    return [sample.result for sample in samples]
+
+
+def load_text_encoder(run: Path) -> TextEncoder:
+    """The frozen text tower of a training run."""
+    model = CLIPTextModelWithProjection.from_pretrained(run / "text_encoder").eval().requires_grad_(False)
+    return TextEncoder(CLIPTokenizer.from_pretrained(run / "tokenizer"), model)
+
+
+def load_image_encoder(run: Path) -> ImageEncoder | None:
+    """The frozen vision tower of a training run, if it is there yet."""
+    if not (run / "feature_extractor").exists():
+        return None
+    model = CLIPVisionModelWithProjection.from_pretrained(run / "image_encoder").eval().requires_grad_(False)
+    return ImageEncoder(AutoImageProcessor.from_pretrained(run / "feature_extractor"), model)
+
+
+def save(stage: StageC, folder: Path) -> None:
+    """Write the averaged weights under their original names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stage.state_dict(), folder / "weights.safetensors")
+
+
+def load(run: Path) -> StageC:
+    """Stage C as a training run last saved it."""
+    stage = StageC(TINY_STAGE_C)
+    stage.load_state_dict(load_file(run / "prior" / "weights.safetensors"))
+    return stage.eval().requires_grad_(False)
+
+
+def _codes(scenes: list[Scene]) -> Tensor:
+    return torch.from_numpy(np.stack([scene_code(scene) for scene in scenes]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]))

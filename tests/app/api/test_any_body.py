@@ -1,0 +1,112 @@
+"""Whatever is sent, the answer is a picture or a client error in the right shape, and never a 5xx."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.main import create_app
+from app.schemas import ALIASES, ImageGenerationBody
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
+
+NAMES = [*ImageGenerationBody.model_fields, *ALIASES, "stream", "image", "mask", "loras", "control", "style"]
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 4096)
+    | st.floats()
+    | st.text(max_size=30)
+    | st.sampled_from(
+        ["auto", "url", "png", "low", "64x64", "1x1", "9" * 400 + "x1", "-1", "0", "1e9", "nan"]
+    )
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=10), ANYTHING, max_size=6)
+REQUESTS = st.builds(lambda members, prompt: {**members, "prompt": prompt}, OBJECTS, st.text(min_size=1))
+HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30)
+
+
+@pytest.fixture(scope="module")
+def post(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One server for all examples; its loop runs only while a request does."""
+    folder: Path = tmp_path_factory.mktemp("data")
+    app = create_app(Settings(data_dir=folder, log_level="error", max_pixels=256 * 256), runner=FakeRunner())
+    loop = asyncio.new_event_loop()
+    lifespan = app.router.lifespan_context(app)
+    loop.run_until_complete(lifespan.__aenter__())
+    app.state.services.engine.loaded.result(10)
+    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server.test")
+
+    def post(content: bytes, headers: dict[str, str]) -> httpx2.Response:
+        raw = {name.encode(): value.strip().encode("latin-1") for name, value in headers.items()}
+        return loop.run_until_complete(client.post("/v1/images/generations", content=content, headers=raw))
+
+    yield post
+    loop.run_until_complete(client.aclose())
+    loop.run_until_complete(lifespan.__aexit__(None, None, None))
+    loop.close()
+
+
+def check(answer: httpx2.Response) -> None:
+    assert answer.headers["x-request-id"]
+    if answer.status_code == 200:
+        is_picture = answer.headers["content-type"].startswith("image/")
+        assert is_picture or answer.json()["data"]
+        return
+    assert 400 <= answer.status_code < 500
+    assert answer.status_code != 422
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "\n" not in error["message"]
+
+
+SLOWLY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SLOWLY
+@given(members=OBJECTS | REQUESTS)
+def test_any_object(post: Any, members: dict[str, Any]) -> None:
+    check(post(json.dumps(members).encode(), {"content-type": "application/json"}))
+
+
+@SLOWLY
+@given(value=ANYTHING | st.binary())
+def test_any_value_and_any_bytes(post: Any, value: Any) -> None:
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    check(post(content, {"content-type": "application/json"}))
+
+
+@SLOWLY
+@given(
+    headers=st.dictionaries(
+        st.sampled_from(
+            ["accept", "authorization", "content-type", "content-encoding", "content-length-hint", "host",
+             "x-request-id", "x-api-key", "x-forwarded-host", "origin", "prefer", "range"]
+        ),
+        HEADER,
+    ),
+    response_format=st.sampled_from(["url", "b64_json"]),
+)  # fmt: skip
+def test_any_headers(post: Any, headers: dict[str, str], response_format: str) -> None:
+    members = {"prompt": "x", "response_format": response_format}
+    check(post(json.dumps(members).encode(), {"content-type": "application/json", **headers}))
+
+
+@SLOWLY
+@given(name=st.sampled_from(NAMES), value=ANYTHING)
+def test_any_value_of_a_known_member(post: Any, name: str, value: Any) -> None:
+    members = {"prompt": "x", name: value}
+    check(post(json.dumps(members).encode(), {"content-type": "application/json"}))

@@ -1,0 +1,245 @@
+"""What holds for every request: ids, error families, OPTIONS, browsers, logs, figures, health under load."""
+
+import asyncio
+import json
+import re
+import time
+
+import httpx2
+import pytest
+
+from tests.app.conftest import Serve
+from tests.app.fakes import FakeRunner, until
+
+pytestmark = pytest.mark.anyio
+PATH = "/v1/images/generations"
+
+
+async def test_every_answer_has_an_id(client: httpx2.AsyncClient) -> None:
+    for method, path in [("GET", "/healthz"), ("GET", "/nothing"), ("PUT", PATH), ("OPTIONS", PATH)]:
+        given = await client.request(method, path)
+        assert re.fullmatch(r"req_[0-9a-f]{24}", given.headers["x-request-id"])
+    for name in ("x-request-id", "x-client-request-id"):
+        assert (await client.get("/", headers={name: "mine 1"})).headers["x-request-id"] == "mine 1"
+    for unusable in ("é", "x" * 201, "a\x7f", " "):
+        answer = await client.get("/", headers={b"x-request-id": unusable.encode()})
+        assert answer.headers["x-request-id"].startswith("req_")
+
+
+async def test_errors_of_the_openai_family(client: httpx2.AsyncClient) -> None:
+    for method, path, status, code in [
+        ("GET", "/v1/nothing", 404, "unknown_url"),
+        ("GET", "/v1/images/generations/", 404, "unknown_url"),
+        ("POST", "/v1/chat/completions", 404, "unknown_url"),
+        ("GET", PATH, 405, "method_not_allowed"),
+        ("BREW", PATH, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ]:
+        answer = await client.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.headers["content-type"] == "application/json"
+    assert (await client.get(PATH)).headers["allow"] == "POST, OPTIONS"
+
+
+async def test_errors_elsewhere_are_problems(client: httpx2.AsyncClient) -> None:
+    for method, path, status, code in [
+        ("GET", "/nothing", 404, "unknown_url"),
+        ("GET", "/v1x", 404, "unknown_url"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("GET", "/files/x.png", 403, "forbidden"),
+    ]:
+        answer = await client.request(method, path, headers={"x-request-id": "r1"})
+        problem = answer.json()
+        assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert problem["instance"] == path
+        assert problem["request_id"] == "r1"
+        assert {"type", "title", "detail"} <= set(problem)
+    assert (await client.post("/files/x.png")).headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+async def test_an_unforeseen_error_is_an_answer_of_the_family(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("inner secret")
+
+    monkeypatch.setattr("app.api.generation.encode", broken)
+    async with serve() as client:
+        answer = await client.post(PATH, json={"prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert "secret" not in answer.text
+    assert "inner secret" in capsys.readouterr().err
+
+
+async def test_options_needs_no_key_and_names_the_methods(serve: Serve) -> None:
+    async with serve(api_keys="k") as client:
+        for path, allowed in [
+            (PATH, "POST, OPTIONS"),
+            ("/v1/models", "GET, OPTIONS"),
+            ("/files/x.png", "GET, HEAD, OPTIONS"),
+            ("/nothing", "OPTIONS"),
+        ]:
+            answer = await client.options(path)
+            assert (answer.status_code, answer.headers["allow"]) == (204, allowed)
+            assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_browsers_of_the_listed_origins_may_call(serve: Serve) -> None:
+    preflight = {
+        "origin": "https://page.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, x-stainless-os",
+    }
+    async with serve(cors_origins="https://page.example,https://other.example") as client:
+        answer = await client.options(PATH, headers=preflight)
+        assert answer.status_code == 204
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert "allow" in answer.headers
+        for answer in (
+            await client.get("/v1/models", headers={"origin": "https://page.example"}),
+            await client.post(PATH, json={}, headers={"origin": "https://page.example"}),
+        ):
+            assert answer.headers["access-control-allow-origin"] == "https://page.example"
+            assert "x-seed" in answer.headers["access-control-expose-headers"]
+            assert "Origin" in answer.headers["vary"]
+        answer = await client.options(PATH, headers={**preflight, "origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in answer.headers
+        assert "access-control-allow-methods" not in answer.headers
+        answer = await client.get("/v1/models")
+        assert answer.headers["vary"] == "Origin"
+    async with serve(cors_origins="*") as client:
+        answer = await client.options(PATH, headers=preflight)
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+
+
+async def test_one_line_for_each_request_and_no_prompt(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve(log_level="info", log_format="json") as client:
+        capsys.readouterr()
+        await client.post(
+            PATH, json={"prompt": "a very private prompt", "n": 2}, headers={"x-request-id": "r"}
+        )
+        await client.get(
+            "/evil\r\n\x1b[31m{}".replace("\r", "%0D").replace("\n", "%0A").replace("\x1b", "%1B")
+        )
+        await client.get("/healthz")
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    first, second = lines
+    assert {name: first[name] for name in ("event", "request_id", "method", "status", "images", "size")} == {
+        "event": "request",
+        "request_id": "r",
+        "method": "POST",
+        "status": 200,
+        "images": 2,
+        "size": "64x64",
+    }
+    assert 0 < first["seconds"] < 10
+    assert first["prompt_characters"] == 21
+    assert "private" not in str(lines)
+    assert second["path"] == "/evil\r\n\x1b[31m{}"
+    async with serve(log_level="info", log_format="json", log_prompts=True) as client:
+        await client.post(PATH, json={"prompt": "a very private prompt"})
+    assert "a very private prompt" in capsys.readouterr().err
+
+
+async def test_a_terminal_gets_no_escape_sequences_of_others(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve(log_level="info", log_format="console") as client:
+        capsys.readouterr()
+        await client.get("/evil%0D%0A%1B%5B31m", headers={"x-request-id": "[31m"})
+        log = capsys.readouterr().err
+    assert len(log.splitlines()) == 1
+    assert "\x1b[31m" not in log
+
+
+async def test_figures_count_routes_and_not_paths(serve: Serve) -> None:
+    async with serve() as client:
+        await client.post(PATH, json={"prompt": "x", "n": 2})
+        await client.post(PATH, json={"prompt": "x", "n": 0})
+        await client.get("/v1/models/some-name-that-is-no-label")
+        await client.get("/no-label-either")
+        text = (await client.get("/metrics")).text
+    assert f'cascade_http_requests_total{{method="POST",route="{PATH}",status="200"}} 1.0' in text
+    assert f'cascade_http_requests_total{{method="POST",route="{PATH}",status="400"}} 1.0' in text
+    assert 'route="/v1/models/{model:path}"' in text
+    assert 'route="unmatched",status="404"' in text
+    assert "no-label" not in text
+    assert "cascade_pictures_total 2.0" in text
+    assert 'cascade_jobs_total{outcome="succeeded"} 1.0' in text
+    assert "cascade_model_loaded 1.0" in text
+    assert 'cascade_steps_total{stage="prior"} 2.0' in text
+
+
+async def test_health_answers_while_the_engine_is_busy(serve: Serve, runner: FakeRunner) -> None:
+    async with serve(max_batch=1) as client:
+        runner.gate.clear()
+        tasks = [asyncio.ensure_future(client.post(PATH, json={"prompt": "x"})) for _ in range(8)]
+        await until(lambda: runner.batches)
+        seconds = []
+        for _ in range(50):
+            started = time.perf_counter()
+            assert (await client.get("/healthz")).status_code == 200
+            seconds.append(time.perf_counter() - started)
+        assert max(seconds) < 0.1
+        assert not any(task.done() for task in tasks)
+        runner.gate.set()
+        assert [answer.status_code for answer in await asyncio.gather(*tasks)] == [200] * 8
+
+
+async def test_a_client_that_leaves_frees_the_device(serve: Serve, runner: FakeRunner) -> None:
+    async with serve(max_batch=1) as client:
+        runner.gate.clear()
+        running, waiting = (_Visitor(client) for _ in range(2))
+        await until(lambda: runner.batches)
+        running.leave()
+        waiting.leave()
+        await asyncio.gather(running.visit, waiting.visit)
+        runner.gate.set()
+        await until(lambda: runner.num_stopped)
+        assert (await client.post(PATH, json={"prompt": "x"})).status_code == 200
+        outcomes = (await client.get("/metrics")).text
+    assert len(runner.batches) == 2, "the one that waited was never begun"
+    assert 'cascade_jobs_total{outcome="canceled"} 2.0' in outcomes
+
+
+class _Visitor:
+    """A raw ASGI client that posts a prompt and may close the connection before the answer."""
+
+    def __init__(self, client: httpx2.AsyncClient) -> None:
+        self._gone = asyncio.Event()
+        self._has_sent = False
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": PATH,
+            "raw_path": PATH.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"server.test")],
+            "scheme": "http",
+            "client": ("127.0.0.1", 1),
+            "server": ("server.test", 80),
+            "http_version": "1.1",
+        }
+        app = client.app  # type: ignore[attr-defined]
+        self.visit = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> dict[str, object]:
+        if not self._has_sent:
+            self._has_sent = True
+            return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, object]) -> None:
+        assert message.get("status") in (None, 499)

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.app.cli.running import SMALL, Run, pixels
+
+
+def test_inspect_lists_components_and_what_is_missing(run: Run, checkpoint: Path) -> None:
+    outcome = run("inspect", checkpoint)
+    assert outcome.status == 0
+    for component in ("stage_a", "stage_b", "stage_c", "text_encoder", "image_encoder"):
+        assert component in outcome.out
+    assert "prior/diffusion_pytorch_model.safetensors" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("complete")
+
+    part = run("inspect", checkpoint / "prior")
+    assert part.out.splitlines()[-1] == "missing: stage_b, stage_a, text_encoder, tokenizer"
+
+
+def test_inspect_names_a_damaged_file(run: Run, tmp_path: Path) -> None:
+    damaged = tmp_path / "stage_c.safetensors"
+    damaged.write_bytes(b"\xff" * 100)
+    outcome = run("inspect", damaged)
+    assert outcome.status == 2
+    [line] = outcome.err.splitlines()
+    assert line.startswith("cascade: ")
+    assert str(damaged) in line
+
+
+def test_a_converted_checkpoint_gives_the_same_picture(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("convert", checkpoint, tmp_path / "original", "--layout", "original")
+    assert outcome.out == f"{tmp_path / 'original'}\n"
+    assert (tmp_path / "original" / "stage_c.safetensors").is_file()
+    for name, model in (("a", checkpoint), ("b", tmp_path / "original")):
+        run("generate", "a cat", "-o", tmp_path / f"{name}.png", "-m", model, "--seed", 7, *SMALL)
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--layout", "comfyui"), "'original', 'diffusers'"),
+        (("--layout", "original", "--dtype", "int8"), "dtype: "),
+        ((), "--layout"),
+    ],
+)
+def test_convert_says_what_is_allowed(
+    run: Run, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    outcome = run("convert", checkpoint, tmp_path / "new", *arguments)
+    assert outcome.status == 2
+    assert words in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_download_without_a_hub_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_repository: str, **_settings: object) -> None:
+        raise PermissionError(13, "Permission denied", "cache")
+
+    monkeypatch.setattr("cascade.checkpoints.hub.download", refused)
+    outcome = run("download", "owner/name", "--cache", tmp_path)
+    assert outcome.status == 2
+    assert outcome.err == "cascade: cache: Permission denied\n"
+
+
+def test_download_prints_the_notice_and_the_folders(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, **settings: object) -> tuple[Path, ...]:
+        notify = settings["notify"]
+        assert callable(notify)
+        notify(f"{repository}: non-commercial")
+        return (tmp_path / "one", tmp_path / "two")
+
+    monkeypatch.setattr("cascade.checkpoints.hub.download", download)
+    outcome = run("download", "owner/name", "--variant", "lite")
+    assert outcome.out == f"{tmp_path / 'one'}\n{tmp_path / 'two'}\n"
+    assert outcome.err == "owner/name: non-commercial\n"

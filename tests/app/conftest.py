@@ -1,0 +1,57 @@
+"""The real server with a fake model, and clients that call it without a network."""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from app.engine.engine import Runner
+from app.main import create_app
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
+
+Serve = Callable[..., AbstractAsyncContextManager[httpx2.AsyncClient]]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("CASCADE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def runner() -> FakeRunner:
+    return FakeRunner()
+
+
+@pytest.fixture
+def serve(tmp_path: Path, runner: FakeRunner) -> Serve:
+    """`async with serve(setting=...) as client`: a server that is ready, or that loads with `wait=False`."""
+
+    @asynccontextmanager
+    async def serve(
+        *, wait: bool = True, use: Runner | None = None, **settings: Any
+    ) -> AsyncIterator[httpx2.AsyncClient]:
+        settings = {"data_dir": tmp_path, "log_level": "error", **settings}
+        app = create_app(Settings(**settings), runner=use or runner)
+        transport = httpx2.ASGITransport(app)
+        async with app.router.lifespan_context(app):
+            if wait:
+                app.state.services.engine.loaded.result(10)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as client:
+                client.app = app  # type: ignore[attr-defined]  # for tests that look inside
+                yield client
+            runner.gate.set()
+
+    return serve
+
+
+@pytest.fixture
+async def client(serve: Serve) -> AsyncIterator[httpx2.AsyncClient]:
+    async with serve() as client:
+        yield client

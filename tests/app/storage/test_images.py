@@ -1,0 +1,88 @@
+"""The folder of pictures: whole files or none, random names, nothing outside, nothing for ever."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from app.errors import NotFound, StorageFull
+from app.storage.images import ImageStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(tmp_path, ttl_seconds=100)
+
+
+def test_what_was_saved_is_read_back(store: ImageStore) -> None:
+    content = os.urandom(200_000)
+    name = store.save(content, "webp")
+    stored = store.open(name)
+    with stored.file as file:
+        file.seek(0)
+        assert file.read() == content
+    assert stored.sha256 == hashlib.sha256(content).hexdigest()
+    assert stored.size_bytes == len(content)
+
+
+def test_names_are_random(store: ImageStore) -> None:
+    names = {store.save(b"same", "png") for _ in range(50)}
+    assert len(names) == 50
+    assert all(len(name) == 36 for name in names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x.png", "/etc/passwd", "secret", "a" * 32, "a" * 32 + ".png\n", "a" * 32 + ".png/x"],
+)
+def test_other_names_open_nothing(store: ImageStore, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(NotFound):
+        store.open(name)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_is_an_error_and_leaves_nothing(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageFull):
+            store.save(b"x" * 1000, "png")
+    assert list(tmp_path.iterdir()) == []
+    store.save(b"x", "png")
+
+
+def test_other_errors_of_the_disk_are_not_hidden(store: ImageStore, tmp_path: Path) -> None:
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError):
+        store.save(b"x", "png")
+    tmp_path.mkdir()
+
+
+def test_old_pictures_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
+    now = 1_000_000.0
+    store = ImageStore(tmp_path, ttl_seconds=100, clock=lambda: now)
+    old, young = store.save(b"old", "png"), store.save(b"young", "png")
+    (tmp_path / f"{old}.partial").write_bytes(b"ol")
+    (tmp_path / "not-ours.png").write_bytes(b"x")
+    os.utime(tmp_path / old, (now - 101, now - 101))
+    os.utime(tmp_path / f"{old}.partial", (now - 101, now - 101))
+    os.utime(tmp_path / "not-ours.png", (now - 101, now - 101))
+    os.utime(tmp_path / young, (now - 99, now - 99))
+    assert store.sweep() == 2
+    assert {path.name for path in tmp_path.iterdir()} == {young, "not-ours.png"}
+
+
+def test_a_picture_that_is_being_read_survives_its_removal(store: ImageStore, tmp_path: Path) -> None:
+    name = store.save(b"content", "png")
+    stored = store.open(name)
+    (tmp_path / name).unlink()
+    with stored.file as file:
+        file.seek(0)
+        assert file.read() == b"content"

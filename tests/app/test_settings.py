@@ -1,0 +1,77 @@
+"""Settings: read from `CASCADE_*`, checked whole, mistakes named."""
+
+import json
+
+import pytest
+
+from app.settings import Settings, SettingsError, load_settings
+
+
+def test_the_defaults_serve_this_machine_only() -> None:
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "tiny")
+    assert settings.is_loopback
+
+
+def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_PORT", "9000")
+    monkeypatch.setenv("CASCADE_MODEL", "/models/x")
+    monkeypatch.setenv("CASCADE_CORS_ORIGINS", "https://a.example, https://b.example")
+    monkeypatch.setenv("CASCADE_API_KEYS", "one, two=2, padded==")
+    monkeypatch.setenv("CASCADE_TRUSTED_PROXIES", "10.0.0.0/8")
+    steps = {"low": [1, 1], "medium": [2, 2], "high": [3, 3], "max": [4, 4]}
+    monkeypatch.setenv("CASCADE_QUALITY_STEPS", json.dumps(steps))
+    settings = load_settings(port=9001)
+    assert (settings.port, settings.model) == (9001, "/models/x")
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert [key.name for key in settings.api_keys] == ["key-1", "two", "key-3"]
+    assert settings.quality_steps["high"] == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("CASCADE_PROT", "1", ["CASCADE_PROT", "CASCADE_PORT"]),
+        ("CASCADE_API_KEY", "k", ["CASCADE_API_KEY ", "CASCADE_API_KEYS"]),
+        ("CASCADE_PORT", "http", ["CASCADE_PORT", "integer"]),
+        ("CASCADE_PORT", "70000", ["CASCADE_PORT", "65535"]),
+        ("CASCADE_DTYPE", "fp8", ["CASCADE_DTYPE", "float32", "bfloat16"]),
+        ("CASCADE_MAX_QUEUE", "-1", ["CASCADE_MAX_QUEUE"]),
+        ("CASCADE_PUBLIC_BASE_URL", "host", ["CASCADE_PUBLIC_BASE_URL", "https://"]),
+        ("CASCADE_TRUSTED_PROXIES", "everyone", ["CASCADE_TRUSTED_PROXIES"]),
+        ("CASCADE_QUALITY_STEPS", "{", ["quality_steps"]),
+        ("CASCADE_QUALITY_STEPS", "{}", ["CASCADE_QUALITY_STEPS", "low, medium, high and max"]),
+        ("CASCADE_API_KEYS", "ok, x=sha256:abc", ["CASCADE_API_KEYS", "entry 2", "64"]),
+        ("CASCADE_HOST", "0.0.0.0", ["0.0.0.0", "CASCADE_API_KEYS", "CASCADE_ALLOW_ANONYMOUS"]),
+        ("CASCADE_HOST", "server.example", ["CASCADE_API_KEYS"]),
+        ("CASCADE_HOST", "::", ["CASCADE_API_KEYS"]),
+    ],
+)
+def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: list[str]) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert load_settings(host=host).is_loopback
+
+
+@pytest.mark.parametrize("permission", [{"api_keys": "k"}, {"allow_anonymous": True}])
+def test_beyond_this_machine_with_a_key_or_by_name(permission: dict[str, object]) -> None:
+    assert not load_settings(host="0.0.0.0", **permission).is_loopback
+
+
+def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_API_KEYS", "top-secret=sha256:top-secret")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert "top-secret" not in str(caught.value)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -1,0 +1,119 @@
+"""Counting, sheet and card, with an artist that draws what it is told, except where it is told not to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade.evaluation.card import write_card
+from cascade.evaluation.evaluate import (
+    BATCH_SIZE,
+    NUM_TIMED,
+    Report,
+    Score,
+    draw_and_judge,
+    held_out_captions,
+)
+from cascade.evaluation.reconstruction import Reconstruction
+from cascade.evaluation.sheet import save_sheet
+from cascade.tasks.text_to_image import TextToImage
+from cascade.training.captions import Caption
+from cascade.training.scenes import Scene, Thing, render
+
+SETTINGS = TextToImage(prompt="-", seed=5)
+
+
+def drawn(one: Caption) -> Image.Image:
+    """A picture of what a caption states, with any background and places where it states none."""
+    facts = one.facts
+    mentions = [mention for mention in ("first", "second") if f"{mention}_shape" in facts]
+    used = {facts[f"{mention}_colour"] for mention in mentions}
+    background = facts.get(
+        "background", next(colour for colour in ("white", "red", "blue") if colour not in used)
+    )
+    free = {"left": (0.23, 0.5), "right": (0.77, 0.5), "top": (0.5, 0.23), "bottom": (0.5, 0.77)}
+    default = ["centre"] if len(mentions) == 1 else ["left", "right"]
+    things = []
+    for mention, place in zip(mentions, default, strict=True):
+        x, y = (free | {"centre": (0.5, 0.5)})[facts.get(f"{mention}_place", place)]
+        radius = {"small": 32, "medium": 48, "large": 54}[facts.get(f"{mention}_size", "medium")]
+        shape, colour = facts[f"{mention}_shape"], facts[f"{mention}_colour"]
+        things.append(Thing(shape, colour, 256 * x, 256 * y, radius))
+    return Image.fromarray(render(Scene(256, 256, background, tuple(things))))
+
+
+class Artist:
+    """Draws prompts that it knows; every `wrong_every`th picture is blank."""
+
+    def __init__(self, captions: list[Caption], wrong_every: int = 10**9) -> None:
+        self.known = {one.text: one for one in captions}
+        self.wrong_every = wrong_every
+        self.batches: list[list[TextToImage]] = []
+        self.count = 0
+
+    def __call__(self, requests: list[TextToImage]) -> list[Image.Image]:
+        self.batches.append(requests)
+        images = []
+        for request in requests:
+            self.count += 1
+            blank = Image.new("RGB", (256, 256), "white")
+            is_wrong = self.count % self.wrong_every == 0
+            images.append(blank if is_wrong else drawn(self.known[request.prompt]))
+        return images
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    captions = held_out_captions(40, seed=3)
+    judged, seconds = draw_and_judge(Artist(captions, 10), captions, SETTINGS, lambda _: None)
+    return Report("fake", SETTINGS, judged, seconds, Reconstruction(100, 27.25, 97))
+
+
+def test_prompts_alternate_between_one_and_two_things_and_depend_on_the_seed() -> None:
+    captions = held_out_captions(20, seed=1)
+    assert ["second_shape" in one.facts for one in captions] == [False, True] * 10
+    assert captions == held_out_captions(20, seed=1)
+    assert captions != held_out_captions(20, seed=2)
+
+
+def test_a_perfect_artist_is_right_in_everything() -> None:
+    captions = held_out_captions(60, seed=4)
+    judged, _ = draw_and_judge(Artist(captions), captions, SETTINGS, lambda _: None)
+    report = Report("fake", SETTINGS, judged, 1.0, None)
+    assert report.score("is_right") == Score(60, 60)
+    assert report.score("is_right", 1) == Score(30, 30)
+    for aspect in ("background", "place"):
+        score = report.score(aspect)
+        assert score.right == score.of < 60
+
+
+def test_blank_pictures_are_counted_as_wrong(report: Report) -> None:
+    assert report.score("is_right") == Score(36, 40)
+    assert report.score("count", 2) == Score(16, 20)
+    assert report.score("count", 1) == Score(20, 20)
+
+
+def test_some_are_drawn_alone_and_the_rest_in_batches_with_seeds_of_their_own() -> None:
+    captions = held_out_captions(NUM_TIMED + BATCH_SIZE + 2, seed=4)
+    artist, done = Artist(captions), []
+    draw_and_judge(artist, captions, SETTINGS, done.append)
+    assert [len(batch) for batch in artist.batches] == [1] * NUM_TIMED + [BATCH_SIZE, 2]
+    seeds = [request.seed for batch in artist.batches for request in batch]
+    assert seeds == list(range(5, 5 + len(captions)))
+    assert done[-1] == len(captions)
+
+
+def test_a_score_reads_as_a_share() -> None:
+    assert str(Score(19, 20)) == "95.0 % (19/20)"
+    assert str(Score(0, 0)) == "-"
+
+
+def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red(tmp_path: Path, report: Report) -> None:
+    save_sheet(report.judged, tmp_path / "sheet.png", count=20)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"), int)
+    assert sheet.shape == (2 * (256 + 12 + 92) + 12, 10 * 268 + 12, 3)
+    frames = [sheet[12 - 2 + row * 360, 100 + column * 268] for row in range(2) for column in range(10)]
+    is_green = [frame[1] > frame[0] for frame in frames]
+    assert is_green == [one.verdict.is_right for one in report.judged[:20]]
+    assert not all(is_green)

@@ -1,0 +1,61 @@
+"""What the parity tests share: random weights that leave nothing at zero, and their translation to diffusers."""
+
+from typing import TypeVar
+
+import torch
+from diffusers.models import StableCascadeUNet
+from torch import Tensor, nn
+
+from cascade.checkpoints.configs import to_json
+from cascade.checkpoints.keys import Component, to_diffusers
+from cascade.checkpoints.stored import StoredTensor
+from cascade.networks.stage_b import StageB
+from cascade.networks.stage_c import StageC
+
+# fp32 on both sides, outputs of about unit size: the sums of some hundred products per layer are taken in
+# another order, and the fastest ratio frequency carries 1e-3 rad in fp32. Measured: 5e-6 to 4e-5.
+TOLERANCE = 1e-4
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def randomized(network: Module, seed: int) -> Module:
+    """Draw every weight and statistic, so that each one matters; activations stay of about unit size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            wide = weight.dim() > 1 and weight.shape[0] > 1
+            weight.normal_(0, weight[0].numel() ** -0.5 if wide else 0.3, generator=generator)
+        for name, statistic in network.named_buffers():
+            if name.endswith("running_mean"):
+                statistic.normal_(0, 0.3, generator=generator)
+            elif name.endswith("running_var"):
+                statistic.uniform_(0.5, 2, generator=generator)
+    return network.eval()
+
+
+def diffusers_weights(network: nn.Module, component: Component) -> dict[str, Tensor]:
+    """The weights of one of our networks under diffusers' names."""
+    stored = {name: StoredTensor.of(tensor) for name, tensor in network.state_dict().items()}
+    return {name: tensor.read() for name, tensor in to_diffusers(component, stored).items()}
+
+
+def diffusers_unet(network: StageB | StageC) -> StableCascadeUNet:
+    """diffusers' UNet with the dimensions and the weights of ours."""
+    settings = to_json(network.config)
+    del settings["_class_name"]
+    component = Component.STAGE_B if isinstance(network, StageB) else Component.STAGE_C
+    unet = StableCascadeUNet(**settings)
+    unet.load_state_dict(diffusers_weights(network, component))
+    return unet.eval()
+
+
+def worst(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference; shapes must agree."""
+    assert ours.shape == theirs.shape
+    return (ours - theirs).abs().max().item()
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,108 @@
+"""What the documents say is so: settings, routes, make targets, and the examples of README."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from app.cli import app as command_line
+from app.main import create_app
+from app.schemas import ImageGenerationBody, parse_image_generation
+from app.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def shell_lines() -> list[str]:
+    return [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line]
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented_as_the_code_describes_it(name: str) -> None:
+    description = re.escape(Settings.model_fields[name].description or "")
+    assert re.search(rf"^\| `CASCADE_{name.upper()}` \| .*\| {description} \|$", README, re.MULTILINE)
+
+
+def test_no_documented_setting_is_unknown() -> None:
+    named = {name.lower() for name in re.findall(r"CASCADE_([A-Z_]+)", README)}
+    assert named <= Settings.model_fields.keys()
+
+
+def test_every_route_is_documented(tmp_path: Path) -> None:
+    server = create_app(Settings(data_dir=tmp_path))
+    for path, methods in [*server.openapi()["paths"].items(), ("/docs", ["get"]), ("/openapi.json", ["get"])]:
+        for method in set(methods) - {"head", "options"}:
+            assert f"`{method.upper()} {path}`" in README
+
+
+def test_every_member_of_a_request_is_documented() -> None:
+    for name in ImageGenerationBody.model_fields:
+        assert f"`{name}`" in README
+
+
+def test_named_make_targets_and_files_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
+    assert {line.split()[1] for line in shell_lines() if line.startswith("make ")} <= targets
+    for name in re.findall(r"`((?:tests|cascade|app)/[\w./]+|[A-Z]+\.md)`", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("cascade ")])
+def test_examples_of_the_command_parse(line: str) -> None:
+    parse(shlex.split(line)[1:])
+
+
+def test_examples_in_the_help_parse() -> None:
+    examples = [line for text in help_texts() for line in re.findall(r"^ *(cascade .+)$", text, re.MULTILINE)]
+    assert len(examples) > 10
+    for line in examples:
+        for part in line.split("&&"):
+            parse(shlex.split(part)[1:])
+
+
+def help_texts() -> Iterator[str]:
+    ahead = [typer.main.get_command(command_line)]
+    while ahead:
+        command = ahead.pop()
+        yield command.help or ""
+        ahead += getattr(command, "commands", {}).values()
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse as the command would, without running it; a mistake raises."""
+    command = typer.main.get_command(command_line)
+    while hasattr(command, "commands"):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    command.make_context("cascade", list(arguments))
+
+
+def test_parsing_finds_mistakes() -> None:
+    with pytest.raises(Exception, match="--setps"):
+        parse(["generate", "a cat", "--setps", "3"])
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("curl ")])
+def test_examples_of_requests_are_valid(line: str) -> None:
+    words = shlex.split(line)
+    assert words[2].removeprefix("localhost:8000") == "/v1/images/generations"
+    body = parse_image_generation(json.loads(words[words.index("-d") + 1]))
+    assert body.ignored == []
+
+
+def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = blocks("python")
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-7.png", "out-8.png"]
