@@ -19,7 +19,7 @@ help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (HOST=, PORT= change it)
-	@exec $(CASCADE) serve --host $(HOST) --port $(PORT)
+	@$(CASCADE) serve --host $(HOST) --port $(PORT) || [ $$? -eq 130 ]
 
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)
@@ -71,10 +71,10 @@ $(BIN)/python:
 
 $(SERVER_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(TESTS_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $(SERVER_READY) $@

@@ -36,7 +36,7 @@ def create_app(
     """A server of its own, that shares nothing with another one in the same process.
 
     `runner` replaces the real model. `on_unusable` is told, from another thread, why the model could not
-    be loaded: a program stops then, and a test looks.
+    be loaded; without it the log is.
     """
     settings = settings or load_settings()
     services = _build_services(
@@ -109,17 +109,18 @@ def _announce(services: Services, loaded: "Future[ModelFacts]", on_unusable: Unu
     settings, logger = services.settings, services.logger
     error = loaded.exception()
     if error is not None:
-        logger.error("the model could not be loaded", model=settings.model, reason=str(error))
         if on_unusable is not None:
             on_unusable(error)
+        else:
+            logger.error("the model could not be loaded", model=settings.model, reason=str(error))
         return
     model = loaded.result()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
-    logger.info("ready", url=url, model=model.name, device=model.device, dtype=model.dtype)
+    logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
     if not settings.api_keys:
         logger.warning("no API key is set: everybody who can connect may ask for pictures")
-    key = " -H 'authorization: Bearer '\"$KEY\"" if settings.api_keys else ""
+    key = ' -H "authorization: Bearer $KEY"' if settings.api_keys else ""
     example = (
         f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"
     )

@@ -115,7 +115,9 @@ class Settings(BaseSettings):
     )
 
     max_queue: int = Field(64, ge=0, description="Requests that may wait; more are refused with 503")
-    max_batch: int = Field(8, ge=1, description="Pictures made together at most")
+    max_batch: int | None = Field(
+        None, ge=1, description="Pictures made together at most; unset: 1 on a CPU, 8 on a GPU"
+    )
     max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
     max_pixels: int = Field(4_194_304, ge=64 * 64, description="Width times height at most")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StageCConfig:
-    """The prior: a UNet that denoises the 16-channel latent (42.67 pixels to a cell) from text and images.
+    """The prior: denoises the 16-channel latent (42.67 pixels to a cell) from text and images.
 
     Lists of the up path are written deepest level first, as in the published configurations.
     """
@@ -39,7 +39,7 @@ class StageCConfig:
 
 @dataclass(frozen=True, slots=True)
 class StageBConfig:
-    """The decoder UNet: denoises the 4-channel latent of Stage A (4 pixels to a cell) from Stage C's latent."""
+    """The decoder: denoises Stage A's 4-channel latent (4 pixels to a cell) from Stage C's latent."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -81,7 +81,7 @@ class StageAConfig:
 
 @dataclass(frozen=True, slots=True)
 class EffNetStage:
-    """A stage of EfficientNet-V2: `kind` is "fused" (FusedMBConv) or "mbconv" (with squeeze and excitation)."""
+    """A stage of EfficientNet-V2: `kind` is "fused" (FusedMBConv) or "mbconv" (with squeeze, excitation)."""
 
     kind: str
     expand: int

@@ -28,8 +28,26 @@ def shell_lines() -> list[str]:
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_documented_as_the_code_describes_it(name: str) -> None:
-    description = re.escape(Settings.model_fields[name].description or "")
-    assert re.search(rf"^\| `CASCADE_{name.upper()}` \| .*\| {description} \|$", README, re.MULTILINE)
+    field = Settings.model_fields[name]
+    [row] = re.findall(rf"^\| `CASCADE_{name.upper()}` \| (.*)\| (.*) \|$", README, re.MULTILINE)
+    assert (row[0].strip(), row[1]) == (shown(field.default), field.description)
+
+
+def shown(default: object) -> str:
+    """A default as the table of settings shows it."""
+    match default:
+        case None | ():
+            return ""
+        case bool():
+            return f"`{str(default).lower()}`"
+        case tuple():
+            return f"`{','.join(default)}`"
+        case dict():
+            return ", ".join(f"`{name}` {prior}/{decoder}" for name, (prior, decoder) in default.items())
+        case float():
+            return f"`{default:g}`"
+        case _:
+            return f"`{default}`"
 
 
 def test_no_documented_setting_is_unknown() -> None:

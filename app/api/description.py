@@ -92,6 +92,16 @@ def problems(*statuses: int) -> Responses:
     return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
+def _body_schema() -> dict[str, Any]:
+    """The schema of a generation's body, in which every member but the prompt may be null, as if absent."""
+    schema = ImageGenerationBody.model_json_schema()
+    for name, member in schema["properties"].items():
+        if name not in schema["required"] and "anyOf" not in member:
+            texts = {key: member.pop(key) for key in ("title", "description", "default") if key in member}
+            schema["properties"][name] = {"anyOf": [member, {"type": "null"}], **texts}
+    return schema
+
+
 GENERATION = {
     **NEEDS_KEY,
     "parameters": [
@@ -107,7 +117,7 @@ GENERATION = {
         "required": True,
         "content": {
             "application/json": {
-                "schema": ImageGenerationBody.model_json_schema(),
+                "schema": _body_schema(),
                 "examples": {
                     "simple": {"value": {"prompt": "a red circle on a blue background"}},
                     "complete": {

@@ -22,8 +22,9 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
 
 EXPOSED_HEADERS = (
-    "x-request-id, retry-after, retry-after-ms, location, preference-applied, x-seed, x-ignored-params, "
-    "x-resampled-from, x-prompt-truncated, idempotency-replayed, ratelimit, ratelimit-policy, "
+    "x-request-id, x-job-id, retry-after, retry-after-ms, location, preference-applied, x-seed, "
+    "x-ignored-params, x-resampled-from, x-prompt-truncated, idempotency-replayed, "
+    "ratelimit, ratelimit-policy, "
     "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
 )
 

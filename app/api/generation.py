@@ -27,16 +27,14 @@ class FinishedImage:
         return self.picture.seed
 
 
-async def make_images(
-    request: Request, services: Services, generation: GenerationRequest
-) -> list[FinishedImage]:
-    """Queue the request, wait for its pictures, encode them. When the caller leaves, the work is dropped."""
-    job = services.engine.submit(generation)
+async def wait_for_images(request: Request, services: Services, job: Job) -> list[FinishedImage]:
+    """Wait for the pictures of `job` and encode them. When the caller leaves, the work is dropped."""
+    generation = job.request
     pictures = await _wait(request, services, job)
     loop = asyncio.get_running_loop()
     encoded = [
         loop.run_in_executor(
-            services.encoders, partial(_encode, generation, picture, services.engine.model.name)
+            services.encoders, partial(_encode, generation, picture, services.settings.model_name)
         )
         for picture in pictures
     ]

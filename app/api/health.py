@@ -35,8 +35,13 @@ async def readyz(services: TheServices) -> dict[str, str]:
     engine = services.engine
     model = engine.model
     if not engine.is_accepting:
-        raise Overloaded("the queue is full", retry_after_seconds=engine.retry_after_seconds())
-    return {"status": "ready", "model": model.name, "device": model.device, "dtype": model.dtype}
+        raise Overloaded("no request can be accepted now", retry_after_seconds=engine.retry_after_seconds())
+    return {
+        "status": "ready",
+        "model": services.settings.model_name,
+        "device": model.device,
+        "dtype": model.dtype,
+    }
 
 
 @router.get("/version", operation_id="version", summary="Version of server and model")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from app.api.accept import raw_format
 from app.api.deps import Services, TheExchange, TheServices, authenticate, public_base, read_json_object
 from app.api.description import GENERATION, GENERATION_RESPONSES, NEEDS_KEY, openai_errors
 from app.api.gateway import Exchange
-from app.api.generation import FinishedImage, make_images
+from app.api.generation import FinishedImage, wait_for_images
 from app.errors import InvalidRequest, ModelNotFound, NotAcceptable, UnsupportedParameter
 from app.schemas import (
     GenerationRequest,
@@ -72,10 +73,12 @@ async def create_image(
     base = public_base(request, services.settings) if as_url else ""  # a bad Host is refused before the work
     _describe(exchange, generation, services)
 
-    images = await make_images(request, services, generation)
-    headers = _headers(body, images)
+    job = services.engine.submit(generation)
+    images = await wait_for_images(request, services, job)
+    headers = _headers(body, images) | {"X-Job-Id": job.id}
     if raw is not None:
-        headers["Content-Disposition"] = f'inline; filename="{images[0].seed}.{raw}"'
+        headers["Content-Disposition"] = f'inline; filename="{job.id}.{raw}"'
+        headers["ETag"] = f'"{hashlib.sha256(images[0].content).hexdigest()}"'
         return Response(images[0].content, media_type=MIME_TYPES[raw], headers=headers)
     loop = asyncio.get_running_loop()
     data = await asyncio.gather(

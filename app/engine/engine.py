@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.engine.cost import CostModel
-from app.errors import AppError, GenerationFailed, ModelLoading, ModelUnusable, Overloaded, ShuttingDown
+from app.errors import (
+    AppError,
+    ClientGone,
+    GenerationFailed,
+    ModelLoading,
+    ModelUnusable,
+    Overloaded,
+    ShuttingDown,
+)
 from app.jobs.job import Job, Picture, Progress
 from app.logs import Logger
 from app.metrics import Metrics
 from app.schemas import GenerationRequest
 
 LOADING_RETRY_SECONDS = 5
+GPU_BATCH = 8
 MAX_RETRY_SECONDS = 59  # the AI SDK ignores a Retry-After of a minute and more
 
 Steps = Generator[Progress, None, list[list[Picture]]]
@@ -29,7 +38,6 @@ Steps = Generator[Progress, None, list[list[Picture]]]
 class ModelFacts:
     """What is known of a model once it is loaded."""
 
-    name: str
     device: str
     dtype: str
     native_size: tuple[int, int]  # (width, height) of `auto`
@@ -53,11 +61,11 @@ class Engine:
     """Accepts requests and works on them in order of arrival."""
 
     def __init__(
-        self, runner: Runner, *, max_queue: int, max_batch: int, metrics: Metrics, logger: Logger
+        self, runner: Runner, *, max_queue: int, max_batch: int | None, metrics: Metrics, logger: Logger
     ) -> None:
         self._runner = runner
         self._max_queue = max_queue
-        self._max_batch = max_batch
+        self._wanted_batch = max_batch
         self._metrics = metrics
         self._logger = logger
         self._cost = CostModel()
@@ -74,16 +82,20 @@ class Engine:
     @property
     def model(self) -> ModelFacts:
         """The loaded model; raises ModelLoading until there is one, ModelUnusable if there will be none."""
-        if not self.loaded.done():
-            raise ModelLoading("the model is being loaded", retry_after_seconds=LOADING_RETRY_SECONDS)
-        if self.loaded.exception() is not None:
-            raise ModelUnusable("the model could not be loaded; the server's log says why")
+        self._require_model()
         return self.loaded.result()
 
     @property
     def has_model(self) -> bool:
         """Whether the model is loaded."""
         return self.loaded.done() and self.loaded.exception() is None
+
+    @property
+    def _max_batch(self) -> int:
+        """Pictures made together. On a CPU one: more gain little and cost the equality to the last bit."""
+        if self._wanted_batch is not None:
+            return self._wanted_batch
+        return 1 if self.model.device == "cpu" else GPU_BATCH
 
     @property
     def num_queued(self) -> int:
@@ -112,14 +124,14 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> Job:
         """Queue a request. Raises Overloaded when the queue is full: the bound is exact."""
-        model = self.model
+        self._require_model()
         with self._changed:
             if self._is_stopping:
                 raise self._stopping_error()
             if not self._has_room():
                 self._metrics.refused.labels("overloaded").inc()
                 raise Overloaded(
-                    f"{len(self._queue)} requests are waiting for {model.name} already; try again later",
+                    f"{len(self._queue)} requests are waiting already; try again later",
                     retry_after_seconds=self.retry_after_seconds(),
                 )
             job = Job(request)
@@ -141,6 +153,12 @@ class Engine:
         units = sum(self._cost.units(job.request) for job in waiting)
         seconds = self._cost.seconds(units, len(waiting)) / 2
         return min(max(round(seconds), 1), MAX_RETRY_SECONDS)
+
+    def _require_model(self) -> None:
+        if not self.loaded.done():
+            raise ModelLoading("the model is being loaded", retry_after_seconds=LOADING_RETRY_SECONDS)
+        if self.loaded.exception() is not None:
+            raise ModelUnusable("the model could not be loaded; the server's log says why")
 
     def _has_room(self) -> bool:
         idle = not self._running and not self._queue
@@ -190,13 +208,13 @@ class Engine:
             self._logger.exception("generation failed", jobs=[job.id for job in jobs])
             self._fail(jobs, GenerationFailed("the model failed on this request; the server's log says why"))
         else:
-            for job, pictures in zip(jobs, results, strict=bool(results)):
+            for job, pictures in zip(jobs, results, strict=True):
                 job.succeed(pictures)
             self._learn(jobs)
 
     def _drive(self, jobs: list[Job]) -> list[list[Picture]]:
-        """Step the runner to its end; no result when nobody waits for any of the jobs any more."""
-        with closing(self._runner.generate([job.request for job in jobs])) as steps:
+        """Step the runner to its end, or until nobody waits for any of the jobs."""
+        with closing(self._make([job.request for job in jobs])) as steps:
             while True:
                 try:
                     progress = next(steps)
@@ -209,7 +227,19 @@ class Engine:
                 if self._is_stopping:
                     raise self._stopping_error()
                 if all(job.is_finished for job in jobs):
-                    return []
+                    raise ClientGone("nobody waits for these pictures any more")
+
+    def _make(self, requests: list[GenerationRequest]) -> Steps:
+        """Make all pictures, a request of many in parts that are no larger than a batch."""
+        if len(requests) > 1:
+            return (yield from self._runner.generate(requests))
+        [request] = requests
+        pictures: list[Picture] = []
+        for start in range(0, request.num_images, self._max_batch):
+            seeds = request.seeds[start : start + self._max_batch]
+            [made] = yield from self._runner.generate([request.model_copy(update={"seeds": seeds})])
+            pictures += made
+        return [pictures]
 
     def _fail(self, jobs: list[Job], error: AppError) -> None:
         """Fail the one at fault: several jobs are tried again one by one."""

@@ -4,6 +4,7 @@ Everything heavy is imported inside the methods, which only the engine's thread 
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from app.engine.engine import ModelFacts, Steps
@@ -36,7 +37,6 @@ class CascadeRunner:
         """Work with a checkpoint that is loaded already."""
         self._cascade = cascade
         return ModelFacts(
-            name=cascade.name,
             device=str(cascade.device),
             dtype=str(cascade.dtype).removeprefix("torch."),
             native_size=cascade.native.sizes[0],
@@ -50,18 +50,17 @@ class CascadeRunner:
         from cascade.tasks.text_to_image import generate
 
         assert self._cascade is not None, "load() comes first"
+        settings = [_settings(request, seed) for request in requests for seed in request.seeds]
         try:
-            run = generate(
-                self._cascade, [_settings(request, seed) for request in requests for seed in request.seeds]
-            )
-            while True:
-                try:
-                    step = next(run)
-                except StopIteration as end:
-                    images = [image for group in end.value for image in group]
-                    break
-                yield Progress(step.stage, step.step, step.steps)
-        except torch.OutOfMemoryError as error:
+            with closing(generate(self._cascade, settings)) as run:
+                while True:
+                    try:
+                        step = next(run)
+                    except StopIteration as end:
+                        images = [image for group in end.value for image in group]
+                        break
+                    yield Progress(step.stage, step.step, step.steps)
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(
                 "the device has not enough memory for this; ask for fewer pixels or pictures"
             ) from error

@@ -88,7 +88,7 @@ def _listed(fault: str, names: list[str]) -> str:
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return stored.map().to(device).to(dtype)
-    return stored.map() if stored.dtype is dtype else stored.read().to(dtype)
+    return stored.map() if stored.dtype is dtype else stored.read(dtype)
 
 
 def _batch_norm_tensors(network: nn.Module) -> set[str]:

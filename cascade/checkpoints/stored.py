@@ -7,7 +7,7 @@ query, key and value, and splitting them again move no data; the one read goes s
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -32,6 +32,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+_CHUNK_BYTES = 1 << 20  # a multiple of every item size
 REFUSED_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -137,15 +138,21 @@ class StoredTensor:
         rows, columns = self.shape
         return StoredTensor((columns, rows), self.dtype, self.ranges, not self.transposed)
 
-    def read(self) -> Tensor:
-        """The data in fresh memory, in the stored dtype."""
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The data in fresh memory, in the stored type or another; at most a chunk of them is there twice."""
         shape = self.shape[::-1] if self.transposed else self.shape
-        out = torch.empty(shape, dtype=self.dtype)
-        flat = out.reshape(-1).view(torch.uint8)
+        out = torch.empty(shape, dtype=dtype or self.dtype)
+        flat = out.view(-1)
         start = 0
-        for piece in self.ranges:
-            piece.read_into(flat[start : start + piece.size])
-            start += piece.size
+        for piece in _chunks(self.ranges):
+            part = flat[start : start + piece.size // self.dtype.itemsize]
+            if out.dtype is self.dtype:
+                piece.read_into(part.view(torch.uint8))
+            else:
+                stored = torch.empty(part.shape, dtype=self.dtype)
+                piece.read_into(stored.view(torch.uint8))
+                part.copy_(stored)
+            start += part.numel()
         return out.T.contiguous() if self.transposed else out
 
     def map(self) -> Tensor:
@@ -265,6 +272,13 @@ def _check_layout(file: WeightsFile, tensors: Mapping[str, StoredTensor], start:
     if position != file.num_bytes:
         rest = file.num_bytes - position
         raise CheckpointError(f"{file.path}: {rest:,} bytes at its end belong to no tensor")
+
+
+def _chunks(ranges: Iterable[Range]) -> Iterator[Range]:
+    """The same bytes in pieces small enough to be converted without a second copy of a whole tensor."""
+    for piece in ranges:
+        for start in range(0, piece.size, _CHUNK_BYTES):
+            yield piece.part(start, min(_CHUNK_BYTES, piece.size - start))
 
 
 def _cut(ranges: Iterable[Range], start: int, stop: int) -> tuple[Range, ...]:

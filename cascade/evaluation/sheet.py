@@ -40,7 +40,8 @@ def _draw_cell(sheet: Image.Image, one: Judged, x: int, y: int) -> None:
     words = textwrap.fill(one.caption.text, _CHARACTERS)
     font = ImageFont.load_default(size=13)
     draw.multiline_text((x, y + _PICTURE + 6), words, _INK, font)
-    draw.text((x, y + _PICTURE + 70), _finding(one), _RIGHT if is_right else _WRONG, font)
+    finding = textwrap.fill(_finding(one), _CHARACTERS)
+    draw.multiline_text((x, y + _PICTURE + 60), finding, _RIGHT if is_right else _WRONG, font)
 
 
 def _finding(one: Judged) -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.networks.fused import energy, linear, linear_add, linear_gelu
+
 NORM_EPS = 1e-6
 
 
@@ -106,6 +108,12 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _ResponseNorm.apply(x, self.gamma, self.beta))  # type: ignore[no-untyped-call]
 
+    def scale(self, x: Tensor) -> Tensor:
+        """The factor of every channel, (b, h, w, c) -> (b, 1, 1, c): the norm is x * scale + beta."""
+        norms = energy(x)
+        mean = norms.mean(dim=-1, keepdim=True) + NORM_EPS
+        return (1 + self.gamma.float() * (norms / mean)).to(x.dtype)
+
 
 class _ResponseNorm(torch.autograd.Function):
     """One multiply-add forwards, and a backward pass that reads the large map twice instead of six times."""
@@ -136,7 +144,9 @@ class _ResponseNorm(torch.autograd.Function):
 class ResBlock(nn.Module):
     """Block C: depthwise 3x3, norm, per-pixel MLP with GRN; an optional skip joins before the MLP."""
 
-    def __init__(self, channels: int, skip_channels: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: int, skip_channels: int = 0, kernel_size: int = 3, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.channelwise = nn.Sequential(
@@ -151,7 +161,27 @@ class ResBlock(nn.Module):
         hidden = layer_norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
-        return x + cast(Tensor, self.channelwise(hidden))
+        if self.training or torch.is_grad_enabled():
+            return x + cast(Tensor, self.channelwise(hidden))
+        return self._add_mlp(x, hidden)
+
+    def _add_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x + MLP(hidden). GRN's factors go into the map or the weights that read it, whichever is smaller."""
+        widen, _, norm, _, narrow = cast(
+            tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
+        )
+        hidden = linear_gelu(hidden, widen.weight, widen.bias)
+        scale = norm.scale(hidden)
+        _, height, width, channels = x.shape
+        if height * width < 2 * channels:
+            hidden = torch.addcmul(norm.beta, hidden, scale, out=hidden)
+            return linear_add(hidden, narrow.weight, narrow.bias, x)
+        bias = narrow.bias + narrow.weight @ norm.beta.flatten()
+        weights = narrow.weight * scale.flatten(1, 2)  # (b, c, 4c)
+        rows = [
+            linear_add(hidden[row : row + 1], weights[row], bias, x[row : row + 1]) for row in range(len(x))
+        ]
+        return torch.cat(rows)
 
 
 class TimestepBlock(nn.Module):
@@ -169,7 +199,7 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", nn.Linear(ratio_channels, 2 * channels))
 
     def prepare(self, zero_embedding: Tensor) -> Tensor:
-        """The bias with the constant terms, (2c,); `zero_embedding` is the embedding of 0, (1, ratio channels)."""
+        """The bias with the constant terms, (2c,); `zero_embedding`, (1, ratio channels), is that of 0."""
         bias = self.mapper.bias
         for name in self.conditions:
             bias = bias + getattr(self, f"mapper_{name}")(zero_embedding)[0]
@@ -194,7 +224,9 @@ class AttentionWeights(nn.Module):
 class AttnBlock(nn.Module):
     """Block A: the picture's tokens attend to themselves and to the condition's tokens."""
 
-    def __init__(self, channels: int, condition_channels: int, num_heads: int, self_attention: bool = True) -> None:
+    def __init__(
+        self, channels: int, condition_channels: int, num_heads: int, self_attention: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.self_attention = self_attention
@@ -219,7 +251,7 @@ class AttnBlock(nn.Module):
         normed = layer_norm(x).view(b, h * w, channels)
         if self.self_attention:
             query, key, value = self._split_heads(
-                F.linear(normed, weights.in_proj_weight, weights.in_proj_bias), parts=3
+                linear(normed, weights.in_proj_weight, weights.in_proj_bias), parts=3
             ).unbind(1)
             key = torch.cat([key, condition[:, 0]], dim=2)
             value = torch.cat([value, condition[:, 1]], dim=2)
@@ -228,7 +260,7 @@ class AttnBlock(nn.Module):
             query = self._split_heads(projected, parts=1)[:, 0]
             key, value = condition.unbind(1)
         attended = _attend(query, key, value).transpose(1, 2).reshape(b, h, w, channels)
-        return x + cast(Tensor, weights.out_proj(attended))
+        return linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
         """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""
@@ -237,8 +269,8 @@ class AttnBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention, (b, heads, n, d). The fused kernel's backward pass is three times slower on a CPU."""
+    """Softmax attention, (b, heads, n, d). The fused kernel's backward pass takes thrice as long on a CPU."""
     if query.requires_grad and query.device.type == "cpu":
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         return scores.softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    return cast(Tensor, F.scaled_dot_product_attention(query, key, value))

@@ -112,11 +112,17 @@ class _SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean(dim=(2, 3), keepdim=True)
-        return x * self.fc2(F.silu(self.fc1(means))).sigmoid()
+        weights: Tensor = self.fc2(F.silu(self.fc1(means))).sigmoid()
+        return x * weights
 
 
 def _conv_norm(
-    in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, is_active: bool = True
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    is_active: bool = True,
 ) -> nn.Sequential:
     """Convolution without bias, batch norm and, unless told otherwise, SiLU."""
     padding = (kernel_size - 1) // 2

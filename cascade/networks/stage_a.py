@@ -5,13 +5,15 @@ transposes; convolutions see the same memory as a channels-last tensor. Module n
 published checkpoint.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.config import StageAConfig
 
-_STRIP_ELEMENTS = 1 << 20  # feature values per strip: with its four times wider MLP it still fits the L2 cache
+_STRIP_ELEMENTS = 1 << 20  # feature values: a strip and its four times wider MLP stay in the cache
 
 
 class StageA(nn.Module):
@@ -23,25 +25,28 @@ class StageA(nn.Module):
         widths = [config.hidden_channels // 2**level for level in reversed(range(config.levels))]
         self.in_block = nn.Sequential(_PixelUnshuffle(2), _Pointwise(3 * 4, widths[0]))
         self.down_blocks = nn.Sequential(*_down_blocks(widths, config))
-        self.vquantizer = nn.ModuleDict({"codebook": nn.Embedding(config.codebook_size, config.latent_channels)})
+        codebook = nn.Embedding(config.codebook_size, config.latent_channels)
+        self.vquantizer = nn.ModuleDict({"codebook": codebook})
         self.up_blocks = nn.Sequential(*_up_blocks(widths[::-1], config))
         self.out_block = nn.Sequential(_Pointwise(widths[0], 3 * 4), _PixelShuffle(2))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (b, 3, h, w) in 0..1, sides divisible by 2**levels, to latents (b, 4, h/4, w/4)."""
         features = self.down_blocks(self.in_block(pixels.permute(0, 2, 3, 1)))
-        return features.permute(0, 3, 1, 2) / self.config.scale_factor
+        latents: Tensor = features.permute(0, 3, 1, 2) / self.config.scale_factor
+        return latents
 
     def decode(self, latents: Tensor, scale_factor: float | None = None) -> Tensor:
         """Latents (b, 4, h, w) to pixels (b, 3, 4h, 4w), nominally in 0..1 and not clamped."""
         scale_factor = self.config.scale_factor if scale_factor is None else scale_factor
         features = self.up_blocks((latents * scale_factor).permute(0, 2, 3, 1))
-        return self.out_block(features).permute(0, 3, 1, 2)
+        pixels: Tensor = self.out_block(features).permute(0, 3, 1, 2)
+        return pixels
 
 
 def _down_blocks(widths: list[int], config: StageAConfig) -> list[nn.Module]:
     blocks: list[nn.Module] = [_MixingBlock(widths[0])]
-    for narrow, wide in zip(widths, widths[1:], strict=False):
+    for narrow, wide in pairwise(widths):
         blocks += [_Downsample(narrow, wide, kernel_size=4, stride=2, padding=1), _MixingBlock(wide)]
     to_latents = _Pointwise(widths[-1], config.latent_channels, bias=False)
     return [*blocks, nn.Sequential(to_latents, _BatchNorm(config.latent_channels))]
@@ -50,7 +55,7 @@ def _down_blocks(widths: list[int], config: StageAConfig) -> list[nn.Module]:
 def _up_blocks(widths: list[int], config: StageAConfig) -> list[nn.Module]:
     blocks: list[nn.Module] = [nn.Sequential(_Pointwise(config.latent_channels, widths[0]))]
     blocks += [_MixingBlock(widths[0]) for _ in range(config.bottleneck_blocks)]
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in pairwise(widths):
         blocks += [_Upsample(wide, narrow, kernel_size=4, stride=2, padding=1), _MixingBlock(narrow)]
     return blocks
 
@@ -68,7 +73,7 @@ class _MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) to the same shape. Without gradients on a CPU: strip by strip, so each stays in cache."""
+        """(b, h, w, c) to the same shape. On a CPU and without gradients: strip by strip, each in cache."""
         batch, height, width, channels = x.shape
         if torch.is_grad_enabled() or not x.is_cpu or x.numel() <= _STRIP_ELEMENTS:
             return self._rows(x, 0, height)

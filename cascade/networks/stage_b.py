@@ -21,12 +21,16 @@ class StageB(UNet):
         patch = config.patch_size**2
         self.effnet_mapper = _mapper(config.effnet_in_channels, widths[0])
         self.pixels_mapper = _mapper(config.pixel_mapper_in_channels, widths[0])
-        self.clip_mapper = nn.Linear(config.clip_text_pooled_in_channels, config.conditioning_dim * config.clip_seq)
+        self.clip_mapper = nn.Linear(
+            config.clip_text_pooled_in_channels, config.conditioning_dim * config.clip_seq
+        )
         self.embedding = nn.Sequential(
             nn.Identity(), Pointwise(config.in_channels * patch, widths[0]), ChannelNorm()
         )
         for level in range(len(widths)):
-            down = nn.Sequential(ChannelNorm(), Downsample(widths[level - 1], widths[level])) if level else None
+            down = (
+                nn.Sequential(ChannelNorm(), Downsample(widths[level - 1], widths[level])) if level else None
+            )
             self.down_downscalers.append(down or nn.Identity())
         for level in reversed(range(len(widths))):
             up = nn.Sequential(ChannelNorm(), Upsample(widths[level], widths[level - 1])) if level else None
@@ -64,4 +68,6 @@ class StageB(UNet):
 
 
 def _mapper(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(Pointwise(in_channels, 4 * channels), nn.GELU(), Pointwise(4 * channels, channels), ChannelNorm())
+    return nn.Sequential(
+        Pointwise(in_channels, 4 * channels), nn.GELU(), Pointwise(4 * channels, channels), ChannelNorm()
+    )

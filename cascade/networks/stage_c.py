@@ -28,10 +28,18 @@ class StageC(UNet):
             nn.Identity(), Pointwise(config.in_channels * patch, widths[0]), ChannelNorm()
         )
         for level in range(len(widths)):
-            scale = _Rescale(widths[level - 1], widths[level], config.switch_level[level - 1], "down") if level else None
+            scale = (
+                _Rescale(widths[level - 1], widths[level], config.switch_level[level - 1], "down")
+                if level
+                else None
+            )
             self.down_downscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
         for level in reversed(range(len(widths))):
-            scale = _Rescale(widths[level], widths[level - 1], config.switch_level[level - 1], "up") if level else None
+            scale = (
+                _Rescale(widths[level], widths[level - 1], config.switch_level[level - 1], "up")
+                if level
+                else None
+            )
             self.up_upscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
@@ -41,7 +49,7 @@ class StageC(UNet):
         Args:
             text: last hidden states of the text tower, (b, n, text width).
             pooled: projected text, (b, 1, pooled width).
-            image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) where there is no picture.
+            image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) without a picture.
         """
         batch, dtype = text.shape[0], self.dtype
         tokens = [

@@ -88,7 +88,8 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList(level(i, down_counts[i], 0) for i in range(depth))
         self.up_blocks = nn.ModuleList(
-            level(i, up_counts[depth - 1 - i], widths[i] if i < depth - 1 else 0) for i in reversed(range(depth))
+            level(i, up_counts[depth - 1 - i], widths[i] if i < depth - 1 else 0)
+            for i in reversed(range(depth))
         )
         self.down_repeat_mappers = _repeat_mappers(widths, config.down_blocks_repeat_mappers)
         self.up_repeat_mappers = _repeat_mappers(widths[::-1], config.up_blocks_repeat_mappers)
@@ -114,7 +115,9 @@ class UNet(nn.Module):
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
         embedding = ratio_embedding(ratio, self.ratio_channels).to(x.dtype)
-        prepared: dict[nn.Module, Tensor] = dict(zip(self._blocks(AttnBlock), condition.keys_values, strict=True))
+        prepared: dict[nn.Module, Tensor] = dict(
+            zip(self._blocks(AttnBlock), condition.keys_values, strict=True)
+        )
         prepared.update(zip(self._blocks(TimestepBlock), condition.time_biases, strict=True))
         step = _Step(embedding, prepared)
 

@@ -40,11 +40,14 @@ class Sample(Generic[C]):
     device: torch.device
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
     clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
+    weights: Weights = field(init=False)  # the sampler's, (steps,) each
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.latents = self.draw(0).to(self.device)
         self.clean = torch.zeros_like(self.latents)
+        self.weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
+        self.weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
 
     @property
     def is_done(self) -> bool:
@@ -118,11 +121,6 @@ def denoise(network: Network[C], samples: list[Sample[C]], join: Join[C]) -> Ite
 
 
 def _weights(samples: Sequence[Sample[C]]) -> Weights:
-    """Each row's own sampler at its own level. A last step adds no noise, as none follows to remove it."""
-    rows = []
-    for sample in samples:
-        log_snr, next_log_snr = sample.levels.log_snr[sample.step : sample.step + 2]
-        weights = sample.sampler(log_snr, next_log_snr)
-        is_last = sample.step + 1 == sample.levels.steps
-        rows.append(weights._replace(fresh=torch.zeros_like(weights.fresh)) if is_last else weights)
+    """Each row's own weights at its own step, (b,) each."""
+    rows = [[shares[sample.step] for shares in sample.weights] for sample in samples]
     return Weights(*(torch.stack(column) for column in zip(*rows, strict=True)))

@@ -106,6 +106,10 @@ class _Picture:
     image: Image.Image = field(init=False)
 
     @property
+    def texts(self) -> tuple[str, str]:
+        return self.settings.prompt, self.settings.negative_prompt
+
+    @property
     def prior_shape(self) -> tuple[int, int, int]:
         return (16, *self.plan.prior_grid)
 
@@ -148,25 +152,12 @@ def _run_prior(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progres
     texts = _Texts(models.text_encoder, pictures)
     no_image = torch.zeros(len(texts), 1, models.stage_c.config.clip_image_in_channels, device=models.device)
     conditions = models.stage_c.prepare(texts.embeddings.hidden, texts.embeddings.pooled, no_image)
-    schedule = CosineSchedule(models.prior_schedule)
     samples = []
     for picture in pictures:
-        settings = picture.settings
-        prompt, negative = texts.row(settings.prompt), texts.row(settings.negative_prompt)
+        prompt, negative = (texts.row(text) for text in picture.texts)
         picture.prompt_truncated = texts.embeddings.truncated[prompt]
-        preset, scale = PRESETS[settings.preset], settings.guidance_scale
-        samples.append(
-            Sample(
-                condition=conditions[prompt : prompt + 1],
-                unguided=conditions[negative : negative + 1] if scale > 1 else None,
-                guidance_scale=scale,
-                levels=preset.levels(schedule, settings.steps),
-                sampler=SAMPLERS[settings.sampler],
-                preset=preset,
-                draw=_noise(picture, "prior", models.dtype),
-                device=models.device,
-            )
-        )
+        unguided = conditions[negative : negative + 1] if picture.settings.guidance_scale > 1 else None
+        samples.append(_sample(models, picture, "prior", conditions[prompt : prompt + 1], unguided))
     for step, steps, active in _steps(models.stage_c, samples):
         yield Progress("prior", step, steps, torch.stack([sample.clean for sample in active]))
     for picture, sample in zip(pictures, samples, strict=True):
@@ -176,30 +167,44 @@ def _run_prior(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progres
 def _run_decoder(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progress]:
     """Stage B: from noise to Stage A's latents, guided by the semantic latents."""
     texts = _Texts(models.decoder_text_encoder, pictures)
-    schedule = CosineSchedule(models.decoder_schedule)
+    prepare = models.stage_b.prepare
     samples = []
     for picture in pictures:
-        settings = picture.settings
         size, semantic = picture.plan.decoder_grid, picture.semantic[None]
-        pooled, negative = (texts.pooled(text) for text in (settings.prompt, settings.negative_prompt))
-        preset, scale = PRESETS[settings.preset], settings.decoder_guidance_scale
-        nothing = torch.zeros_like(semantic)
-        samples.append(
-            Sample(
-                condition=models.stage_b.prepare(semantic, pooled, size),
-                unguided=models.stage_b.prepare(nothing, negative, size) if scale > 1 else None,
-                guidance_scale=scale,
-                levels=preset.levels(schedule, settings.decoder_steps),
-                sampler=SAMPLERS[settings.sampler],
-                preset=preset,
-                draw=_noise(picture, "decoder", models.dtype),
-                device=models.device,
-            )
-        )
+        prompt, negative = (texts.pooled(text) for text in picture.texts)
+        is_guided = picture.settings.decoder_guidance_scale > 1
+        unguided = prepare(torch.zeros_like(semantic), negative, size) if is_guided else None
+        samples.append(_sample(models, picture, "decoder", prepare(semantic, prompt, size), unguided))
     for step, steps, _ in _steps(models.stage_b, samples):
         yield Progress("decoder", step, steps)
     for picture, sample in zip(pictures, samples, strict=True):
         picture.latents = sample.result
+
+
+def _sample(
+    models: Models, picture: _Picture, stage: Stage, condition: Condition, unguided: Condition | None
+) -> Sample[Condition]:
+    """A picture at the start of a stage."""
+    settings = picture.settings
+    preset = PRESETS[settings.preset]
+    if stage == "prior":
+        schedule, steps, scale = models.prior_schedule, settings.steps, settings.guidance_scale
+    else:
+        schedule, steps, scale = (
+            models.decoder_schedule,
+            settings.decoder_steps,
+            settings.decoder_guidance_scale,
+        )
+    return Sample(
+        condition=condition,
+        unguided=unguided,
+        guidance_scale=scale,
+        levels=preset.levels(CosineSchedule(schedule), steps),
+        sampler=SAMPLERS[settings.sampler],
+        preset=preset,
+        draw=_noise(picture, stage, models.dtype),
+        device=models.device,
+    )
 
 
 def _decode(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progress]:
@@ -228,8 +233,7 @@ class _Texts:
     """The embeddings of every prompt and negative prompt among some pictures, each text encoded once."""
 
     def __init__(self, encoder: TextEncoder, pictures: Iterable[_Picture]) -> None:
-        both = ((picture.settings.prompt, picture.settings.negative_prompt) for picture in pictures)
-        self._texts = list(dict.fromkeys(text for pair in both for text in pair))
+        self._texts = list(dict.fromkeys(text for picture in pictures for text in picture.texts))
         self.embeddings: TextEmbeddings = encoder.encode(self._texts)
 
     def __len__(self) -> int:

@@ -35,8 +35,10 @@ class NoisedBatch:
     weight: Tensor  # (b,)
 
     def loss(self, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Weighted squared error of the clean latents that the predicted `noise` implies, and figures by level."""
-        error = (clean_latents(self.latents, noise.float(), self.log_snr) - self.clean).square().mean((1, 2, 3))
+        """Weighted error of the clean latents that the predicted `noise` implies, and figures by level."""
+        error = (
+            (clean_latents(self.latents, noise.float(), self.log_snr) - self.clean).square().mean((1, 2, 3))
+        )
         figures = {}
         for name, rows in (("start", self.ratio >= self.ratio.max()), ("late", self.ratio < 0.3)):
             if rows.any():
@@ -44,7 +46,9 @@ class NoisedBatch:
         return (error * self.weight).mean(), figures
 
 
-def noise_batch(clean: Tensor, schedule: CosineSchedule, emphasis: Emphasis, rng: np.random.Generator) -> NoisedBatch:
+def noise_batch(
+    clean: Tensor, schedule: CosineSchedule, emphasis: Emphasis, rng: np.random.Generator
+) -> NoisedBatch:
     """Noise `clean` latents to levels spread evenly over time."""
     count = len(clean)
     times = (rng.permutation(count) + rng.random(count)) / count
@@ -53,7 +57,9 @@ def noise_batch(clean: Tensor, schedule: CosineSchedule, emphasis: Emphasis, rng
     log_snr = schedule.log_snr(torch.from_numpy(times))
     alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in signal_and_noise(log_snr))
     decoy = torch.from_numpy(
-        np.where((rng.random(count) < emphasis.decoys) & (times > 0.3), rng.random(count), 0.0).astype(np.float32)
+        np.where((rng.random(count) < emphasis.decoys) & (times > 0.3), rng.random(count), 0.0).astype(
+            np.float32
+        )
     )
     shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
     shown[:num_starts] = 0

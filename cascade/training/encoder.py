@@ -7,6 +7,7 @@ does it, so that its grid is the code's.
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ TINY_EFFNET = EffNetConfig(
     head_channels=256,
 )
 TINY_PREVIEWER = PreviewerConfig(hidden_channels=64)
-PLAN = Plan(steps=1200, learning_rate=3e-3, save_every=100)
+PLAN = Plan(steps=900, learning_rate=3e-3, save_every=100)
 
 _BATCH = 32
 _MAX_SIGMA = 0.3  # of the noise on the previewer's codes
@@ -61,8 +62,8 @@ class EncoderAndPreviewer(nn.Module):
 def train(run: Path, plan: Plan = PLAN) -> None:
     """Train and write `run`/effnet_encoder and `run`/previewer; an interrupted run goes on where it was."""
     torch.manual_seed(plan.seed)
-    networks = fit(EncoderAndPreviewer(), loss, plan, run / "encoder", title="Encoder and previewer")
-    assert isinstance(networks, EncoderAndPreviewer)
+    trained = fit(EncoderAndPreviewer(), loss, plan, run / "encoder", title="Encoder and previewer")
+    networks = cast(EncoderAndPreviewer, trained)
     estimate_norms(networks, plan)
     save_component(networks.encoder, run / "effnet_encoder", torch.float32)
     save_component(networks.previewer, run / "previewer", torch.float32)
@@ -124,7 +125,9 @@ def figures(networks: EncoderAndPreviewer, count: int = 200) -> dict[str, float]
         answers = _answers(scene, seen)
         for name, is_right in (answers | {"all": all(answers.values())}).items():
             right[name] += is_right
-    return {"code_error": code_error, "preview_error": preview_error} | {k: v / count for k, v in right.items()}
+    return {"code_error": code_error, "preview_error": preview_error} | {
+        k: v / count for k, v in right.items()
+    }
 
 
 def _scenes(rng: np.random.Generator) -> list[Scene]:

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up and cosine, an average of the weights, resuming, live figures.
+"""The one training loop: Muon and AdamW, warm-up and cosine, averaged weights, resuming, live figures.
 
 A trainer brings a module and a loss; everything else is the same for all components. The state is written
 as safetensors (never pickled) and replaced atomically, so that a run may be stopped at any moment.
@@ -6,7 +6,6 @@ as safetensors (never pickled) and replaced atomically, so that a run may be sto
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from cascade.memory import keep_freed_memory
 
 Loss = Callable[[nn.Module, int, np.random.Generator], tuple[Tensor, dict[str, float]]]
-Sampler = Callable[[nn.Module, int], None]
+Judge = Callable[[nn.Module, int], dict[str, float]]
 
 STATE_FILE = "training.safetensors"
 
@@ -43,6 +42,7 @@ class Plan:
 
     steps: int
     learning_rate: float
+    matrix_rate: float = 0.0  # of Muon for the weight matrices; 0: AdamW for everything
     warmup: int = 100
     final_fraction: float = 0.01  # of the learning rate, at the last step
     ema_decay: float = 0.999
@@ -51,15 +51,15 @@ class Plan:
     weight_decay: float = 0.0
     seed: int = 0
     save_every: int = 500
-    sample_every: int = 0
+    judge_every: int = 0
     compute_dtype: torch.dtype = torch.float32  # bf16: the loss sees a rounded copy, the updates stay fp32
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine."""
+    def progress(self, step: int) -> float:
+        """Share of the learning rates at a step: linear warm-up, then half a cosine."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         done = min(1.0, step / self.steps)
         cosine = self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
-        return self.learning_rate * warm * cosine
+        return warm * cosine
 
 
 def fit(
@@ -69,7 +69,7 @@ def fit(
     folder: Path,
     *,
     title: str,
-    sample: Sampler | None = None,
+    judge: Judge | None = None,
     trainable: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Train `module` to the end of `plan` and return a copy with the averaged weights.
@@ -78,22 +78,17 @@ def fit(
         loss: (module, step, random generator) -> loss and figures to show. The generator depends only on
             the plan's seed and the step, so a resumed run draws what an undisturbed one would.
         folder: keeps the state; an unfinished run found there is continued.
-        sample: called with the averaged module every `plan.sample_every` steps and at the end.
+        judge: called with the averaged module every `plan.judge_every` steps and at the end; saves what
+            there is to look at and returns figures, which are shown.
         trainable: masks by parameter name; entries where a mask is 0 keep their values.
     """
     keep_freed_memory()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=plan.learning_rate,
-        betas=plan.betas,
-        weight_decay=plan.weight_decay,
-        fused=True,
-    )
+    optimizer = _Optimizer(parameters, plan)
     average = deepcopy(module).eval().requires_grad_(False)
     worker = module if plan.compute_dtype == torch.float32 else deepcopy(module).to(plan.compute_dtype)
     copies = {name: p for name, p in worker.named_parameters() if name in parameters}
-    start = _resume(folder / STATE_FILE, module, average, optimizer, parameters)
+    start = _resume(folder / STATE_FILE, module, average, optimizer)
     figures: dict[str, float] = {}
     with _progress(title) as progress:
         task = progress.add_task(title, total=plan.steps, completed=start, figures="")
@@ -103,24 +98,23 @@ def fit(
                 torch._foreach_copy_([p.data for p in copies.values()], [p.data for p in parameters.values()])
             rng = np.random.default_rng((plan.seed, step))
             torch.manual_seed(int(rng.integers(2**62)))
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step)
             value, shown = loss(worker, step, rng)
             value.backward()  # type: ignore[no-untyped-call]
             _collect_gradients(parameters, copies, trainable or {})
             norm = nn.utils.clip_grad_norm_(parameters.values(), plan.clip_norm)
             if torch.isfinite(norm):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                optimizer.step(plan.progress(step))
+            for parameter in parameters.values():
+                parameter.grad = None
             _update_average(average, module, min(plan.ema_decay, (step + 1) / (step + 10)))
             _blend(figures, {"loss": float(value.detach()), **shown})
             progress.update(task, advance=1, figures=_format(figures))
             done = step + 1
             if done % plan.save_every == 0 or done == plan.steps:
-                _save(folder / STATE_FILE, module, average, optimizer, parameters, done)
+                _save(folder / STATE_FILE, module, average, optimizer, done)
                 progress.log_line(done, figures)
-            if sample and (done == plan.steps or (plan.sample_every and done % plan.sample_every == 0)):
-                sample(average, done)
+            if judge and (done == plan.steps or (plan.judge_every and done % plan.judge_every == 0)):
+                progress.console.print(f"step {done}  {_format(judge(average, done))}", highlight=False)
     return average
 
 
@@ -183,48 +177,88 @@ def _update_average(average: nn.Module, module: nn.Module, decay: float) -> None
         kept.copy_(current)
 
 
-def _save(
-    path: Path,
-    module: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    step: int,
-) -> None:
+def _save(path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer", step: int) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    for name, parameter in parameters.items():
-        for key, tensor in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = tensor
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, partial, metadata={"progress": json.dumps({"step": step})})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
-def _resume(
-    path: Path,
-    module: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-) -> int:
+def _resume(path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer") -> int:
     """Fill everything from the state file, if there is one; the number of steps already done."""
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
         step = int(json.loads(file.metadata()["progress"])["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    module.load_state_dict(
-        {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
-    )
-    average.load_state_dict(
-        {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
-    )
-    for name, parameter in parameters.items():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
-        if all(tensor is not None for tensor in state.values()):
-            optimizer.state[parameter] = state
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    module.load_state_dict(part("module."))
+    average.load_state_dict(part("average."))
+    optimizer.restore(part("optimizer."))
     return step
+
+
+class _Optimizer:
+    """Muon (Jordan et al. 2024) for weight matrices where the plan asks for it, AdamW for the rest.
+
+    Convolutions are matrices too, (out, in * height * width), but for depthwise ones. A whole row or column
+    without a gradient stays as it is under both rules.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], plan: Plan) -> None:
+        self._parameters = parameters
+        self._matrices = {
+            name: nn.Parameter(parameter.data.flatten(1))
+            for name, parameter in parameters.items()
+            if plan.matrix_rate and parameter.dim() in (2, 4) and min(parameter.shape[:2]) > 1
+        }
+        others = [parameter for name, parameter in parameters.items() if name not in self._matrices]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                others, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
+            )
+        ]
+        if self._matrices:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    self._matrices.values(),
+                    lr=plan.matrix_rate,
+                    weight_decay=plan.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
+
+    def step(self, progress: float) -> None:
+        """Update all parameters from their gradients, at a share of the learning rates."""
+        for name, matrix in self._matrices.items():
+            gradient = self._parameters[name].grad
+            matrix.grad = None if gradient is None else gradient.flatten(1)
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * progress
+            optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counters, as KEY.PARAMETER."""
+        return {
+            f"{key}.{name}": tensor
+            for name, parameter in (self._parameters | self._matrices).items()
+            for optimizer in self._optimizers
+            for key, tensor in optimizer.state.get(parameter, {}).items()
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        for joined, tensor in state.items():
+            key, name = joined.split(".", 1)
+            is_matrix = name in self._matrices
+            parameter = self._matrices[name] if is_matrix else self._parameters[name]
+            self._optimizers[int(is_matrix)].state[parameter][key] = tensor

@@ -115,6 +115,10 @@ class _Builder:
         for parameter in embedding.parameters():
             self.freeze(parameter)
         if isinstance(self.unet, StageB):
+            # Steep and scattered units: shapes have edges, which nearly linear ones are slow to find.
+            first = cast(Pointwise, self.unet.effnet_mapper[0])
+            first.weight.mul_(4)
+            nn.init.normal_(first.bias, std=1.5)
             self.silence_rows(cast(Pointwise, self.unet.effnet_mapper[2]))
             for parameter in self.unet.pixels_mapper.parameters():
                 parameter.zero_()
@@ -132,7 +136,8 @@ class _Builder:
                 block.depthwise.weight[self.channels.input] *= gain
         if len(self.unet.down_blocks) > 1:
             down = cast(nn.Sequential, self.unet.down_downscalers[1])[1]
-            weight = down.weight if isinstance(down, Downsample) else down.blocks[0].weight
+            layer = down if isinstance(down, Downsample) else cast(nn.ModuleList, down.blocks)[0]
+            weight = cast(Tensor, layer.weight)
             weight[:, self.channels.input] *= gain
             weight[:, self.channels.pair] = 0
 

@@ -8,14 +8,16 @@ encoder adds for the details stays small, because the decoder is trained on nois
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cascade.checkpoints.save import save_component
 from cascade.config import StageAConfig
 from cascade.networks.stage_a import StageA
 from cascade.training.loop import Plan, fit
@@ -39,30 +41,39 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     torch.manual_seed(plan.seed)
     model = StageA(TINY_STAGE_A)
     initialise(model)
-    model = fit(model, loss, plan, run / "stage_a", title="Stage A")
-    assert isinstance(model, StageA)
+    trained = cast(StageA, fit(model, loss, plan, run / "stage_a", title="Stage A"))
     pictures = held_out_pictures(64)
     with torch.inference_mode():
-        latents = model.encode(pictures)
-        deviation = latents.std().item()
-    save(model, deviation, run / "vqgan")
-    (run / "stage_a" / "figures.json").write_text(json.dumps(figures(model, pictures), indent=2))
+        deviation = trained.encode(pictures).std().item()
+    trained.config = replace(trained.config, scale_factor=deviation)
+    save_component(trained, run / "vqgan", torch.float32)
+    (run / "stage_a" / "figures.json").write_text(json.dumps(figures(trained, pictures), indent=2))
 
 
 def initialise(model: StageA) -> None:
     """Residual gains of .3, and a codebook of mixtures of two palette colours."""
-    for module in model.modules():
-        if isinstance(getattr(module, "gammas", None), nn.Parameter):
-            with torch.no_grad():
-                module.gammas[[2, 5]] = 0.3
-    codebook = model.vquantizer["codebook"].weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gammas"):
+                parameter[[2, 5]] = 0.3
+    codebook = codes(model)
     palette = torch.tensor(list(PALETTE.values())) / 255
     pairs = palette[torch.randint(len(palette), (2, len(codebook)))]
     mixed = torch.lerp(pairs[0], pairs[1], torch.rand(len(codebook), 1))
     with torch.no_grad():
         codebook.copy_(colour_latents(mixed.T[None, :, None]).squeeze().T)
-    for parameter in model.down_blocks[-1][1].parameters():  # the batch norm stays the identity
+    for parameter in batch_norm(model).parameters():  # stays the identity: the scale factor does its work
         parameter.requires_grad_(False)
+
+
+def codes(model: StageA) -> Tensor:
+    """The codebook, (codes, 4)."""
+    return cast(nn.Embedding, model.vquantizer["codebook"]).weight
+
+
+def batch_norm(model: StageA) -> nn.Module:
+    """The norm of the latents, the last layer of the encoder."""
+    return list(model.down_blocks.modules())[-1]
 
 
 def colour_latents(pixels: Tensor) -> Tensor:
@@ -88,19 +99,19 @@ def loss(model: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor,
     pixels = crops(rng, _BATCH)
     with torch.autocast("cpu", torch.bfloat16):
         latents = model.encode(pixels).float()
-        codes = quantize(model, latents.detach())
-        decoded = model.decode(disturb(latents, codes.detach(), rng)).float()
+        quantized = quantize(model, latents.detach())
+        decoded = model.decode(disturb(latents, quantized.detach(), rng)).float()
     squared = F.mse_loss(decoded, pixels)
     meaning = F.mse_loss(latents, colour_latents(F.avg_pool2d(pixels, 4)))
     total = squared + _ABSOLUTE_ERROR * F.l1_loss(decoded, pixels) + _COLOUR_PENALTY * meaning
-    total = total + _CODEBOOK_LOSS * F.mse_loss(codes, latents.detach())
+    total = total + _CODEBOOK_LOSS * F.mse_loss(quantized, latents.detach())
     return total, {"dB": -10 * math.log10(squared.item()), "meaning": meaning.item()}
 
 
-def disturb(latents: Tensor, codes: Tensor, rng: np.random.Generator) -> Tensor:
+def disturb(latents: Tensor, quantized: Tensor, rng: np.random.Generator) -> Tensor:
     """What the decoder is trained on: of every eight samples one is quantised, two are blurred, seven noisy.
 
-    Blurred and noisy latents are what Stage B will hand over; the decoder learns to draw crisp edges from them.
+    Stage B will hand over blurred and noisy latents; the decoder learns to draw crisp edges from them.
     """
     kind = torch.arange(len(latents)) % 8
     noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
@@ -108,12 +119,12 @@ def disturb(latents: Tensor, codes: Tensor, rng: np.random.Generator) -> Tensor:
     blurred = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     soft = torch.lerp(latents, blurred, blur * ((kind == 1) | (kind == 2)).view(-1, 1, 1, 1))
     noisy = soft + _MAX_SIGMA * sigma * noise
-    return torch.where((kind == 0).view(-1, 1, 1, 1), latents + (codes - latents).detach(), noisy)
+    return torch.where((kind == 0).view(-1, 1, 1, 1), latents + (quantized - latents).detach(), noisy)
 
 
 def quantize(model: StageA, latents: Tensor) -> Tensor:
     """The nearest code of each latent, (b, 4, h, w)."""
-    codebook = model.vquantizer["codebook"].weight
+    codebook = codes(model)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
     nearest = (codebook.detach().square().sum(1) - 2 * flat @ codebook.detach().T).argmin(1)
     batch, _, height, width = latents.shape
@@ -121,7 +132,7 @@ def quantize(model: StageA, latents: Tensor) -> Tensor:
 
 
 def crops(rng: np.random.Generator, count: int) -> Tensor:
-    """Crops (count, 3, 64, 64) in 0..1 that contain an edge, but for one in eight; some in strange colours."""
+    """Crops (count, 3, 64, 64) in 0..1 with an edge in most of them; some in strange colours."""
     found: list[Tensor] = []
     while len(found) < count:
         picture = render(sample_scene(rng))
@@ -161,25 +172,8 @@ def figures(model: StageA, pictures: Tensor) -> dict[str, object]:
         "dB_codes": decibels(quantize(model, latents)),
         "latent_mean": latents.mean((0, 2, 3)).tolist(),
         "latent_std": latents.std((0, 2, 3)).tolist(),
-        "distance_from_meaning": F.mse_loss(latents, meaning).item(),
+        "distance_from_meaning": F.mse_loss(latents * model.config.scale_factor, meaning).item(),
     }
-
-
-def save(model: StageA, scale_factor: float, folder: Path) -> None:
-    """Write config.json and the weights with the given scale factor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    names = {
-        "_class_name": "PaellaVQModel",
-        "levels": config.levels,
-        "bottleneck_blocks": config.bottleneck_blocks,
-        "embed_dim": config.hidden_channels,
-        "latent_channels": config.latent_channels,
-        "num_vq_embeddings": config.codebook_size,
-        "scale_factor": scale_factor,
-    }
-    (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")
-    save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ Codes need no pictures, so every step draws fresh scenes and wordings. Judge the
 from sampled codes, printed at every sample.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -20,6 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.checkpoints.save import save_component
 from cascade.conditioning import ImageEncoder, TextEncoder
 from cascade.config import ScheduleConfig, StageCConfig
 from cascade.networks.stage_c import StageC
@@ -34,8 +35,14 @@ from cascade.training.code import read_code, scene_code
 from cascade.training.denoising import Emphasis, noise_batch
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import precondition
-from cascade.training.scenes import NATIVE_SIZES, SQUARE_SIZE, Scene, held_out_generator, render, sample_scene
-from PIL import Image
+from cascade.training.scenes import (
+    SQUARE_SIZE,
+    Scene,
+    held_out_generator,
+    render,
+    sample_scene,
+    sample_size,
+)
 
 TINY_STAGE_C = StageCConfig(
     timestep_ratio_embedding_dim=32,
@@ -51,11 +58,12 @@ TINY_STAGE_C = StageCConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.005)
 PLAN = Plan(
-    steps=9000,
+    steps=2500,
     learning_rate=1.5e-3,
+    matrix_rate=7e-3,
     compute_dtype=torch.bfloat16,
     save_every=250,
-    sample_every=1000,
+    judge_every=500,
     seed=31,
 )
 
@@ -78,25 +86,25 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(module, StageC)
-        size = SQUARE_SIZE if rng.random() < 0.85 else NATIVE_SIZES[1 + int(rng.integers(len(NATIVE_SIZES) - 1))]
+        size = sample_size(rng)
         scenes = [sample_scene(rng, size) for _ in range(_BATCH)]
         batch = noise_batch(_codes(scenes), schedule, _EMPHASIS, rng)
         predict = compiled if size == SQUARE_SIZE else _predict
         return batch.loss(predict(module, batch.latents, batch.ratio, *embed(scenes, text, images, rng)))
 
-    def report(module: nn.Module, step: int) -> None:
+    def report(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, StageC)
         figures = judge(module, text, schedule)
-        print(f"step {step}  {json.dumps(figures)}", flush=True)
-        save(module, run / "prior")
+        save_component(module, run / "prior")
+        return figures
 
-    fit(stage, loss, plan, run / "stage_c", title="Stage C", sample=report, trainable=trainable)
+    fit(stage, loss, plan, run / "stage_c", title="Stage C", judge=report, trainable=trainable)
 
 
 def _predict(
     stage: StageC, latents: Tensor, ratio: Tensor, text: Tensor, pooled: Tensor, image_embeds: Tensor
 ) -> Tensor:
-    return stage(latents, ratio, stage.prepare(text, pooled, image_embeds))
+    return cast(Tensor, stage(latents, ratio, stage.prepare(text, pooled, image_embeds)))
 
 
 def embed(
@@ -119,17 +127,22 @@ def embed(
 def judge(
     stage: StageC, text: TextEncoder, schedule: CosineSchedule, count: int = 120, guidance_scale: float = 4.0
 ) -> dict[str, float]:
-    """Shares of held-out captions whose sampled code reads right: by number of things, and the stated sides."""
+    """Shares of held-out captions whose sampled code reads right, and the sides where they are stated."""
     rng = held_out_generator(3)
     scenes = [sample_scene(rng) for _ in range(count)]
     captions = [caption(scene, rng) for scene in scenes]
     results: dict[str, list[bool]] = {}
     for scene, stated, code in zip(
-        scenes, captions, sample_codes(stage, text, schedule, [c.text for c in captions], guidance_scale), strict=True
+        scenes,
+        captions,
+        sample_codes(stage, text, schedule, [c.text for c in captions], guidance_scale),
+        strict=True,
     ):
         read = read_code(code.numpy(), SQUARE_SIZE)
         found, wanted = (sorted((t.shape, t.colour) for t in s.things) for s in (read, scene))
-        is_right = found == wanted and ("background" not in stated.facts or read.background == scene.background)
+        is_right = found == wanted and (
+            "background" not in stated.facts or read.background == scene.background
+        )
         results.setdefault(f"right_{len(scene.things)}", []).append(is_right)
         if len(scene.things) == 2 and found == wanted and "near_shape" in stated.facts:
             in_order = [[(t.shape, t.colour) for t in s.in_order()] for s in (read, scene)]
@@ -175,19 +188,6 @@ def load_image_encoder(run: Path) -> ImageEncoder | None:
         return None
     model = CLIPVisionModelWithProjection.from_pretrained(run / "image_encoder").eval().requires_grad_(False)
     return ImageEncoder(AutoImageProcessor.from_pretrained(run / "feature_extractor"), model)
-
-
-def save(stage: StageC, folder: Path) -> None:
-    """Write the averaged weights under their original names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(stage.state_dict(), folder / "weights.safetensors")
-
-
-def load(run: Path) -> StageC:
-    """Stage C as a training run last saved it."""
-    stage = StageC(TINY_STAGE_C)
-    stage.load_state_dict(load_file(run / "prior" / "weights.safetensors"))
-    return stage.eval().requires_grad_(False)
 
 
 def _codes(scenes: list[Scene]) -> Tensor:

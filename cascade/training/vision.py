@@ -1,7 +1,8 @@
 """The vision tower of the tiny checkpoint: pictures into the space of the frozen text tower.
 
-Contrast with the captions ties it to the text; linear readings, thrown away afterwards, keep every
-fact of the scene in the embedding, as in the text tower.
+Contrast with the captions ties it to the text. Linear readings, thrown away afterwards, keep every fact of
+the scene in the embedding, as in the text tower; another one asks each patch for the semantic code at its
+place, without which shapes stay at chance for very long.
 """
 
 import json
@@ -23,13 +24,16 @@ from transformers import (
 )
 
 from cascade.training.captions import ATTRIBUTES, Caption, caption, scene_facts
+from cascade.training.code import CHANNELS, scene_code
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import Scene, held_out_generator, render, sample_scene, sample_size
 from cascade.training.text import HIDDEN, MAX_TOKENS, accuracy, attribute_losses
 
 SIDE = 64
-PLAN = Plan(steps=1500, learning_rate=1e-3, seed=22, save_every=50)
+PLAN = Plan(steps=2500, learning_rate=1e-3, seed=22, save_every=50)
 BATCH_SIZE = 64
+_PATCHES = 8  # along each side
+_CODE_WEIGHT = 10.0
 _SHARPNESS = 20.0  # of the softmax over similarities
 
 
@@ -44,9 +48,12 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         del step
         batch = sample_batch(rng, BATCH_SIZE, tokenizer, text)
         with torch.autocast("cpu", torch.bfloat16):
-            embedding, scores = module(batch.pixels)
+            embedding, scores, codes = module(batch.pixels)
         contrast = contrastive_loss(embedding, batch.text_embeddings)
-        return contrast + attribute_losses(scores, batch.labels), {"contrast": contrast.item()}
+        code = F.mse_loss(codes, batch.codes)
+        figures = {"contrast": contrast.item(), "code": code.item()}
+        figures["shape"] = accuracy(scores, batch.labels, "first_shape")
+        return contrast + attribute_losses(scores, batch.labels) + _CODE_WEIGHT * code, figures
 
     average = fit(training, loss, plan, run / "vision_training", title="vision tower")
     assert isinstance(average, VisionTraining)
@@ -64,6 +71,7 @@ class Batch:
     pixels: Tensor  # (b, 3, 64, 64), normalised
     text_embeddings: Tensor  # (b, 128)
     labels: Tensor  # (b, attributes)
+    codes: Tensor  # (b, 16, 8, 8), one node per patch
 
 
 class VisionTraining(nn.Module):
@@ -73,11 +81,14 @@ class VisionTraining(nn.Module):
         super().__init__()
         self.vision = vision
         self.read = nn.Linear(HIDDEN, sum(len(values) + 1 for values in ATTRIBUTES.values()))
+        self.read_code = nn.Linear(HIDDEN, CHANNELS)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding (b, 128) and the scores of all classes of all attributes."""
-        embedding = self.vision(pixel_values=pixels).image_embeds
-        return embedding.float(), self.read(embedding).float()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The embedding (b, 128), the scores of all classes of all attributes, the code (b, 16, 8, 8)."""
+        output = self.vision(pixel_values=pixels)
+        embedding, patches = output.image_embeds, output.last_hidden_state[:, 1:]
+        codes = self.read_code(patches).transpose(1, 2).unflatten(2, (_PATCHES, _PATCHES))
+        return embedding.float(), self.read(embedding).float(), codes.float()
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -89,7 +100,7 @@ def vision_config() -> CLIPVisionConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         image_size=SIDE,
-        patch_size=8,
+        patch_size=SIDE // _PATCHES,
         hidden_act="quick_gelu",
         attn_implementation="eager",
     )
@@ -113,7 +124,9 @@ def sample_batch(
     with torch.no_grad():
         embeddings = text(**tokens).text_embeds
     labels = torch.tensor([Caption("", scene_facts(scene)).labels() for scene in scenes])
-    return Batch(pixels=prepare(scenes), text_embeddings=embeddings, labels=labels)
+    codes = [torch.from_numpy(scene_code(scene))[None] for scene in scenes]
+    patches = [F.interpolate(code, (_PATCHES, _PATCHES), mode="bilinear") for code in codes]
+    return Batch(prepare(scenes), embeddings, labels, torch.cat(patches))
 
 
 def prepare(scenes: list[Scene]) -> Tensor:
@@ -135,7 +148,7 @@ def contrastive_loss(images: Tensor, texts: Tensor) -> Tensor:
 @torch.inference_mode()
 def evaluate(training: VisionTraining, batch: Batch) -> dict[str, float]:
     """Accuracy of each attribute of the scenes, and how often a caption is nearest to its picture."""
-    embedding, scores = training.eval()(batch.pixels)
+    embedding, scores, _ = training.eval()(batch.pixels)
     figures = {name: accuracy(scores, batch.labels, name) for name in ATTRIBUTES}
     similarity = F.normalize(embedding, dim=1) @ F.normalize(batch.text_embeddings, dim=1).T
     order = similarity.argsort(dim=1, descending=True)

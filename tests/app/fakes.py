@@ -34,7 +34,7 @@ class FakeRunner:
         self.loading.wait(10)
         if self.load_error is not None:
             raise self.load_error
-        return ModelFacts("fake", "cpu", "float32", NATIVE_SIZE)
+        return ModelFacts("cpu", "float32", NATIVE_SIZE)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Steps:
         self.batches.append(list(requests))

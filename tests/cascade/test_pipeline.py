@@ -69,7 +69,7 @@ def test_a_batch_of_three_seeds_is_three_scripts(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"negative_prompt": "blurry", "decoder_guidance_scale": 1.5, "guidance_scale": 7.0},
+        {"negative_prompt": "blurry", "decoder_guidance_scale": 4.0, "guidance_scale": 7.0},
         {"steps": 9, "decoder_steps": 4, "guidance_scale": 0.0},
         {"width": 384, "height": 128},
     ],

@@ -73,7 +73,7 @@ def check(answer: httpx2.Response) -> None:
     assert "\n" not in error["message"]
 
 
-SLOWLY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOWLY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SLOWLY

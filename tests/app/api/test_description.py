@@ -28,7 +28,9 @@ async def test_the_generation_is_described_whole(description: dict[str, Any]) ->
     operation = description["paths"]["/v1/images/generations"]["post"]
     body = operation["requestBody"]["content"]["application/json"]
     assert body["schema"]["required"] == ["prompt"]
-    assert body["schema"]["properties"]["n"]["maximum"] == 10
+    number, absent = body["schema"]["properties"]["n"]["anyOf"]
+    assert (number["minimum"], number["maximum"], absent) == (1, 10, {"type": "null"})
+    assert body["schema"]["properties"]["prompt"]["type"] == "string"
     assert body["examples"]
     assert set(operation["responses"]) == {
         "200", "400", "401", "404", "406", "413", "415", "500", "503", "504", "507",

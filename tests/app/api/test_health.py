@@ -34,7 +34,7 @@ async def test_up_at_once_and_ready_when_loaded(serve: Serve, runner: FakeRunner
         runner.loading.set()
         client.app.state.services.engine.loaded.result(10)  # type: ignore[attr-defined]
         answer = await client.get("/readyz")
-        assert answer.json() == {"status": "ready", "model": "fake", "device": "cpu", "dtype": "float32"}
+        assert answer.json() == {"status": "ready", "model": "tiny", "device": "cpu", "dtype": "float32"}
 
 
 async def test_a_model_that_cannot_be_loaded(serve: Serve, runner: FakeRunner) -> None:

@@ -36,7 +36,7 @@ def runner() -> FakeRunner:
 def start(runner: FakeRunner) -> Iterator[Start]:
     engines = []
 
-    def start(*, max_queue: int = 100, max_batch: int = 4) -> Engine:
+    def start(*, max_queue: int = 100, max_batch: int | None = 4) -> Engine:
         engine = Engine(
             runner,
             max_queue=max_queue,
@@ -109,9 +109,19 @@ def test_requests_that_fit_are_made_together_and_equal_lone_ones(start: Start, r
     assert prompts == ["first", "acf", "b", "d", "e"]
 
 
-def test_a_request_larger_than_a_batch_is_made_alone(start: Start, runner: FakeRunner) -> None:
+def test_a_request_larger_than_a_batch_is_made_in_parts(start: Start, runner: FakeRunner) -> None:
     engine = start(max_batch=2)
-    assert len(engine.submit(request(seeds=(1, 2, 3))).outcome.result(10)) == 3
+    pictures = engine.submit(request(seeds=(1, 2, 3))).outcome.result(10)
+    assert [picture.seed for picture in pictures] == [1, 2, 3]
+    assert [batch[0].seeds for batch in runner.batches] == [(1, 2), (3,)]
+
+
+def test_on_a_cpu_pictures_are_made_one_by_one_unless_told_otherwise(
+    start: Start, runner: FakeRunner
+) -> None:
+    engine = start(max_batch=None)
+    engine.submit(request(seeds=(1, 2))).outcome.result(10)
+    assert [batch[0].seeds for batch in runner.batches] == [(1,), (2,)]
 
 
 def test_the_bound_counts_those_that_wait(start: Start, runner: FakeRunner) -> None:

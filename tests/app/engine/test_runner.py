@@ -46,7 +46,7 @@ class SmallRunner(CascadeRunner):
 
 
 @pytest.fixture(scope="module")
-def runner() -> SmallRunner:
+def small() -> SmallRunner:
     runner = SmallRunner("small", "cpu", "float32")
     runner.load()
     return runner
@@ -71,19 +71,25 @@ def finished(steps: Steps) -> tuple[list[Progress], list[list[Picture]]]:
 
 def test_what_is_known_of_the_model() -> None:
     facts = SmallRunner("small", "cpu", "float32").load()
-    assert facts == ModelFacts("small", "cpu", "float32", (128, 128))
+    assert facts == ModelFacts("cpu", "float32", (128, 128))
 
 
-def test_a_request_is_what_the_library_makes_of_it(runner: SmallRunner) -> None:
+def test_a_request_is_what_the_library_makes_of_it(small: SmallRunner) -> None:
     reports, [pictures] = finished(
-        runner.generate(
+        small.generate(
             [request(seeds=(7, 8), prior_guidance_scale=2.0, negative_prompt="blue", sampler="ddim")]
         )
     )
     expected = small_cascade(SmallRunner.native).text_to_image(
-        "a red circle", seed=7, num_images=2, steps=2, decoder_steps=1, guidance_scale=2.0, negative_prompt="blue",
+        "a red circle",
+        negative_prompt="blue",
+        seed=7,
+        num_images=2,
+        steps=2,
+        guidance_scale=2.0,
+        decoder_steps=1,
         sampler="ddim",
-    )  # fmt: skip
+    )
     for picture, image in zip(pictures, expected, strict=True):
         assert picture.image.tobytes() == image.image.tobytes()
         assert np.asarray(image.image).std() > 5, "a flat picture would prove nothing"
@@ -93,12 +99,12 @@ def test_a_request_is_what_the_library_makes_of_it(runner: SmallRunner) -> None:
     assert stages[:3] == [("prior", 1, 2), ("prior", 2, 2), ("decoder", 1, 1)]
 
 
-def test_other_sizes_are_resampled_and_long_prompts_cut(runner: SmallRunner) -> None:
-    _, [[picture]] = finished(runner.generate([request(width=256, height=64, prompt="word " * 20)]))
+def test_other_sizes_are_resampled_and_long_prompts_cut(small: SmallRunner) -> None:
+    _, [[picture]] = finished(small.generate([request(width=256, height=64, prompt="word " * 20)]))
     assert picture.image.size == (256, 64)
     assert picture.resampled_from == (192, 128)
     assert picture.prompt_truncated
-    _, [[native]] = finished(runner.generate([request()]))
+    _, [[native]] = finished(small.generate([request()]))
     assert native.resampled_from is None
     assert not native.prompt_truncated
 
@@ -111,45 +117,48 @@ def test_other_sizes_are_resampled_and_long_prompts_cut(runner: SmallRunner) -> 
     ],
 )
 def test_errors_of_the_library_become_ours(
-    runner: SmallRunner,
+    small: SmallRunner,
     monkeypatch: pytest.MonkeyPatch,
     raised: Exception,
     expected: type[Exception],
     word: str,
 ) -> None:
-    def broken(*_: object) -> Any:
+    def broken(*_: object) -> None:
         raise raised
-        yield
 
     monkeypatch.setattr("cascade.tasks.text_to_image.generate", broken)
     with pytest.raises(expected, match=word) as caught:
-        finished(runner.generate([request()]))
+        finished(small.generate([request()]))
     assert "0x7f" not in str(caught.value)
 
 
-@pytest.mark.anyio
-async def test_eight_clients_get_what_each_gets_alone(serve: Serve) -> None:
-    def body(client: int) -> dict[str, Any]:
-        sizes = ("auto", "192x128", "64x64")
-        return {
-            "prompt": f"a circle number {client % 3}",
-            "seed": client,
-            "n": 1 + client % 2,
-            "size": sizes[client % 3],
-            "steps": 1 + client % 2,
-            "decoder_num_inference_steps": 1,
-            "guidance_scale": (1.0, 4.0)[client % 2],
-        }
+def body(client: int) -> dict[str, Any]:
+    """Requests of several kinds, some of which can be made together."""
+    return {
+        "prompt": f"a circle number {client % 3}",
+        "seed": client,
+        "n": 1 + client % 2,
+        "size": ("auto", "192x128", "64x64")[client % 3],
+        "steps": 1 + client % 2,
+        "decoder_num_inference_steps": 1,
+        "guidance_scale": (1.0, 4.0)[client % 2],
+    }
 
-    async with serve(use=SmallRunner("small", "cpu", "float32"), max_batch=8) as client:
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("max_batch", "tolerance"), [(None, 0), (8, 1)])
+async def test_eight_clients_get_what_each_gets_alone(
+    serve: Serve, max_batch: int | None, tolerance: int
+) -> None:
+    # Larger matrices are added up in another order: where pictures share a pass a rounding may move by 1/255.
+    async with serve(use=SmallRunner("small", "cpu", "float32"), max_batch=max_batch) as client:
         together = await asyncio.gather(*(client.post(PATH, json=body(number)) for number in range(8)))
         text = (await client.get("/metrics")).text
         for number, answer in enumerate(together):
             alone = await client.post(PATH, json=body(number))
             for item, other in zip(answer.json()["data"], alone.json()["data"], strict=True):
-                difference = np.abs(pixels(item) - pixels(other))
-                assert difference.max() == 0
-    assert "cascade_batch_pictures_count 8.0" not in text, "nothing was made together"
+                assert np.abs(pixels(item) - pixels(other)).max() <= tolerance
+    assert ("cascade_batch_pictures_count 8.0" in text) == (max_batch is None), "made together, or not"
 
 
 def pixels(item: dict[str, Any]) -> np.ndarray:
@@ -157,14 +166,13 @@ def pixels(item: dict[str, Any]) -> np.ndarray:
 
 
 def test_settings_of_a_request_survive_the_translation(
-    runner: SmallRunner, monkeypatch: pytest.MonkeyPatch
+    small: SmallRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[Any] = []
 
-    def spy(_: object, settings: Any) -> Any:
+    def spy(_: object, settings: Any) -> None:
         seen.extend(settings)
         raise InvalidSetting("enough", "seen")
-        yield
 
     monkeypatch.setattr("cascade.tasks.text_to_image.generate", spy)
     members = {
@@ -173,7 +181,7 @@ def test_settings_of_a_request_survive_the_translation(
         "preset": "diffusers", "sampler": "lcm", "seeds": (3, 9),
     }  # fmt: skip
     with pytest.raises(InvalidRequest):
-        finished(runner.generate([request(**members)]))
+        finished(small.generate([request(**members)]))
     first, second = seen
     assert second == replace(first, seed=9)
     assert (first.seed, first.num_images, first.negative_prompt) == (3, 1, "blue")

@@ -149,12 +149,7 @@ def test_pickles_are_refused_unopened(suffix: str, tmp_path: Path) -> None:
 
 def test_a_file_cut_after_opening_is_noticed(file: Path) -> None:
     stored = open_weights(file)
-    file.write_bytes(file.read_bytes()[: -stored["flags"].num_bytes])
-    cut = 0
-    for tensor in stored.values():
-        try:
-            tensor.read()
-        except CheckpointError as error:
-            cut += 1
-            assert "ends early" in str(error)
-    assert cut == 1
+    lengths = {name: tensor.num_bytes for name, tensor in stored.items()}
+    file.write_bytes(file.read_bytes()[: -lengths["flags"]])  # the narrowest type lies last
+    with pytest.raises(CheckpointError, match="ends early"):
+        stored["flags"].read()

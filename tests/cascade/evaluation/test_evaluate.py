@@ -1,10 +1,12 @@
 """Counting, sheet and card, with an artist that draws what it is told, except where it is told not to."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from cascade.evaluation.card import write_card
 from cascade.evaluation.evaluate import (
@@ -13,13 +15,18 @@ from cascade.evaluation.evaluate import (
     Report,
     Score,
     draw_and_judge,
+    evaluate,
     held_out_captions,
 )
 from cascade.evaluation.reconstruction import Reconstruction
 from cascade.evaluation.sheet import save_sheet
+from cascade.networks.effnet import EffNetEncoder
+from cascade.sizes import NativeSizes
 from cascade.tasks.text_to_image import TextToImage
 from cascade.training.captions import Caption
+from cascade.training.encoder import TINY_EFFNET
 from cascade.training.scenes import Scene, Thing, render
+from tests.cascade.small_models import small_cascade
 
 SETTINGS = TextToImage(prompt="-", seed=5)
 
@@ -117,3 +124,40 @@ def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red(tmp_path: Path
     is_green = [frame[1] > frame[0] for frame in frames]
     assert is_green == [one.verdict.is_right for one in report.judged[:20]]
     assert not all(is_green)
+
+
+def test_the_card_states_figures_parameters_and_limits(tmp_path: Path, report: Report) -> None:
+    models = small_cascade(text_encoder=SimpleNamespace(model=nn.Linear(2, 3)))
+    write_card(report, models, tmp_path / "card.md", "All of it took an hour on two cores.")
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert card.startswith("# fake: a small Stable Cascade\n")
+    assert "| all of these | 100.0 % (20/20) | 80.0 % (16/20) | 90.0 % (36/40) |" in card
+    assert "| text tower | 9 |" in card
+    assert "vision tower | 0" not in card
+    assert "27.2 dB, 97 of 100 verified" in card
+    assert "All of it took an hour on two cores." in card
+    for heading in ("Data", "Recipe", "Figures", "Limits", "Licence"):
+        assert f"\n## {heading}\n" in card
+
+
+def test_a_random_checkpoint_is_evaluated_and_judged_wrong() -> None:
+    models = small_cascade(
+        NativeSizes(((256, 256),), resamples=True), effnet=EffNetEncoder(TINY_EFFNET).eval()
+    )
+    done: list[tuple[int, int]] = []
+    report = evaluate(
+        models,
+        2,
+        seed=9,
+        steps=1,
+        decoder_steps=1,
+        num_reconstructions=2,
+        progress=lambda made, total: done.append((made, total)),
+    )
+    assert report.score("is_right") == Score(0, 2)
+    assert [one.image.size for one in report.judged] == [(256, 256)] * 2
+    assert report.seconds_per_picture > 0
+    assert report.reconstruction is not None
+    assert (report.reconstruction.count, report.reconstruction.verified) == (2, 0)
+    assert 0 < report.reconstruction.decibels < 20
+    assert done == [(1, 4), (2, 4), (4, 4)]

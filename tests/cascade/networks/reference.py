@@ -1,5 +1,6 @@
-"""What the parity tests share: random weights that leave nothing at zero, and their translation to diffusers."""
+"""What the parity tests share: random weights that leave nothing at zero, also under diffusers' names."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -34,9 +35,9 @@ def randomized(network: Module, seed: int) -> Module:
     return network.eval()
 
 
-def diffusers_weights(network: nn.Module, component: Component) -> dict[str, Tensor]:
-    """The weights of one of our networks under diffusers' names."""
-    stored = {name: StoredTensor.of(tensor) for name, tensor in network.state_dict().items()}
+def diffusers_names(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights or gradients of one of our networks under diffusers' names."""
+    stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
     return {name: tensor.read() for name, tensor in to_diffusers(component, stored).items()}
 
 
@@ -44,10 +45,30 @@ def diffusers_unet(network: StageB | StageC) -> StableCascadeUNet:
     """diffusers' UNet with the dimensions and the weights of ours."""
     settings = to_json(network.config)
     del settings["_class_name"]
-    component = Component.STAGE_B if isinstance(network, StageB) else Component.STAGE_C
     unet = StableCascadeUNet(**settings)
-    unet.load_state_dict(diffusers_weights(network, component))
+    unet.load_state_dict(diffusers_names(component_of(network), network.state_dict()))
     return unet.eval()
+
+
+def component_of(network: StageB | StageC) -> Component:
+    return Component.STAGE_B if isinstance(network, StageB) else Component.STAGE_C
+
+
+def worst_gradient(network: StageB | StageC, ours: Tensor, unet: StableCascadeUNet, theirs: Tensor) -> float:
+    """Largest difference between the gradients of the same function of two outputs.
+
+    As a share of the tensor's largest gradient, over all tensors; those that are zero but for rounding (softmax
+    does not see the bias of the keys) count by the largest gradient of all.
+    """
+    weights, their_weights = dict(network.named_parameters()), dict(unet.named_parameters())
+    gradients = torch.autograd.grad(ours.sin().sum(), list(weights.values()))
+    translated = diffusers_names(component_of(network), dict(zip(weights, gradients, strict=True)))
+    expected = torch.autograd.grad(theirs.sin().sum(), list(their_weights.values()))
+    negligible = 1e-3 * max(gradient.abs().max().item() for gradient in expected)
+    return max(
+        worst(translated[name], gradient) / max(gradient.abs().max().item(), negligible)
+        for name, gradient in zip(their_weights, expected, strict=True)
+    )
 
 
 def worst(ours: Tensor, theirs: Tensor) -> float:

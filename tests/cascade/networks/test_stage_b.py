@@ -7,7 +7,14 @@ from torch import Tensor
 from cascade.config import StageBConfig
 from cascade.networks.stage_b import StageB
 from cascade.networks.unet import Condition
-from tests.cascade.networks.reference import TOLERANCE, diffusers_unet, noise, randomized, worst
+from tests.cascade.networks.reference import (
+    TOLERANCE,
+    diffusers_unet,
+    noise,
+    randomized,
+    worst,
+    worst_gradient,
+)
 
 REPEATED = StageBConfig(
     conditioning_dim=64,
@@ -78,6 +85,17 @@ def test_equals_diffusers(config: StageBConfig, pixels: Tensor | None) -> None:
         theirs = diffusers_unet(network)(latents, ratio, pooled, effnet=effnet, pixels=pixels).sample
     assert theirs.std() > 0.3
     assert worst(ours, theirs) <= TOLERANCE
+
+
+def test_training_has_the_same_output_and_gradients() -> None:
+    network = randomized(StageB(REPEATED), seed=11)
+    latents, ratio, effnet, pooled = inputs(REPEATED)
+    unet = diffusers_unet(network)
+    ours = network(latents, ratio, network.prepare(effnet, pooled, size(latents)))
+    theirs = unet(latents, ratio, pooled, effnet=effnet).sample
+    assert worst(ours, theirs) <= TOLERANCE
+    # gradients are sums over all tokens, which cancel in part
+    assert worst_gradient(network, ours, unet, theirs) <= TOLERANCE
 
 
 @torch.inference_mode()

@@ -7,7 +7,14 @@ from torch import Tensor
 from cascade.config import StageCConfig
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
-from tests.cascade.networks.reference import TOLERANCE, diffusers_unet, noise, randomized, worst
+from tests.cascade.networks.reference import (
+    TOLERANCE,
+    diffusers_unet,
+    noise,
+    randomized,
+    worst,
+    worst_gradient,
+)
 
 REPEATED = StageCConfig(
     conditioning_dim=96,
@@ -76,6 +83,17 @@ def test_equals_diffusers(config: StageCConfig, images: int) -> None:
         theirs = diffusers_unet(network)(latents, ratio, pooled, text, pictures).sample
     assert theirs.std() > 0.3
     assert worst(ours, theirs) <= TOLERANCE
+
+
+def test_training_has_the_same_output_and_gradients() -> None:
+    network = randomized(StageC(REPEATED), seed=11)
+    latents, ratio, text, pooled, pictures = inputs(REPEATED)
+    unet = diffusers_unet(network)
+    ours = network(latents, ratio, network.prepare(text, pooled, pictures))
+    theirs = unet(latents, ratio, pooled, text, pictures).sample
+    assert worst(ours, theirs) <= TOLERANCE
+    # gradients are sums over all tokens, which cancel in part
+    assert worst_gradient(network, ours, unet, theirs) <= TOLERANCE
 
 
 @torch.inference_mode()

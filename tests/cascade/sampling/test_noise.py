@@ -60,10 +60,10 @@ def test_noise_of_a_picture_is_quick() -> None:
     gaussian(SHAPE, 0, "decoder", 0)
     times = []
     for step in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()
         gaussian(SHAPE, 0, "decoder", step)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05, "one 4x256x256 draw takes about 5 ms of one core"
+        times.append(time.thread_time() - start)
+    assert min(times) < 0.05, "one 4x256x256 draw takes about 5 ms of a core, however busy the others are"
 
 
 def test_torch_draws_follow_each_other_as_in_a_script() -> None:

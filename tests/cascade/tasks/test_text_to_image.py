@@ -1,6 +1,6 @@
 """Text to image with the real networks at tiny dimensions: settings, sizes, seeds, company, progress."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -75,6 +75,11 @@ def test_pictures_are_not_flat_and_depend_on_every_setting(cascade: Cascade) -> 
     for change in changes:
         other = one(cascade, request(**longer | change))
         assert np.abs(pixels(made) - pixels(other)).max() > 2, change
+    only_decoder: dict[str, Any] = {"guidance_scale": 1.0, "decoder_guidance_scale": 8.0}
+    plain, other = (
+        one(cascade, request(**only_decoder, negative_prompt=negative)) for negative in ("", "a blue star")
+    )
+    assert np.abs(pixels(plain) - pixels(other)).max() > 2
     shared, fresh = (one(cascade, request(preset="diffusers", shares_generator=s)) for s in (True, False))
     assert np.abs(pixels(shared) - pixels(fresh)).max() > 2
 
@@ -189,6 +194,28 @@ def test_the_caller_sees_every_step_and_may_stop(cascade: Cascade) -> None:
         cascade.text_to_image("a red circle", progress=watch, **QUICK)
     assert [step.stage for step in seen] == ["prior"] * 3 + ["decoder"]
     assert len(cascade.text_to_image("a red circle", **QUICK)) == 1
+
+
+def test_everything_runs_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = small_cascade()
+    seen: list[str] = []
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            assert torch.is_inference_mode_enabled(), name
+            return original(*arguments, **options)
+
+        return call
+
+    for network, name in (
+        (cascade.stage_c, "prepare"),
+        (cascade.stage_b, "forward"),
+        (cascade.stage_a, "decode"),
+    ):
+        monkeypatch.setattr(network, name, watched(name, getattr(network, name)))
+    one(cascade, request())
+    assert set(seen) == {"prepare", "forward", "decode"}
 
 
 def test_a_generator_between_two_steps_leaves_gradients_on(cascade: Cascade) -> None:

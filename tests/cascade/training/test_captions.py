@@ -27,7 +27,7 @@ SYNONYMS = {
 @pytest.fixture(scope="module")
 def captioned() -> list[tuple[Scene, Caption]]:
     rng = np.random.default_rng(0)
-    scenes = [sample_scene(rng) for _ in range(3000)]
+    scenes = [sample_scene(rng) for _ in range(1500)]
     return [(scene, caption(scene, rng)) for scene in scenes]
 
 
@@ -88,9 +88,9 @@ def test_shares_of_what_is_stated(captioned: list[tuple[Scene, Caption]]) -> Non
     facts = [one.facts for _, one in captioned]
     singles = [one for one in facts if "second_shape" not in one]
     pairs = [one for one in facts if "second_shape" in one]
-    assert np.mean(["background" in one for one in facts]) == pytest.approx(0.9, abs=0.02)
-    assert np.mean(["first_place" in one for one in singles]) == pytest.approx(0.5, abs=0.04)
-    assert np.mean(["near_shape" in one for one in pairs]) == pytest.approx(0.73, abs=0.05)
+    assert np.mean(["background" in one for one in facts]) == pytest.approx(0.9, abs=0.03)
+    assert np.mean(["first_place" in one for one in singles]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(["near_shape" in one for one in pairs]) == pytest.approx(0.73, abs=0.06)
     assert not any("near_shape" in one for one in singles)
 
 

@@ -31,7 +31,7 @@ def test_a_code_has_the_stage_c_grid_of_its_picture(size: tuple[int, int]) -> No
 
 
 def test_codes_read_back_exactly() -> None:
-    for scene in scenes(300):
+    for scene in scenes(150):
         read = read_code(scene_code(scene), (scene.width, scene.height))
         assert read.background == scene.background
         for seen, drawn in zip(read.in_order(), scene.in_order(), strict=True):
@@ -41,7 +41,7 @@ def test_codes_read_back_exactly() -> None:
 
 def test_codes_read_back_through_noise() -> None:
     rng = np.random.default_rng(0)
-    for scene in scenes(300):
+    for scene in scenes(150):
         code = scene_code(scene)
         noisy = code + 0.3 * rng.standard_normal(code.shape)
         read = read_code(noisy.astype(np.float32), (scene.width, scene.height))
@@ -57,10 +57,10 @@ def test_a_code_without_things_reads_as_an_empty_scene() -> None:
 
 def test_the_stored_moments_are_those_of_training_scenes() -> None:
     rng = np.random.default_rng(1)
-    mean, deviation = estimate_moments([sample_scene(rng, sample_size(rng)) for _ in range(3000)])
-    # three thousand scenes instead of twenty thousand
-    np.testing.assert_allclose(mean, MEAN, atol=0.02)
-    np.testing.assert_allclose(deviation, DEVIATION, atol=0.02)
+    mean, deviation = estimate_moments([sample_scene(rng, sample_size(rng)) for _ in range(1500)])
+    # fifteen hundred scenes instead of twenty thousand
+    np.testing.assert_allclose(mean, MEAN, atol=0.03)
+    np.testing.assert_allclose(deviation, DEVIATION, atol=0.03)
 
 
 def test_content_follows_the_formulas_at_a_node() -> None:

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+from cascade.config import ScheduleConfig
+from cascade.sampling.schedule import CosineSchedule, signal_and_noise
+from cascade.training.denoising import Emphasis, noise_batch
+
+SCHEDULE = CosineSchedule(ScheduleConfig(clamp_min=0.02))
+PLAIN = Emphasis(starts=0.0, decoys=0.0, low_noise=0.25, highest=8.0)
+
+
+def test_the_true_noise_has_no_loss() -> None:
+    clean = torch.randn(16, 4, 8, 8)
+    batch = noise_batch(clean, SCHEDULE, PLAIN, np.random.default_rng(0))
+    alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in signal_and_noise(batch.log_snr))
+    noise = (batch.latents - alpha * clean) / sigma
+    assert float(batch.loss(noise)[0]) < 1e-9
+    assert float(batch.loss(noise + 0.1)[0]) > 1e-3
+
+
+def test_levels_are_spread_evenly_over_time() -> None:
+    batch = noise_batch(torch.zeros(10, 1, 2, 2), SCHEDULE, PLAIN, np.random.default_rng(0))
+    assert sorted((batch.ratio * 10).int().tolist()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_starts_show_nothing_of_the_picture() -> None:
+    emphasis = Emphasis(starts=0.5, decoys=0.0, low_noise=0.25, highest=8.0)
+    batch = noise_batch(torch.full((8, 4, 32, 32), 50.0), SCHEDULE, emphasis, np.random.default_rng(0))
+    assert batch.latents[:4].mean().abs() < 0.1
+    assert batch.latents[:4].std().item() == pytest.approx(1.0, abs=0.02)
+    assert (batch.latents[4:].mean((1, 2, 3)) > 1).all()
+
+
+def test_decoys_show_another_picture_and_lead_to_the_right_one() -> None:
+    clean = torch.zeros(64, 1, 4, 4)
+    clean[1::2] = 1000.0
+    emphasis = Emphasis(starts=0.0, decoys=1.0, low_noise=0.25, highest=8.0)
+    batch = noise_batch(clean, SCHEDULE, emphasis, np.random.default_rng(0))
+    assert torch.equal(batch.clean, clean)
+    wrong = batch.latents[0::2].mean((1, 2, 3)) > 10
+    assert wrong.float().mean() > 0.5
+    assert not wrong[batch.ratio[0::2] < 0.28].any()
+
+
+def test_low_noise_counts_more_within_bounds() -> None:
+    batch = noise_batch(torch.zeros(32, 1, 2, 2), SCHEDULE, PLAIN, np.random.default_rng(0))
+    order = batch.ratio.argsort()
+    assert batch.weight[order[0]] == 8.0
+    assert batch.weight[order[-1]] == 1.0
+    assert (batch.weight[order].diff() <= 0).all()
