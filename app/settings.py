@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
     max_pixels: int = Field(4_194_304, ge=64 * 64, description="Width times height at most")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    loading_wait: float = Field(
+        30.0, ge=0, description="Seconds that a request waits for a model that is still loading"
+    )
     sync_timeout: float = Field(540.0, gt=0, description="Seconds that a waiting request may take")
     file_ttl: float = Field(86_400.0, gt=0, description="Seconds that a picture is kept")
     url_ttl: float = Field(3_600.0, ge=1, description="Seconds that a signed URL works")

@@ -27,6 +27,17 @@ class FinishedImage:
         return self.picture.seed
 
 
+async def wait_for_model(services: Services) -> None:
+    """Give a model that is still loading some time: a caller right after the start need not ask again.
+
+    Whether there is one, whoever needs it finds out from the engine.
+    """
+    loaded = asyncio.wrap_future(services.engine.loaded)
+    done, _ = await asyncio.wait({loaded}, timeout=services.settings.loading_wait)
+    for future in done:
+        future.exception()  # seen here, raised where the model is needed
+
+
 async def wait_for_images(request: Request, services: Services, job: Job) -> list[FinishedImage]:
     """Wait for the pictures of `job` and encode them. When the caller leaves, the work is dropped."""
     generation = job.request

@@ -14,7 +14,7 @@ from app.api.accept import raw_format
 from app.api.deps import Services, TheExchange, TheServices, authenticate, public_base, read_json_object
 from app.api.description import GENERATION, GENERATION_RESPONSES, NEEDS_KEY, openai_errors
 from app.api.gateway import Exchange
-from app.api.generation import FinishedImage, wait_for_images
+from app.api.generation import FinishedImage, wait_for_images, wait_for_model
 from app.errors import InvalidRequest, ModelNotFound, NotAcceptable, UnsupportedParameter
 from app.schemas import (
     GenerationRequest,
@@ -63,6 +63,7 @@ async def create_image(
     """Waits for the pictures. With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture."""
     body = _checked(members)
     _resolve_model(body.model, services)
+    await wait_for_model(services)
     generation = _translated(body, services)
     raw = raw_format(request.headers.get("accept", ""), body.output_format)
     if raw is not None:

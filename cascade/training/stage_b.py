@@ -56,7 +56,7 @@ TINY_STAGE_B = StageBConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.02)
 PLAN = Plan(
-    steps=3600,
+    steps=3000,
     learning_rate=2e-3,
     matrix_rate=1e-2,
     compute_dtype=torch.bfloat16,

@@ -67,7 +67,7 @@ def stage_a(extent: Extent, advance: Advance) -> dict[str, Any]:
 
         @torch.inference_mode()
         def ours(network: StageA = network, latents: torch.Tensor = latents) -> object:
-            return network.decode(latents)
+            return network.decode(latents, scale_factor=1)
 
         @torch.inference_mode()
         def theirs(reference: Any = reference, latents: torch.Tensor = latents) -> object:

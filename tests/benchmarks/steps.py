@@ -1,7 +1,7 @@
 """One denoising step of Stages B and C, ours and diffusers', on the same weights and inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,48 +11,61 @@ from cascade.config import StageBConfig, StageCConfig
 from cascade.networks.blocks import ratio_embedding
 from cascade.networks.stage_b import StageB
 from cascade.networks.stage_c import StageC
+from cascade.networks.unet import Condition
 from tests.benchmarks.weights import in_diffusers, random_network
 
-_RATIO = 0.73
-_TOKENS = 77
+RATIO = 0.73
+TOKENS = 77
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """The same step in both libraries; `prepare` is what ours does once per request."""
+    """A step at one noise level. Latents are numbers that bf16 holds, so that both libraries see the same."""
 
     network: StageB | StageC
-    prepare: Callable[[], object]
-    ours: Callable[[], Tensor]
-    theirs: Callable[[], Tensor] | None = None
+    latents: Tensor
+    prepare: Callable[[], Condition]  # what ours does once per request
+    reference: Callable[[Tensor, Tensor], Tensor] | None  # (latents, ratio) -> noise, by diffusers
+    condition: Condition = field(init=False)
+    ratio: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.condition = self.prepare()
+        self.ratio = torch.full((len(self.latents),), RATIO, device=self.latents.device)
+
+    @torch.inference_mode()
+    def ours(self) -> Tensor:
+        """With the condition prepared before."""
+        return self.network(self.latents, self.ratio, self.condition)
+
+    @torch.inference_mode()
+    def theirs(self) -> Tensor:
+        """diffusers computes the condition in every step."""
+        assert self.reference is not None
+        half = torch.bfloat16
+        return self.reference(self.latents.to(half), self.ratio.to(half))
+
+    @torch.inference_mode()
+    def exact(self) -> Tensor:
+        """In fp32; the network stays so, and its condition is prepared anew."""
+        self.network.float()
+        return self.network(self.latents, self.ratio, self.prepare())
 
 
 def stage_c_step(
     config: StageCConfig, rows: int, side: int, device: str = "cpu", *, with_reference: bool = True
 ) -> Step:
     """A step of `rows` rows (guidance takes two per picture) on a grid of `side` x `side` cells, in bf16."""
-    dtype = torch.bfloat16
-    network = random_network(StageC, config, dtype, device)
-    latents = torch.randn(rows, config.in_channels, side, side, device=device)
-    text = torch.randn(rows, _TOKENS, config.clip_text_in_channels, device=device).to(dtype)
-    pooled = torch.randn(rows, 1, config.clip_text_pooled_in_channels, device=device).to(dtype)
-    image = torch.zeros(rows, 1, config.clip_image_in_channels, device=device, dtype=dtype)
-    ratio = torch.full((rows,), _RATIO, device=device)
-
-    def prepare() -> Any:
-        return network.prepare(text, pooled, image)
-
-    with torch.inference_mode():
-        condition = prepare()
-    if not with_reference:
-        return Step(network, _quiet(prepare), _quiet(lambda: network(latents, ratio, condition)))
-    unet = exact_levels(in_diffusers(network))
-    half = latents.to(dtype)
+    network = random_network(StageC, config, torch.bfloat16, device)
+    text = _inputs(rows, TOKENS, config.clip_text_in_channels, device=device)
+    pooled = _inputs(rows, 1, config.clip_text_pooled_in_channels, device=device)
+    image = torch.zeros(rows, 1, config.clip_image_in_channels, device=device, dtype=torch.bfloat16)
+    unet = exact_levels(in_diffusers(network)) if with_reference else None
     return Step(
         network,
-        _quiet(prepare),
-        _quiet(lambda: network(latents, ratio, condition)),
-        _quiet(lambda: unet(half, ratio.to(dtype), pooled, text, image).sample),
+        _inputs(rows, config.in_channels, side, side, device=device).float(),
+        torch.inference_mode()(lambda: network.prepare(text, pooled, image)),
+        unet and (lambda latents, ratio: unet(latents, ratio, pooled, text, image).sample),
     )
 
 
@@ -60,27 +73,15 @@ def stage_b_step(
     config: StageBConfig, rows: int, side: int, device: str = "cpu", *, with_reference: bool = True
 ) -> Step:
     """A step of `rows` pictures (without guidance) on latents of `side` x `side`, in bf16."""
-    dtype = torch.bfloat16
-    network = random_network(StageB, config, dtype, device)
-    latents = torch.randn(rows, config.in_channels, side, side, device=device)
-    pooled = torch.randn(rows, 1, config.clip_text_pooled_in_channels, device=device).to(dtype)
-    effnet = torch.randn(rows, config.effnet_in_channels, 24, 24, device=device)
-    ratio = torch.full((rows,), _RATIO, device=device)
-
-    def prepare() -> Any:
-        return network.prepare(effnet, pooled, (side, side))
-
-    with torch.inference_mode():
-        condition = prepare()
-    if not with_reference:
-        return Step(network, _quiet(prepare), _quiet(lambda: network(latents, ratio, condition)))
-    unet = exact_levels(in_diffusers(network))
-    half, guide = latents.to(dtype), effnet.to(dtype)
+    network = random_network(StageB, config, torch.bfloat16, device)
+    pooled = _inputs(rows, 1, config.clip_text_pooled_in_channels, device=device)
+    effnet = _inputs(rows, config.effnet_in_channels, 24, 24, device=device)
+    unet = exact_levels(in_diffusers(network)) if with_reference else None
     return Step(
         network,
-        _quiet(prepare),
-        _quiet(lambda: network(latents, ratio, condition)),
-        _quiet(lambda: unet(half, ratio.to(dtype), pooled, effnet=guide).sample),
+        _inputs(rows, config.in_channels, side, side, device=device).float(),
+        torch.inference_mode()(lambda: network.prepare(effnet, pooled, (side, side))),
+        unet and (lambda latents, ratio: unet(latents, ratio, pooled, effnet=effnet).sample),
     )
 
 
@@ -92,18 +93,13 @@ def exact_levels(unet: Any) -> Any:
     dtype, dim = unet.dtype, unet.config.timestep_ratio_embedding_dim
 
     def embed(ratio: Tensor) -> Tensor:
-        level = _RATIO if ratio.any() else 0.0
+        level = RATIO if ratio.any() else 0.0
         return ratio_embedding(torch.full_like(ratio, level, dtype=torch.float32), dim).to(dtype)
 
     unet.get_timestep_ratio_embedding = embed
     return unet
 
 
-def _quiet(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`work` without gradients."""
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return work()
-
-    return run
+def _inputs(*shape: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=device).bfloat16()

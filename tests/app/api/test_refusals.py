@@ -138,7 +138,7 @@ async def test_a_body_is_read_no_further_than_the_limit(serve: Serve) -> None:
 
 async def test_no_picture_before_the_model(serve: Serve, runner: FakeRunner) -> None:
     runner.loading.clear()
-    async with serve(wait=False) as client:
+    async with serve(wait=False, loading_wait=0) as client:
         answer = await generate(client)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
         assert 1 <= int(answer.headers["retry-after"]) <= 59
@@ -200,3 +200,13 @@ async def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     folder = client.app.state.services.settings.data_dir / "files"  # type: ignore[attr-defined]
     assert list(folder.iterdir()) == []
     assert (await generate(client)).status_code == 200
+
+
+async def test_a_request_waits_for_a_model_that_is_still_loading(serve: Serve, runner: FakeRunner) -> None:
+    runner.loading.clear()
+    async with serve(wait=False, loading_wait=10) as client:
+        asked = asyncio.ensure_future(generate(client))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        runner.loading.set()
+        assert (await asked).status_code == 200

@@ -35,6 +35,16 @@ def randomized(network: Module, seed: int) -> Module:
     return network.eval()
 
 
+def with_statistics_of(network: Module, inputs: Tensor) -> Module:
+    """Batch norms that have seen these inputs; random statistics would let the signal fade away."""
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1
+    with torch.no_grad():
+        network.train()(inputs)
+    return network.eval()
+
+
 def diffusers_names(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights or gradients of one of our networks under diffusers' names."""
     stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
@@ -57,8 +67,8 @@ def component_of(network: StageB | StageC) -> Component:
 def worst_gradient(network: StageB | StageC, ours: Tensor, unet: StableCascadeUNet, theirs: Tensor) -> float:
     """Largest difference between the gradients of the same function of two outputs.
 
-    As a share of the tensor's largest gradient, over all tensors; those that are zero but for rounding (softmax
-    does not see the bias of the keys) count by the largest gradient of all.
+    As a share of the tensor's largest gradient, over all tensors. Those that are zero but for rounding count
+    by the largest gradient of all: softmax does not see the bias of the keys.
     """
     weights, their_weights = dict(network.named_parameters()), dict(unet.named_parameters())
     gradients = torch.autograd.grad(ours.sin().sum(), list(weights.values()))
@@ -75,6 +85,11 @@ def worst(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference; shapes must agree."""
     assert ours.shape == theirs.shape
     return (ours - theirs).abs().max().item()
+
+
+def difference(rows: Tensor) -> float:
+    """How much the output for the first input differs from that for the second: large, if inputs matter."""
+    return (rows[0] - rows[1]).std().item()
 
 
 def noise(seed: int, *shape: int) -> Tensor:

@@ -1,0 +1,54 @@
+"""The fused CPU operators against the plain formulas, and the block that uses them against its training path."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cascade.networks.blocks import ResBlock
+from cascade.networks.fused import energy, linear, linear_add, linear_gelu
+from tests.cascade.networks.reference import noise, randomized, worst
+
+HALF_STEP = 2**-8  # of bf16, relative: one rounding of the result, and nothing else, separates the two
+
+
+def close_in_bf16(ours: Tensor, exact: Tensor) -> bool:
+    return bool(((ours.double() - exact.double()).abs() <= HALF_STEP * exact.double().abs() + 1e-4).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_fused_layers_equal_the_formulas(dtype: torch.dtype) -> None:
+    x, weight = noise(1, 2, 5, 7, 24).to(dtype), (noise(2, 40, 24) / 5).to(dtype)
+    bias, residual = noise(3, 40).to(dtype), noise(4, 2, 40, 5, 7).to(dtype).permute(0, 2, 3, 1)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert close_in_bf16(linear(x, weight, bias), exact)
+    assert close_in_bf16(linear_gelu(x, weight, bias), F.gelu(exact))
+    assert close_in_bf16(linear_add(x, weight, bias, residual), residual.double() + exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 9, 11, 4096), (3, 64, 64, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_energy_is_the_norm_over_the_picture_in_fp32(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = noise(5, *shape).to(dtype)
+    exact = x.double().square().sum(dim=(1, 2), keepdim=True).sqrt()
+    # fp32 sums of some thousand positive numbers, piece by piece
+    assert (energy(x) / exact - 1).abs().max() <= 2e-6
+
+
+def test_large_values_do_not_overflow_the_energy() -> None:
+    x = torch.full((1, 4, 4, 8), 2e15, dtype=torch.bfloat16)
+    assert energy(x).isfinite().all()
+
+
+@pytest.mark.parametrize("side", [3, 9], ids=["scales the map", "scales the weights"])
+@pytest.mark.parametrize("skip_channels", [0, 20])
+def test_a_block_gives_the_same_with_and_without_gradients(side: int, skip_channels: int) -> None:
+    block = randomized(ResBlock(20, skip_channels), seed=6)
+    x = noise(7, 2, side, side + 1, 20)
+    skip = noise(8, 2, side, side + 1, skip_channels) if skip_channels else None
+    recorded = block(x, skip)
+    with torch.inference_mode():
+        quick = block(x, skip)
+    assert recorded.requires_grad
+    assert worst(quick, recorded) <= 1e-5 * recorded.abs().max().item()
