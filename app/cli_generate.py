@@ -35,6 +35,7 @@ def generate(
     decoder_guidance_scale: options.DecoderGuidanceScale = 0.0,
     preset: options.Preset = "official",
     sampler: options.Sampler = "ddpm",
+    shares_generator: options.SharesGenerator = True,
     grid: options.Grid = None,
     quality: options.Quality = 90,
     embed_metadata: options.EmbedMetadata = False,
@@ -71,6 +72,7 @@ def generate(
         decoder_guidance_scale=decoder_guidance_scale,
         preset=preset,
         sampler=sampler,
+        shares_generator=shares_generator,
     )
     console = Console(stderr=True)
     started = time.monotonic()

@@ -22,6 +22,13 @@ DecoderSteps = Annotated[int, Option(help="Steps of Stage B, 1 to 60.")]
 DecoderGuidanceScale = Annotated[float, Option(help="Guidance of Stage B, 0 to 10; 1 or less is off.")]
 Preset = Annotated[str, Option(help="official, or diffusers: compute what that library does.")]
 Sampler = Annotated[str, Option(help="ddpm, ddim or lcm.")]
+SharesGenerator = Annotated[
+    bool,
+    Option(
+        "--one-generator/--two-generators",
+        help="Preset diffusers: the script hands one torch.Generator to both pipelines, or each a new one.",
+    ),
+]
 Grid = Annotated[
     bool | None, Option("--grid/--no-grid", help="Also save all pictures as one.", show_default="if n > 1")
 ]

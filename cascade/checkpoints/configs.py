@@ -5,9 +5,10 @@ A config.json that contradicts the shapes is refused; only what leaves no trace 
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args, get_origin
 
 from cascade.checkpoints.keys import Component, Tensors
 from cascade.checkpoints.shapes import visible_settings
@@ -74,6 +75,8 @@ _OLD_PAIRS = {  # [down, up] in one list
     "blocks": ("down_num_layers_per_block", "up_num_layers_per_block"),
     "block_repeat": ("down_blocks_repeat_mappers", "up_blocks_repeat_mappers"),
 }
+_MOST = {"down_num_layers_per_block": 1_000, "up_num_layers_per_block": 1_000, "levels": 8, "patch_size": 64}
+_MOST |= {"down_blocks_repeat_mappers": 1_000, "up_blocks_repeat_mappers": 1_000, "bottleneck_blocks": 1_000}
 _STAGE_A_CONSTANTS = {"in_channels": 3, "out_channels": 3, "up_down_scale_factor": 2}
 _OPTIONAL_IN_DIFFUSERS = (
     "clip_text_in_channels",
@@ -127,8 +130,9 @@ def schedule_config(path: Path | None, default: ScheduleConfig) -> ScheduleConfi
     names = [field.name for field in dataclasses.fields(ScheduleConfig)]
     found = {name: stated[name] for name in names if name in stated}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{path}: {name} must be a number, is {value!r}")
+        highest = 1 if name.startswith("clamp") else 1_000
+        if type(value) not in (int, float) or not 0 < value < highest:
+            raise CheckpointError(f"{path}: {name} must be a number between 0 and {highest}, is {value!r}")
     return dataclasses.replace(default, **{name: float(value) for name, value in found.items()})
 
 
@@ -167,12 +171,28 @@ def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
     for name, (down, up) in _OLD_PAIRS.items():
         if isinstance(pair := content.get(name), list) and len(pair) == 2:
             flat[down], flat[up] = pair
-    fields = [field.name for field in dataclasses.fields(CONFIG_CLASSES[component])]
-    stated = {name: flat[name] for name in fields if flat.get(name) is not None}
+    types = {field.name: field.type for field in dataclasses.fields(CONFIG_CLASSES[component])}
+    stated = {name: flat[name] for name in types if flat.get(name) is not None}
     try:
-        return {name: _plain(name, value, stated) for name, value in stated.items()}
+        stated = {name: _plain(name, value, stated) for name, value in stated.items()}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"config.json is malformed: {error}") from error
+    for name, value in stated.items():
+        if not _fits(name, value, types[name]):
+            raise CheckpointError(f"config.json says {name} = {_listed(value)}, which is no possible value")
+    return stated
+
+
+def _fits(name: str, value: Any, expected: Any) -> bool:
+    """Whether a value of a config.json has the type of the setting and a sane size."""
+    if get_origin(expected) is tuple:
+        return isinstance(value, list) and all(_fits(name, item, get_args(expected)[0]) for item in value)
+    if expected is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if expected is int:
+        lowest = -1 if name == "num_attention_heads" else 1
+        return type(value) is int and lowest <= value <= _MOST.get(name, 1_000_000)
+    return isinstance(value, expected)
 
 
 def _plain(name: str, value: Any, stated: Mapping[str, Any]) -> Any:

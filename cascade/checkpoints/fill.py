@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoints.stored import StoredTensor
+from cascade.checkpoints.stored import StoredTensor, new_scratch
 from cascade.errors import CheckpointError
 
 # Absent from many files and without effect on pictures: filled with zeros.
@@ -39,12 +39,13 @@ def fill(
     check_tensors(expected, tensors, source)
     in_fp32 = _batch_norm_tensors(network)
     weights = {}
+    scratch = new_scratch()
     for name, place in expected.items():
         target = place.dtype
         if target.is_floating_point:
             target = torch.float32 if name in in_fp32 else dtype
         if name in tensors:
-            weights[name] = _read(tensors[name], target, device)
+            weights[name] = _read(tensors[name], target, device, scratch)
         else:
             weights[name] = torch.zeros(place.shape, dtype=target, device=device)
     network.load_state_dict(weights, assign=True)
@@ -85,10 +86,10 @@ def _listed(fault: str, names: list[str]) -> str:
     return f"  {len(names)} {fault}:{shown}{rest}"
 
 
-def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, scratch: Tensor) -> Tensor:
     if device.type != "cpu":
         return stored.map().to(device).to(dtype)
-    return stored.map() if stored.dtype is dtype else stored.read(dtype)
+    return stored.map() if stored.dtype is dtype else stored.read(dtype, scratch)
 
 
 def _batch_norm_tensors(network: nn.Module) -> set[str]:

@@ -32,7 +32,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-_CHUNK_BYTES = 1 << 20  # a multiple of every item size
+_SCRATCH_BYTES = 1 << 20  # fits a cache, and is a multiple of every item size
 REFUSED_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -138,22 +138,33 @@ class StoredTensor:
         rows, columns = self.shape
         return StoredTensor((columns, rows), self.dtype, self.ranges, not self.transposed)
 
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The data in fresh memory, in the stored type or another; at most a chunk of them is there twice."""
+    def read(self, dtype: torch.dtype | None = None, scratch: Tensor | None = None) -> Tensor:
+        """The data in fresh memory, in the stored type or another.
+
+        For another type, the stored values pass through `scratch` (flat, uint8, a multiple of 8). Who reads
+        many tensors gives one for all: short-lived blocks between them would leave holes in memory.
+        """
         shape = self.shape[::-1] if self.transposed else self.shape
         out = torch.empty(shape, dtype=dtype or self.dtype)
-        flat = out.view(-1)
-        start = 0
-        for piece in _chunks(self.ranges):
-            part = flat[start : start + piece.size // self.dtype.itemsize]
-            if out.dtype is self.dtype:
-                piece.read_into(part.view(torch.uint8))
-            else:
-                stored = torch.empty(part.shape, dtype=self.dtype)
-                piece.read_into(stored.view(torch.uint8))
-                part.copy_(stored)
-            start += part.numel()
+        if out.dtype is self.dtype:
+            self._copy(out.view(-1).view(torch.uint8))
+        else:
+            self._convert(out.view(-1), new_scratch() if scratch is None else scratch)
         return out.T.contiguous() if self.transposed else out
+
+    def _copy(self, out: Tensor) -> None:
+        start = 0
+        for piece in self.ranges:
+            piece.read_into(out[start : start + piece.size])
+            start += piece.size
+
+    def _convert(self, out: Tensor, scratch: Tensor) -> None:
+        start = 0
+        for piece in _chunks(self.ranges, scratch.numel()):
+            piece.read_into(scratch[: piece.size])
+            values = scratch[: piece.size].view(self.dtype)
+            out[start : start + values.numel()] = values
+            start += values.numel()
 
     def map(self) -> Tensor:
         """The data as a private, copy-on-write map of the file, where one range lies well; else as `read`.
@@ -167,6 +178,11 @@ class StoredTensor:
             return self.read()
         whole = piece.file.mapped
         return whole[piece.offset : piece.offset + piece.size].view(self.dtype).view(self.shape)
+
+
+def new_scratch() -> Tensor:
+    """Memory for `StoredTensor.read`."""
+    return torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
 
 
 def concatenate(parts: Iterable[StoredTensor]) -> StoredTensor:
@@ -274,11 +290,11 @@ def _check_layout(file: WeightsFile, tensors: Mapping[str, StoredTensor], start:
         raise CheckpointError(f"{file.path}: {rest:,} bytes at its end belong to no tensor")
 
 
-def _chunks(ranges: Iterable[Range]) -> Iterator[Range]:
-    """The same bytes in pieces small enough to be converted without a second copy of a whole tensor."""
+def _chunks(ranges: Iterable[Range], size: int) -> Iterator[Range]:
+    """The same bytes in pieces of at most `size`."""
     for piece in ranges:
-        for start in range(0, piece.size, _CHUNK_BYTES):
-            yield piece.part(start, min(_CHUNK_BYTES, piece.size - start))
+        for start in range(0, piece.size, size):
+            yield piece.part(start, min(size, piece.size - start))
 
 
 def _cut(ranges: Iterable[Range], start: int, stop: int) -> tuple[Range, ...]:

@@ -41,13 +41,18 @@ def build_tower(component: Component, tensors: Tensors, stated: Mapping[str, Any
         if stated.get(name, value) != value:
             raise CheckpointError(f"config.json says {name} = {stated[name]}, but the tensors show {value}")
     heads = {"num_attention_heads": max(1, seen["hidden_size"] // _HEAD_WIDTH)}
-    settings = dict(_PUBLISHED[component]) | heads | seen if not stated else dict(stated) | seen
+    settings = (dict(stated) if stated else dict(_PUBLISHED[component]) | heads) | seen
+    for name in ("dtype", "torch_dtype"):  # told by the file and chosen by the caller
+        settings.pop(name, None)
     if component is Component.TEXT_ENCODER:
         config_class, tower_class = CLIPTextConfig, CLIPTextModelWithProjection
     else:
         config_class, tower_class = CLIPVisionConfig, CLIPVisionModelWithProjection
-    with torch.device("meta"):
-        tower: nn.Module = tower_class(config_class.from_dict(settings))
+    try:
+        with torch.device("meta"):
+            tower: nn.Module = tower_class(config_class.from_dict(settings))
+    except Exception as error:  # transformers refuses settings by errors of many kinds
+        raise CheckpointError(f"config.json: {_first_line(error)}") from error
     return tower
 
 
@@ -57,8 +62,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: not a CLIP tokenizer: {error}") from error
+    except Exception as error:  # whatever a broken file makes the library stumble over
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer: {_first_line(error)}") from error
 
 
 def load_processor(folder: Path | None) -> Any:
@@ -69,5 +74,10 @@ def load_processor(folder: Path | None) -> Any:
         if folder is None:
             return CLIPImageProcessorPil()
         return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: not a CLIP image processor: {error}") from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"{folder}: not a CLIP image processor: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -166,7 +166,7 @@ class ResBlock(nn.Module):
         return self._add_mlp(x, hidden)
 
     def _add_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """x + MLP(hidden). GRN's factors go into the map or the weights that read it, whichever is smaller."""
+        """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
         widen, _, norm, _, narrow = cast(
             tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
         )
@@ -199,15 +199,19 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", nn.Linear(ratio_channels, 2 * channels))
 
     def prepare(self, zero_embedding: Tensor) -> Tensor:
-        """The bias with the constant terms, (2c,); `zero_embedding`, (1, ratio channels), is that of 0."""
+        """The bias with the constant terms, (2c,); `zero_embedding`, (1, ratio channels), is that of 0.
+
+        The one of the factor 1 + a is a constant, too.
+        """
         bias = self.mapper.bias
         for name in self.conditions:
             bias = bias + getattr(self, f"mapper_{name}")(zero_embedding)[0]
-        return bias
+        scale, shift = bias.chunk(2)
+        return torch.cat([scale + 1, shift])
 
     def forward(self, x: Tensor, embedding: Tensor, bias: Tensor) -> Tensor:
         scale, shift = F.linear(embedding, self.mapper.weight, bias)[:, None, None].chunk(2, dim=-1)
-        return torch.addcmul(shift, x, scale + 1)
+        return torch.addcmul(shift, x, scale)
 
 
 class AttentionWeights(nn.Module):
@@ -250,16 +254,13 @@ class AttnBlock(nn.Module):
         weights = self.weights
         normed = layer_norm(x).view(b, h * w, channels)
         if self.self_attention:
-            query, key, value = self._split_heads(
-                linear(normed, weights.in_proj_weight, weights.in_proj_bias), parts=3
-            ).unbind(1)
-            key = torch.cat([key, condition[:, 0]], dim=2)
-            value = torch.cat([value, condition[:, 1]], dim=2)
+            projected = linear(normed, weights.in_proj_weight, weights.in_proj_bias)
+            own = self._split_heads(projected, parts=3)
+            condition = torch.cat([own[:, 1:], condition], dim=3)
         else:
             projected = F.linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
-            query = self._split_heads(projected, parts=1)[:, 0]
-            key, value = condition.unbind(1)
-        attended = _attend(query, key, value).transpose(1, 2).reshape(b, h, w, channels)
+            own = self._split_heads(projected, parts=1)
+        attended = _attend(own[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
         return linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
@@ -272,5 +273,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention, (b, heads, n, d). The fused kernel's backward pass takes thrice as long on a CPU."""
     if query.requires_grad and query.device.type == "cpu":
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return scores.softmax(dim=-1) @ value
-    return cast(Tensor, F.scaled_dot_product_attention(query, key, value))
+        return cast(Tensor, scores.softmax(dim=-1) @ value)
+    return F.scaled_dot_product_attention(query, key, value)

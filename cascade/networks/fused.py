@@ -44,9 +44,8 @@ def energy(x: Tensor) -> Tensor:
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
     b, _, _, c = x.shape
-    total: Tensor = x.new_zeros(b, c, dtype=torch.float32)
-    for piece in torch.split(x.flatten(1, 2), max(1, _CACHED_ELEMENTS // (b * c)), dim=1):
-        total += piece.float().square().sum(dim=1)
+    pieces = torch.split(x.flatten(1, 2), max(1, _CACHED_ELEMENTS // (b * c)), dim=1)
+    total = torch.stack([piece.float().square().sum(dim=1) for piece in pieces]).sum(dim=0)
     return total.sqrt().view(b, 1, 1, c)
 
 

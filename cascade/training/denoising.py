@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade.sampling.samplers import clean_latents
@@ -20,6 +21,7 @@ class Emphasis:
 
     starts: float  # share of rows that begin where sampling does: pure noise, no trace of the picture
     decoys: float  # share of rows whose noised latents show another picture more or less strongly
+    overshot: float  # share of rows whose noised latents lie beyond the right ones, as after strong guidance
     low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
     highest: float  # ... but at least 1 and at most this
 
@@ -62,8 +64,18 @@ def noise_batch(
         )
     )
     shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
+    shown = _overshoot(shown, rng.random(count) < emphasis.overshot, rng)
     shown[:num_starts] = 0
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     noise[:num_starts] /= sigma[:num_starts]
     weight = (emphasis.low_noise * log_snr.exp()).clamp(1.0, emphasis.highest).float()
     return NoisedBatch(clean, alpha * shown + sigma * noise, log_snr, schedule.ratio(log_snr).float(), weight)
+
+
+def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
+    """Enlarge some rows up to 1.6 times and move their channels a little, each as a whole."""
+    count, num_channels = latents.shape[:2]
+    scale = 1 + 0.6 * rng.random((count, 1)) * rows[:, None]
+    offset = 0.3 * rng.standard_normal((count, num_channels)) * rows[:, None]
+    grow, move = (torch.from_numpy(v.astype(np.float32))[:, :, None, None] for v in (scale, offset))
+    return latents * grow + move

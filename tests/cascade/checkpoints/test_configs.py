@@ -250,7 +250,19 @@ def test_schedules_take_absent_settings_from_their_stage(tmp_path: Path) -> None
     assert schedule_config(None, SCHEDULE_C) == SCHEDULE_C
 
 
-@pytest.mark.parametrize("content", ['{"s": "x"}', '{"shift": true}', "[1]", "{", '{"s": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"s": "x"}',
+        '{"shift": true}',
+        "[1]",
+        "{",
+        '{"s": null}',
+        '{"s": NaN}',
+        '{"clamp_max": 1.5}',
+        '{"scaler": 0}',
+    ],
+)
 def test_malformed_schedules_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "scheduler_config.json"
     path.write_text(content)

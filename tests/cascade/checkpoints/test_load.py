@@ -219,6 +219,35 @@ def test_a_tower_whose_config_lies_is_refused(folder: Path) -> None:
         load_cascade(folder)
 
 
+MALFORMED = [
+    ("prior", "patch_size", [[]]),
+    ("prior", "num_attention_heads", 1),
+    ("prior", "num_attention_heads", ["x", "y"]),
+    ("prior", "up_num_layers_per_block", ["CTA", "CTA"]),
+    ("prior", "down_num_layers_per_block", -1),
+    ("prior", "block_types_per_layer", 7),
+    ("prior", "self_attn", {"a": 1}),
+    ("decoder", "dropout", "nan"),
+    ("decoder", "dropout", [0.1, float("nan"), 0.1]),
+    ("decoder", "num_attention_heads", {"a": 1}),
+    ("vqgan", "scale_factor", "large"),
+    ("text_encoder", "hidden_act", "sharp"),
+    ("text_encoder", "num_attention_heads", 0),
+    ("image_encoder", "layer_norm_eps", []),
+    ("feature_extractor", "crop_size", [[]]),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), MALFORMED)
+def test_malformed_settings_are_errors_of_the_checkpoint(
+    part: str, name: str, value: object, folder: Path
+) -> None:
+    (file,) = (folder / part).glob("*config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=part):
+        load_cascade(folder)
+
+
 def test_a_trimmed_stage_a_loads_without_codebook(folder: Path) -> None:
     file = folder / "vqgan" / WEIGHTS
     tensors = load_file(file)

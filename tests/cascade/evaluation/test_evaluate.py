@@ -103,7 +103,8 @@ def test_blank_pictures_are_counted_as_wrong(report: Report) -> None:
 
 def test_some_are_drawn_alone_and_the_rest_in_batches_with_seeds_of_their_own() -> None:
     captions = held_out_captions(NUM_TIMED + BATCH_SIZE + 2, seed=4)
-    artist, done = Artist(captions), []
+    artist = Artist(captions)
+    done: list[int] = []
     draw_and_judge(artist, captions, SETTINGS, done.append)
     assert [len(batch) for batch in artist.batches] == [1] * NUM_TIMED + [BATCH_SIZE, 2]
     seeds = [request.seed for batch in artist.batches for request in batch]

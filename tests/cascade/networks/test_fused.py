@@ -1,4 +1,4 @@
-"""The fused CPU operators against the plain formulas, and the block that uses them against its training path."""
+"""The fused CPU operators against the plain formulas, and their block against its training path."""
 
 import pytest
 import torch

@@ -68,11 +68,11 @@ def test_box_of_a_shape_is_that_of_its_geometry(shape: str) -> None:
 
 
 def test_pixels_are_means_of_four_by_four_samples() -> None:
-    centre, radius = np.array([100.37, 99.81]), 41.7
+    x, y, radius = 100.37, 99.81, 41.7
     samples = (np.arange(4 * 256) + 0.5) / 4
-    is_inside = (samples[None, :] - centre[0]) ** 2 + (samples[:, None] - centre[1]) ** 2 < radius**2
+    is_inside = (samples[None, :] - x) ** 2 + (samples[:, None] - y) ** 2 < radius**2
     expected = is_inside.reshape(256, 4, 256, 4).mean((1, 3))
-    drawn = coverage(black_on_white("circle", *centre, radius))
+    drawn = coverage(black_on_white("circle", x, y, radius))
     assert np.abs(drawn - expected).max() < 1 / 227  # rounding to 8 bits
 
 
