@@ -30,6 +30,7 @@ from cascade.checkpoints.save import (
     write_model_index,
     write_named,
 )
+from cascade.checkpoints.sums import write_sums
 from cascade.checkpoints.writing import atomic_folder
 from cascade.errors import CheckpointError, InvalidSetting
 
@@ -87,6 +88,7 @@ def convert(
         )
     with atomic_folder(target) as partial:
         _convert_checkpoint(candidates, partial, layout, chosen)
+        write_sums(partial)
     return target
 
 

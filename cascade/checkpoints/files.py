@@ -130,8 +130,11 @@ def scan(path: Path, found: Scan | None = None) -> Scan:
         refuse_pickles(path)
         _add_parts(found, path.parent, (path,))
         return found
-    for folder in _folders(path, MAX_DEPTH):
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+    try:
+        listings = [(folder, sorted(folder.iterdir())) for folder in _folders(path, MAX_DEPTH)]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+    for folder, files in listings:
         found.pickles += [file for file in files if file.suffix.lower() in REFUSED_SUFFIXES]
         _scan_folder(found, path, folder, [file for file in files if file.suffix == ".safetensors"])
     return found
@@ -323,15 +326,23 @@ def _missing(parts: Iterable[Part]) -> list[Component]:
 
 def _from_siblings(folder: Path, missing: Sequence[Component]) -> list[Part]:
     """The missing parts from a pipeline folder beside; nothing when several could be meant."""
-    bringing = []
-    for sibling in sorted(folder.parent.iterdir()):
-        if sibling != folder and (sibling / "model_index.json").is_file():
-            parts = scan(sibling).parts
-            if all(any(part.component is component for part in parts) for component in missing):
-                bringing.append((sibling, parts))
-    related = [(sibling, parts) for sibling, parts in bringing if _is_related(sibling.name, folder.name)]
+    folder = folder.resolve()
+    bringing, related = [], []
+    for sibling in sorted(folder.parent.glob("*/model_index.json")):
+        if sibling.parent == folder:
+            continue
+        is_related = _is_related(sibling.parent.name, folder.name)
+        try:
+            parts = scan(sibling.parent).parts
+        except CheckpointError:
+            if is_related:
+                raise
+            continue  # damage in a neighbour that was not asked for is no concern of ours
+        if {part.component for part in parts}.issuperset(missing):
+            bringing.append(parts)
+            related += [parts] if is_related else []
     choice = related if len(related) == 1 else bringing
-    return choice[0][1] if len(choice) == 1 else []
+    return choice[0] if len(choice) == 1 else []
 
 
 def _is_related(name: str, other: str) -> bool:

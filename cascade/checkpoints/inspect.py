@@ -17,6 +17,7 @@ from cascade.checkpoints.fill import check_tensors
 from cascade.checkpoints.keys import Component, Layout
 from cascade.checkpoints.load import EMBEDDED, build, existing
 from cascade.checkpoints.stored import StoredTensor
+from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
 
 
@@ -50,13 +51,17 @@ class Inspection:
         return not self.missing and not any(component.problem for component in self.components)
 
 
-def inspect(path: str | PathLike[str]) -> Inspection:
+def inspect(path: str | PathLike[str], *, verify: bool = False) -> Inspection:
     """Read the headers of a file, of a folder, or of the embedded checkpoint "tiny".
 
+    `verify` reads everything and compares it with the checksums that the folder states.
+
     Raises:
-        CheckpointError: nothing is there, or a file is cut, lying or a pickle.
+        CheckpointError: nothing is there, or a file is cut, lying, a pickle or, with `verify`, changed.
     """
     place = existing(EMBEDDED[str(path)] if path in EMBEDDED else Path(path))
+    if verify:
+        check_sums(place if place.is_dir() else place.parent, max_bytes=None)
     found = scan(place)
     order = list(Component)
     parts = sorted(found.parts, key=lambda part: (order.index(part.component), str(part.files[0])))

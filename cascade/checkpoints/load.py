@@ -22,6 +22,7 @@ from cascade.checkpoints.files import (
 )
 from cascade.checkpoints.fill import fill
 from cascade.checkpoints.keys import Component
+from cascade.checkpoints.sums import check_sums
 from cascade.checkpoints.towers import build_tower, load_processor, load_tokenizer
 from cascade.conditioning import ImageEncoder, TextEncoder
 from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
@@ -83,6 +84,8 @@ def load_cascade(
     chosen_device = parse_device(device)
     chosen_dtype = parse_dtype(dtype, chosen_device)
     paths = _resolve(source, revision, token, variant, local_files_only)
+    for path in paths:
+        check_sums(path.parent if path.is_file() else path)
     candidates = find_parts(*paths, variant=variant, dtype=chosen_dtype)
     return _Loader(candidates, chosen_device, chosen_dtype).models(str(source))
 

@@ -13,6 +13,7 @@ from cascade.checkpoints.configs import CONFIG_CLASSES, NetworkConfig, to_json, 
 from cascade.checkpoints.files import CONFIG_METADATA
 from cascade.checkpoints.keys import Component, to_diffusers
 from cascade.checkpoints.stored import StoredTensor
+from cascade.checkpoints.sums import write_sums
 from cascade.checkpoints.writing import atomic_folder, write_json, write_tensors
 from cascade.config import ScheduleConfig
 from cascade.models import Models
@@ -123,6 +124,7 @@ def save_cascade(
         write_schedule(models.prior_schedule, partial / "prior_scheduler")
         sizes = [list(size) for size in models.native.sizes] if models.native.resamples else None
         write_model_index(partial, sizes)
+        write_sums(partial)
 
 
 def write_named(

@@ -1,12 +1,12 @@
 """Fetching one file of the Hugging Face hub into its cache, resumable and verified."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade.checkpoints.sums import sha256
 from cascade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _collect(api: "HfApi", repository: str, commit: str, file: RemoteFile, cache
                 expected_size=file.num_bytes,
                 displayed_filename=file.name,
             )
-        found = _sha256(partial)
+        found = sha256(partial)
         if found != file.sha256:
             partial.unlink()
             raise CheckpointError(
@@ -74,11 +74,6 @@ def _collect(api: "HfApi", repository: str, commit: str, file: RemoteFile, cache
 def repository_folder(cache: Path, repository: str) -> Path:
     """Where the hub library keeps a repository."""
     return cache / f"models--{repository.replace('/', '--')}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

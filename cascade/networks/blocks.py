@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.networks.fused import energy, linear, linear_add, linear_gelu
+from cascade.networks.fused import depthwise, energy, linear, linear_add, linear_gelu
 
 NORM_EPS = 1e-6
 
@@ -67,7 +67,7 @@ class Pointwise(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 2x2 convolution of stride 2; an odd last row or column is dropped."""
+    """A 2x2 convolution of stride 2, as one matrix product over patches; an odd last row or column is dropped."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -76,7 +76,11 @@ class Downsample(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, stride=2).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        patches = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).transpose(2, 3)
+        return F.linear(
+            patches.reshape(b, h // 2, w // 2, 4 * c), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias
+        )
 
 
 class Upsample(nn.Module):
@@ -112,7 +116,7 @@ class GlobalResponseNorm(nn.Module):
         """The factor of every channel, (b, h, w, c) -> (b, 1, 1, c): the norm is x * scale + beta."""
         norms = energy(x)
         mean = norms.mean(dim=-1, keepdim=True) + NORM_EPS
-        return (1 + self.gamma.float() * (norms / mean)).to(x.dtype)
+        return torch.addcmul(torch.ones_like(mean), self.gamma.float(), norms / mean).to(x.dtype)
 
 
 class _ResponseNorm(torch.autograd.Function):
@@ -158,7 +162,7 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        hidden = layer_norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        hidden = layer_norm(depthwise(x, self.depthwise.weight, self.depthwise.bias))
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
         if self.training or torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Emphasis:
     starts: float  # share of rows that begin where sampling does: pure noise, no trace of the picture
     decoys: float  # share of rows whose noised latents show another picture more or less strongly
     overshot: float  # share of rows whose noised latents lie beyond the right ones, as after strong guidance
+    wobbly: float  # share of rows whose noised latents have crooked outlines, as a sampler's own mistakes
     low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
     highest: float  # ... but at least 1 and at most this
 
@@ -64,6 +66,7 @@ def noise_batch(
         )
     )
     shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
+    shown = _wobble(shown, rng.random(count) < emphasis.wobbly, rng)
     shown = _overshoot(shown, rng.random(count) < emphasis.overshot, rng)
     shown[:num_starts] = 0
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
@@ -79,3 +82,21 @@ def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generato
     offset = 0.3 * rng.standard_normal((count, num_channels)) * rows[:, None]
     grow, move = (torch.from_numpy(v.astype(np.float32))[:, :, None, None] for v in (scale, offset))
     return latents * grow + move
+
+
+def _wobble(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
+    """Push some rows about by up to two cells, neighbours alike."""
+    if not rows.any():
+        return latents
+    chosen = torch.from_numpy(rows)
+    count, (height, width) = int(rows.sum()), latents.shape[-2:]
+    reach = rng.uniform(0, 1.5, (count, 1, 1, 1))
+    pushes = rng.standard_normal((count, 2, height // 3, width // 3)) * reach * 2
+    pushes /= np.array([width, height]).reshape(
+        1, 2, 1, 1
+    )  # a picture is 2 wide in the sampler's coordinates
+    smooth = F.interpolate(torch.from_numpy(pushes.astype(np.float32)), (height, width), mode="bilinear")
+    still = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 1, height, width], align_corners=False)
+    grid = still + smooth.permute(0, 2, 3, 1)
+    pushed = F.grid_sample(latents[chosen], grid, padding_mode="border", align_corners=False)
+    return latents.clone().index_copy_(0, chosen.nonzero().flatten(), pushed)

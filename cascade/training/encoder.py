@@ -47,6 +47,7 @@ PLAN = Plan(steps=900, learning_rate=3e-3, save_every=100)
 _BATCH = 32
 _MAX_SIGMA = 0.3  # of the noise on the previewer's codes
 _NORM_BATCHES = 40
+_HELD_OUT_PICTURES = 200
 _PREVIEW_PIXELS = 8  # per cell
 
 
@@ -67,7 +68,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     estimate_norms(networks, plan)
     save_component(networks.encoder, run / "effnet_encoder", torch.float32)
     save_component(networks.previewer, run / "previewer", torch.float32)
-    (run / "encoder" / "figures.json").write_text(json.dumps(figures(networks), indent=2))
+    (run / "encoder" / "figures.json").write_text(json.dumps(figures(networks, _HELD_OUT_PICTURES), indent=2))
 
 
 def loss(networks: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -110,7 +111,7 @@ def estimate_norms(networks: EncoderAndPreviewer, plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def figures(networks: EncoderAndPreviewer, count: int = 200) -> dict[str, float]:
+def figures(networks: EncoderAndPreviewer, count: int) -> dict[str, float]:
     """What the encoder's codes say about held-out pictures, as shares of right answers."""
     rng = held_out_generator(2)
     right = {"number": 0, "background": 0, "shapes": 0, "colours": 0, "all": 0}

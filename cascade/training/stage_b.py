@@ -56,7 +56,7 @@ TINY_STAGE_B = StageBConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.02)
 PLAN = Plan(
-    steps=3000,
+    steps=4500,
     learning_rate=2e-3,
     matrix_rate=1e-2,
     compute_dtype=torch.bfloat16,
@@ -67,7 +67,7 @@ PLAN = Plan(
 
 _BATCH = 32
 _PAIR = 200.0
-_EMPHASIS = Emphasis(starts=0.15, decoys=0.25, overshot=0.0, low_noise=0.25, highest=8.0)
+_EMPHASIS = Emphasis(starts=0.15, decoys=0.25, overshot=0.0, wobbly=0.5, low_noise=0.25, highest=8.0)
 _WITHOUT_CODE = 0.02
 _NUM_KINDS = 12  # channels of colours and shapes, before those of places
 

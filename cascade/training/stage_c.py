@@ -69,7 +69,7 @@ PLAN = Plan(
 
 _BATCH = 96
 _PAIR = 100.0
-_EMPHASIS = Emphasis(starts=0.15, decoys=0.0, overshot=0.35, low_noise=0.3, highest=8.0)
+_EMPHASIS = Emphasis(starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, low_noise=0.3, highest=8.0)
 _WITHOUT_TEXT = 0.1
 _WITH_IMAGE = 0.08
 

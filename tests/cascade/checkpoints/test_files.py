@@ -59,6 +59,24 @@ def test_among_several_siblings_the_related_name_wins(saved_folder: Path, tmp_pa
         find_parts(tmp_path / "model")  # two could be meant
 
 
+def test_damage_matters_in_the_related_sibling_only(saved_folder: Path, tmp_path: Path) -> None:
+    split(saved_folder, tmp_path / "model-prior", tmp_path / "model")
+    shutil.copytree(tmp_path / "model-prior", tmp_path / "another")
+    (tmp_path / "another" / "cut.safetensors").write_bytes(b"x")
+    assert find_parts(tmp_path / "model").keys() == ALL
+    (tmp_path / "model-prior" / "cut.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"model-prior/cut\.safetensors"):
+        find_parts(tmp_path / "model")
+
+
+def test_a_relative_path_has_siblings_too(
+    saved_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(saved_folder, tmp_path / "model-prior", tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    assert find_parts(Path()).keys() == ALL
+
+
 def test_the_folder_of_the_combined_pipeline(saved_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "combined"
     shutil.copytree(saved_folder, folder)

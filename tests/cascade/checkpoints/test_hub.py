@@ -116,7 +116,7 @@ def test_a_stopped_download_goes_on_where_it_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:  # stopped with a whole file that is not yet checked
-        patched.setattr(transfer, "_sha256", stop)
+        patched.setattr(transfer, "sha256", stop)
         with pytest.raises(KeyboardInterrupt):
             fetch(DECODER)
     (partial_file,) = (tmp_path / "cache").rglob("*.partial")

@@ -102,6 +102,12 @@ def test_every_cut_is_noticed(file: Path) -> None:
             open_weights(file)
 
 
+def test_a_header_that_ends_after_the_file_is_told_as_such(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"or cut: its header claims [\d,]+ bytes, the file has 40"):
+        open_weights(file)
+
+
 def test_bytes_at_the_end_are_noticed(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match="4 bytes at its end belong to no tensor"):

@@ -19,6 +19,7 @@ from cascade.training.scenes import NATIVE_SIZES, held_out_generator, sample_sce
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_BATCH", 4)
     monkeypatch.setattr(encoder, "_NORM_BATCHES", 2)
+    monkeypatch.setattr(encoder, "_HELD_OUT_PICTURES", 2)
 
 
 @pytest.mark.parametrize("size", NATIVE_SIZES, ids=str)
