@@ -6,8 +6,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 CASCADE ?= $(BIN)/cascade
-HOST ?= 127.0.0.1
-PORT ?= 8000
+
+# An option only for what was given on make's own command line, so that CASCADE_HOST and CASCADE_PORT count otherwise.
+given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 
 # Two stamps, because a server needs fewer packages than the tests. Both are renewed when a requirement changes.
 SERVER_READY := $(VENV)/.server-ready
@@ -19,7 +20,7 @@ help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (HOST=, PORT= change it)
-	@$(CASCADE) serve --host $(HOST) --port $(PORT) || [ $$? -eq 130 ]
+	@$(CASCADE) serve $(call given,HOST,--host) $(call given,PORT,--port) || [ $$? -eq 130 ]
 
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)

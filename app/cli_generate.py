@@ -1,7 +1,7 @@
 """`cascade generate`: a prompt becomes one or more picture files."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from app import cli_options as options
-from app.cli_pictures import check_folder, numbered, picture_format, save_pictures
+from app.cli_pictures import check_folder, numbered, picture_format, save_pictures, save_preview
 
 if TYPE_CHECKING:
     from cascade import GeneratedImage, Progress
@@ -37,6 +37,7 @@ def generate(
     sampler: options.Sampler = "ddpm",
     shares_generator: options.SharesGenerator = True,
     grid: options.Grid = None,
+    preview: options.Preview = None,
     quality: options.Quality = 90,
     embed_metadata: options.EmbedMetadata = False,
     model: options.Model = "tiny",
@@ -53,10 +54,14 @@ def generate(
       cascade generate "a red circle on a blue background" -o circle.png
       cascade generate "a green star and a pink ring" -n 4 --seed 7 -o stars.webp
       cascade generate "a castle at dusk" --model DIR --width 1536 --height 1024
+      cascade generate "a castle at dusk" --model DIR --preview now.png
     """
     picture_format(output)
     check_folder(output)
-    from cascade import Cascade, TextToImage
+    if preview is not None:
+        picture_format(preview, "preview")
+        check_folder(preview, "preview")
+    from cascade import Cascade, InvalidSetting, TextToImage
     from cascade.tasks.text_to_image import generate as make
 
     settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
@@ -81,7 +86,15 @@ def generate(
             model, device=device, dtype=dtype, revision=revision, variant=variant, local_files_only=offline
         )
     loaded = time.monotonic()
-    [pictures] = run_with_bars(make(cascade, [settings]), console)
+    previewer = cascade.previewer
+    if preview is not None and previewer is None:
+        raise InvalidSetting("preview", f"the checkpoint {cascade.name} has no previewer")
+
+    def watch(seen: "Progress") -> None:
+        if preview is not None and previewer is not None and seen.latents is not None:
+            save_preview(previewer, seen.latents, preview)
+
+    [pictures] = run_with_bars(make(cascade, [settings]), console, watch)
     drawn = time.monotonic()
     save_pictures(
         pictures,
@@ -105,8 +118,13 @@ def report(pictures: list["GeneratedImage"], output: Path) -> None:
         typer.echo("the prompt is longer than the text encoder reads; its end was left out", err=True)
 
 
-def run_with_bars(run: Generator["Progress", None, Result], console: Console) -> Result:
-    """Drive `run` to its end, with one bar for each stage, which appears when the stage begins."""
+def run_with_bars(
+    run: Generator["Progress", None, Result], console: Console, watch: Callable[["Progress"], None]
+) -> Result:
+    """Drive `run` to its end, with one bar for each stage, which appears when the stage begins.
+
+    `watch` is called after every step.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     with rich.progress.Progress(*columns, console=console) as display:
@@ -119,3 +137,4 @@ def run_with_bars(run: Generator["Progress", None, Result], console: Console) ->
             if seen.stage not in bars:
                 bars[seen.stage] = display.add_task(STAGE_TITLES[seen.stage], total=seen.steps)
             display.update(bars[seen.stage], completed=seen.step)
+            watch(seen)

@@ -36,6 +36,12 @@ Quality = Annotated[int, Option(min=1, max=100, help="Of JPEG and WebP.")]
 EmbedMetadata = Annotated[
     bool, Option("--embed-metadata", help="Write prompt, seed and settings into the file.")
 ]
+Preview = Annotated[
+    Path | None,
+    Option(
+        help="Picture file, replaced after every step of Stage C by what it is drawing.", show_default="none"
+    ),
+]
 
 Model = Annotated[str, Option("--model", "-m", help="tiny, a folder, or a repository name.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-    from app.schemas import OutputFormat
+    from app.schemas import GenerationRequest, OutputFormat
     from cascade import GeneratedImage, TextToImage
+    from cascade.networks.previewer import Previewer
 
 FORMATS: Mapping[str, "OutputFormat"] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 GRID_GAP = 4  # pixels between the pictures of a grid
 
 
-def picture_format(path: Path) -> "OutputFormat":
-    """The format that the suffix asks for.
+def picture_format(path: Path, option: str = "output") -> "OutputFormat":
+    """The format that the suffix asks for. An error names `option`.
 
     Raises:
         InvalidSetting: the suffix is none that we write.
@@ -28,20 +30,20 @@ def picture_format(path: Path) -> "OutputFormat":
         return FORMATS[path.suffix.lower()]
     except KeyError:
         message = f"must end in {', '.join(FORMATS)}, not {path.suffix or path.name!r}"
-        raise InvalidSetting("output", message) from None
+        raise InvalidSetting(option, message) from None
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, option: str = "output") -> None:
     """Refuse before the work is done what could not be saved after it."""
     from cascade.errors import InvalidSetting
 
     folder = path.parent
     if not folder.is_dir():
-        raise InvalidSetting("output", f"the folder {folder} does not exist")
+        raise InvalidSetting(option, f"the folder {folder} does not exist")
     if path.is_dir():
-        raise InvalidSetting("output", f"{path} is a folder")
+        raise InvalidSetting(option, f"{path} is a folder")
     if not os.access(folder, os.W_OK):
-        raise InvalidSetting("output", f"the folder {folder} may not be written to")
+        raise InvalidSetting(option, f"the folder {folder} may not be written to")
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -67,12 +69,15 @@ def save_pictures(
     Raises:
         OSError: a file could not be written; then none is.
     """
-    from app.storage.encoding import encode
+    from app.storage.encoding import encode, parameters_text
 
     output_format = picture_format(output)
     files = {}
     for path, picture in zip(numbered(output, len(pictures)), pictures, strict=True):
-        text = parameters_text(picture.settings, named_model) if named_model is not None else None
+        text = None
+        if named_model is not None:
+            assert picture.settings.seed is not None
+            text = parameters_text(as_request(picture.settings), picture.settings.seed, named_model)
         files[path] = encode(picture.image, output_format, quality, text)
     if has_grid:
         sheet = contact_sheet([picture.image for picture in pictures])
@@ -95,24 +100,41 @@ def contact_sheet(images: list["Image"]) -> "Image":
     return sheet
 
 
-def parameters_text(settings: "TextToImage", model: str) -> str:
-    """The settings as the text that many tools read from a picture."""
-    lines = [settings.prompt]
-    if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    named = {
-        "Steps": settings.steps,
-        "Sampler": settings.sampler,
-        "CFG scale": settings.guidance_scale,
-        "Seed": settings.seed,
-        "Size": f"{settings.width}x{settings.height}",
-        "Model": model,
-        "Decoder steps": settings.decoder_steps,
-        "Decoder CFG scale": settings.decoder_guidance_scale,
-        "Preset": settings.preset,
-    }
-    lines.append(", ".join(f"{name}: {value}" for name, value in named.items()))
-    return "\n".join(lines)
+def as_request(settings: "TextToImage") -> "GenerationRequest":
+    """The settings of one picture, all filled in, as the server would have been asked for it."""
+    from app.schemas import GenerationRequest
+
+    return GenerationRequest.model_validate(
+        {
+            "prompt": settings.prompt,
+            "negative_prompt": settings.negative_prompt,
+            "width": settings.width,
+            "height": settings.height,
+            "seeds": (settings.seed,),
+            "prior_num_inference_steps": settings.steps,
+            "prior_guidance_scale": settings.guidance_scale,
+            "decoder_num_inference_steps": settings.decoder_steps,
+            "decoder_guidance_scale": settings.decoder_guidance_scale,
+            "preset": settings.preset,
+            "sampler": settings.sampler,
+        }
+    )
+
+
+def save_preview(previewer: "Previewer", latents: "Tensor", path: Path) -> None:
+    """Replace `path` by what Stage C is drawing, all pictures in a grid.
+
+    Args:
+        latents: (b, 16, h, w), as `Progress` has them.
+    """
+    import torch
+
+    from app.storage.encoding import encode
+    from cascade.tasks.text_to_image import to_images
+
+    with torch.inference_mode():
+        pixels = previewer(latents.to(next(previewer.parameters()).dtype))
+    write_all({path: encode(contact_sheet(to_images(pixels)), picture_format(path, "preview"), 90)})
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:

@@ -1,16 +1,21 @@
 """`cascade serve`: the HTTP server in this process."""
 
+import asyncio
 import errno
 import signal
 import socket
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from app.settings import Settings
+
 GRACE_SECONDS = 30  # for requests in work when the server is told to stop
+ANSWER_SECONDS = 2  # of these, for the answers to those whose work is given up
 BACKLOG = 2048  # connections that the kernel keeps for us while the event loop is starting
 
 
@@ -50,13 +55,24 @@ def serve(
         "allow_anonymous": allow_anonymous or None,
     }
     settings = load_settings(**{name: value for name, value in chosen.items() if value is not None})
-    listener = listen(
-        settings.host, settings.port
-    )  # before the model is loaded: a busy port is known at once
+    with listen(settings.host, settings.port) as listener:  # first of all: a busy port is known at once
+        _run(settings, listener)
 
+
+def _run(settings: "Settings", listener: socket.socket) -> None:
+    """Serve on `listener` until somebody stops it; raises why the model could not be loaded."""
     import uvicorn
 
     from app.main import create_app
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            engine.close()
+            given_up = asyncio.get_running_loop().call_later(GRACE_SECONDS - ANSWER_SECONDS, engine.abandon)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                given_up.cancel()
 
     address, bound_port = listener.getsockname()[:2]
     settings = settings.model_copy(update={"port": bound_port})
@@ -67,15 +83,17 @@ def serve(
         unusable.append(error)
         server.should_exit = True
 
+    app = create_app(settings, on_unusable=stop)
+    engine = app.state.services.engine
     config = uvicorn.Config(
-        create_app(settings, on_unusable=stop),
+        app,
         log_config=None,  # the app logs its own requests, one JSON line each
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the app decides which proxies it believes
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     signal.signal(signal.SIGTERM, _leave)
     server.run(sockets=[listener])
     if unusable:
@@ -86,9 +104,12 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        OSError: the port is taken or not ours; the message names it and says what to do.
+        OSError: the host is unknown, the port taken or not ours; the message says what to do.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):  # the latter of names that cannot be one
+        raise OSError(f"the host {host!r} is not known here; choose an address with --host") from None
     family, _, _, _, address = found[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
+DEFAULT_PORT = 8000
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -73,9 +75,27 @@ def _base_url(value: str | None) -> str | None:
     return value.rstrip("/") if value else None
 
 
+# What Kubernetes sets in every pod for a service named `cascade` or `cascade-...`.
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_HOST|\w+_SERVICE_PORT(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    is_address = name.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value)
+    return bool(is_address or _SERVICE_LINK.fullmatch(name))
+
+
+def _port(value: object) -> object:
+    is_link = isinstance(value, str) and _SERVICE_ADDRESS.fullmatch(value)
+    return DEFAULT_PORT if is_link else value
+
+
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)]
+Port = Annotated[int, BeforeValidator(_port)]
 BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
 
 
@@ -87,12 +107,12 @@ class Settings(BaseSettings):
     )
 
     model: str = Field("tiny", min_length=1, description="`tiny`, a checkpoint folder or a repository id")
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Arithmetic of the networks")
     data_dir: Path = Field(Path("data"), description="Folder of pictures and of the signing secret")
 
     host: str = Field("127.0.0.1", description="Address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    port: Port = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     api_keys: Keys = Field((), description="Comma-separated `KEY`, `NAME=KEY` or `NAME=sha256:HEX`")
     allow_anonymous: bool = Field(False, description="Listen beyond this machine although there is no key")
     public_base_url: BaseUrl = Field(None, description="Base of the URLs given out, as `https://host`")
@@ -119,8 +139,8 @@ class Settings(BaseSettings):
         None, ge=1, description="Pictures made together at most; unset: 1 on a CPU, 8 on a GPU"
     )
     max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
-    max_pixels: int = Field(4_194_304, ge=64 * 64, description="Width times height at most")
-    max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    max_pixels: int = Field(4_194_304, ge=64 * 64, le=4_194_304, description="Width times height at most")
+    max_body_bytes: int = Field(MEBIBYTE, ge=1024, description="Size of a JSON body at most")
     loading_wait: float = Field(
         30.0, ge=0, description="Seconds that a request waits for a model that is still loading"
     )
@@ -193,7 +213,11 @@ def load_settings(**overrides: Any) -> Settings:
 def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
     """One sentence for each `CASCADE_*` variable that means nothing, with the nearest that does."""
     names = [f"{PREFIX}{name.upper()}" for name in known]
-    unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in names)
+    unknown = sorted(
+        name
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in names and not _is_service_link(name, value)
+    )
     return [f"{name} is no setting; did you mean {_nearest(name, names)}?" for name in unknown]
 
 

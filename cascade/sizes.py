@@ -77,16 +77,21 @@ def plan_size(
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raise `InvalidSetting` unless `width` x `height` is a size that can be asked for."""
-    for field, side in (("width", width), ("height", height)):
-        if type(side) is not int or not MIN_SIDE <= side <= MAX_SIDE or side % MULTIPLE:
-            raise InvalidSetting(
-                field, f"must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}"
-            )
+    check_side("width", width)
+    check_side("height", height)
     if width * height > max_pixels:
         raise InvalidSetting("size", f"{width}x{height} has more than {max_pixels} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidSetting(
             "size", f"{width}x{height} is beyond the aspect ratios 1:{MAX_ASPECT} to {MAX_ASPECT}:1"
+        )
+
+
+def check_side(field: str, side: int) -> None:
+    """Raise `InvalidSetting` unless a picture can have this width or height."""
+    if type(side) is not int or not MIN_SIDE <= side <= MAX_SIDE or side % MULTIPLE:
+        raise InvalidSetting(
+            field, f"must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}"
         )
 
 

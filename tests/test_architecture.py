@@ -20,7 +20,7 @@ BRIDGE = "app.engine.runner"  # the one module of the server that knows tensors
 APP_LAYERS = (
     ("app.cli", "app.cli_*"),
     ("app.main",),
-    ("app.api", "app.web"),
+    ("app.api",),
     ("app.engine",),
     ("app.jobs", "app.storage"),
     ("app.schemas", "app.errors", "app.settings", "app.logs", "app.metrics"),

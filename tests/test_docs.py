@@ -1,8 +1,10 @@
 """What the documents say is so: settings, routes, make targets, and the examples of README."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,27 @@ def test_every_route_is_documented(tmp_path: Path) -> None:
 def test_every_member_of_a_request_is_documented() -> None:
     for name in ImageGenerationBody.model_fields:
         assert f"`{name}`" in README
+
+
+def test_every_member_named_in_the_section_on_requests_is_accepted() -> None:
+    [text] = re.findall(r"a request may have (.*?)\. Members without", README, re.DOTALL)
+    named = set(re.findall(r"`([a-z_]+)`", text))
+    assert len(named) > 10
+    assert named <= ImageGenerationBody.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [([], ""), (["PORT=9001"], "--port 9001"), (["HOST=::1", "PORT=0"], "--host ::1 --port 0")],
+)
+def test_make_serve_has_the_options_given_to_make_and_leaves_the_rest_to_the_settings(
+    given: list[str], options: str
+) -> None:
+    command = ["make", "--dry-run", "--old-file=.venv/.server-ready", "serve", *given]
+    environment = {"PATH": os.environ["PATH"], "HOST": "a-shell-sets-this"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    [line] = [line for line in run.stdout.splitlines() if "cascade serve" in line]
+    assert shlex.split(line.partition("||")[0])[2:] == options.split()
 
 
 def test_named_make_targets_and_files_exist() -> None:

@@ -1,5 +1,6 @@
 """What routes ask for: the parts of the server, the caller behind a key, a decoded body, its own address."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -13,10 +14,11 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from app.api.gateway import Exchange
 from app.engine.engine import Engine
-from app.errors import InvalidRequest, PayloadTooLarge, Unauthorized, UnsupportedMediaType
+from app.errors import ClientGone, InvalidRequest, PayloadTooLarge, Unauthorized, UnsupportedMediaType
 from app.logs import Logger
 from app.metrics import Metrics
 from app.settings import Settings
@@ -89,6 +91,10 @@ def _offered_keys(request: Request) -> Iterator[bytes]:
             yield key.encode("latin-1")
 
 
+LONG_BODY_BYTES = 64 * 1024  # parsed off the event loop from here on
+MAX_MEMBERS = 200
+
+
 async def read_json_object(request: Request, services: TheServices) -> dict[str, Any]:
     """The body as a JSON object, read no further than the limit."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -97,12 +103,20 @@ async def read_json_object(request: Request, services: TheServices) -> dict[str,
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed")
     body = await _read(request, services.settings.max_body_bytes)
+    if len(body) <= LONG_BODY_BYTES:
+        return _parse_object(body)
+    return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         members = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(members, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
+    if len(members) > MAX_MEMBERS:
+        raise InvalidRequest(f"the body must have at most {MAX_MEMBERS} members, not {len(members)}")
     return members
 
 
@@ -114,10 +128,13 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
     if announced.isdecimal() and int(announced) > limit_bytes:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise ClientGone("the caller left while sending the body") from None
     return bytes(body)
 
 

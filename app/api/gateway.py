@@ -3,6 +3,7 @@
 Written against ASGI itself, so that bodies and answers stream through it untouched.
 """
 
+import asyncio
 import re
 import secrets
 import time
@@ -14,12 +15,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.failures import METHODS, allowed_methods, respond
-from app.errors import DO_NOT_REPEAT, AppError
+from app.errors import DO_NOT_REPEAT, AppError, ShuttingDown
 from app.logs import Logger
 from app.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
+
+RESTART_SECONDS = 5
 
 EXPOSED_HEADERS = (
     "x-request-id, x-job-id, retry-after, retry-after-ms, location, preference-applied, x-seed, "
@@ -85,12 +88,16 @@ class Gateway:
                 await self._options(scope, headers)(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # the server ends and waits for its requests no longer
+            if exchange.has_started:
+                raise
+            error: AppError = ShuttingDown("the server is stopping", retry_after_seconds=RESTART_SECONDS)
+            await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         except Exception:
             self._logger.exception("request failed", request_id=exchange.request_id)
             if not exchange.has_started:
                 error = AppError("the server failed on this request; its log says why", headers=DO_NOT_REPEAT)
-                response = respond(error, scope["path"], exchange.request_id)
-                await response(scope, receive, send_with_headers)
+                await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         finally:
             self._note(scope, exchange, time.perf_counter() - started)
 

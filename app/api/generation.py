@@ -11,7 +11,7 @@ from app.api.deps import Services
 from app.errors import ClientGone, TimedOut
 from app.jobs.job import Job, Picture
 from app.schemas import GenerationRequest
-from app.storage.encoding import encode
+from app.storage.encoding import encode, parameters_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,16 @@ async def wait_for_model(services: Services) -> None:
 
     Whether there is one, whoever needs it finds out from the engine.
     """
-    loaded = asyncio.wrap_future(services.engine.loaded)
-    done, _ = await asyncio.wait({loaded}, timeout=services.settings.loading_wait)
+    engine = services.engine
+    if engine.loaded.done():
+        return
+    either: set[asyncio.Future[Any]] = {
+        asyncio.wrap_future(engine.loaded),
+        asyncio.wrap_future(engine.closed),
+    }
+    done, _ = await asyncio.wait(
+        either, timeout=services.settings.loading_wait, return_when=asyncio.FIRST_COMPLETED
+    )
     for future in done:
         future.exception()  # seen here, raised where the model is needed
 
@@ -79,24 +87,5 @@ async def _disconnected(request: Request) -> None:
 
 
 def _encode(generation: GenerationRequest, picture: Picture, model: str) -> bytes:
-    text = parameters_text(generation, picture, model) if generation.embed_metadata else None
+    text = parameters_text(generation, picture.seed, model) if generation.embed_metadata else None
     return encode(picture.image, generation.output_format, generation.output_quality, text)
-
-
-def parameters_text(generation: GenerationRequest, picture: Picture, model: str) -> str:
-    """The settings of one picture as the text that A1111 made a custom."""
-    settings = {
-        "Steps": generation.prior_num_inference_steps,
-        "Sampler": generation.sampler,
-        "CFG scale": generation.prior_guidance_scale,
-        "Seed": picture.seed,
-        "Size": f"{generation.width}x{generation.height}",
-        "Model": model,
-        "Decoder steps": generation.decoder_num_inference_steps,
-        "Decoder CFG scale": generation.decoder_guidance_scale,
-        "Preset": generation.preset,
-    }
-    lines = [generation.prompt]
-    if generation.negative_prompt:
-        lines.append(f"Negative prompt: {generation.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])

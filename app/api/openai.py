@@ -125,7 +125,7 @@ def _resolve_model(name: str | None, services: Services) -> None:
     if (
         name is None
         or name in MODEL_NAMES
-        or name == settings.model
+        or name in (settings.model, settings.model_name)
         or name.startswith(settings.model_aliases)
     ):
         return

@@ -72,6 +72,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
         self.loaded: Future[ModelFacts] = Future()  # an error in it is why there will be no model
+        self.closed: Future[None] = Future()  # done when no more requests are taken
         self._is_stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,8 +88,8 @@ class Engine:
 
     @property
     def has_model(self) -> bool:
-        """Whether the model is loaded."""
-        return self.loaded.done() and self.loaded.exception() is None
+        """Whether the model is loaded and the thread that works with it lives."""
+        return self.loaded.done() and self.loaded.exception() is None and self._thread.is_alive()
 
     @property
     def _max_batch(self) -> int:
@@ -105,20 +106,34 @@ class Engine:
     @property
     def is_accepting(self) -> bool:
         """Whether a request sent now would be queued."""
-        return self.has_model and not self._is_stopping and self._has_room()
+        return self.has_model and not self.closed.done() and self._has_room()
 
     def start(self) -> None:
         """Begin to load the model, then to work."""
         self._thread.start()
 
-    def stop(self, timeout_seconds: float) -> None:
-        """Refuse new work, drop the queue, stop the work between two steps."""
+    def close(self) -> None:
+        """Refuse new work and fail what waits; what is on the device goes on."""
         with self._changed:
-            self._is_stopping = True
+            if not self.closed.done():
+                self.closed.set_result(None)
             waiting, self._queue = list(self._queue), deque()
-            self._changed.notify()
         for job in waiting:
             job.fail(self._stopping_error())
+
+    def abandon(self) -> None:
+        """Close, and fail what is on the device at once; the work on it stops after the step."""
+        self.close()
+        with self._changed:
+            self._is_stopping = True
+            running = list(self._running)
+            self._changed.notify()
+        for job in running:
+            job.fail(self._stopping_error())
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Abandon all work and give the thread some time to end."""
+        self.abandon()
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
@@ -126,7 +141,7 @@ class Engine:
         """Queue a request. Raises Overloaded when the queue is full: the bound is exact."""
         self._require_model()
         with self._changed:
-            if self._is_stopping:
+            if self.closed.done():
                 raise self._stopping_error()
             if not self._has_room():
                 self._metrics.refused.labels("overloaded").inc()
@@ -173,8 +188,11 @@ class Engine:
         except Exception as error:
             self.loaded.set_exception(error)
             return
-        while jobs := self._take():
-            self._work(jobs)
+        try:
+            while jobs := self._take():
+                self._work(jobs)
+        finally:
+            self.abandon()  # if the thread dies of an error, nobody waits for it in vain
 
     def _take(self) -> list[Job]:
         """The oldest job and those behind it that can be made with it; empty when the engine stops."""
@@ -220,7 +238,7 @@ class Engine:
                     progress = next(steps)
                 except StopIteration as end:
                     results: list[list[Picture]] = end.value
-                    return results
+                    break
                 self._metrics.steps.labels(progress.stage).inc()
                 for job in jobs:
                     job.report(progress)
@@ -228,6 +246,9 @@ class Engine:
                     raise self._stopping_error()
                 if all(job.is_finished for job in jobs):
                     raise ClientGone("nobody waits for these pictures any more")
+        if [len(pictures) for pictures in results] != [job.request.num_images for job in jobs]:
+            raise RuntimeError("the runner made another number of pictures than it was asked for")
+        return results
 
     def _make(self, requests: list[GenerationRequest]) -> Steps:
         """Make all pictures, a request of many in parts that are no larger than a batch."""

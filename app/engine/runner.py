@@ -66,20 +66,18 @@ class CascadeRunner:
             ) from error
         except InvalidSetting as error:
             raise InvalidRequest(f"{error.field} {error.message}", param=error.field) from error
-        return [[self._picture(images.pop(0)) for _ in request.seeds] for request in requests]
+        return [[_picture(images.pop(0)) for _ in request.seeds] for request in requests]
 
-    def _picture(self, made: "GeneratedImage") -> Picture:
-        assert self._cascade is not None
-        assert made.settings.seed is not None
-        encoder = self._cascade.text_encoder
-        tokens = encoder.tokenizer(made.settings.prompt, truncation=True, max_length=encoder.max_tokens)
-        return Picture(
-            image=made.image,
-            seed=made.settings.seed,
-            resampled_from=made.resampled_from,
-            prompt_truncated=made.prompt_truncated,
-            prompt_tokens=len(tokens.input_ids),
-        )
+
+def _picture(made: "GeneratedImage") -> Picture:
+    assert made.settings.seed is not None
+    return Picture(
+        image=made.image,
+        seed=made.settings.seed,
+        resampled_from=made.resampled_from,
+        prompt_truncated=made.prompt_truncated,
+        prompt_tokens=made.prompt_tokens,
+    )
 
 
 def _settings(request: GenerationRequest, seed: int) -> "TextToImage":

@@ -9,7 +9,7 @@ from io import BytesIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.schemas import OutputFormat
+from app.schemas import GenerationRequest, OutputFormat
 
 MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -45,6 +45,25 @@ def encode(
     else:
         image.save(file, "WEBP", quality=quality, xmp=xmp, exif=_exif(parameters))
     return file.getvalue()
+
+
+def parameters_text(generation: GenerationRequest, seed: int, model: str) -> str:
+    """The settings of the picture of `seed`, as the text that A1111 made a custom."""
+    settings = {
+        "Steps": generation.prior_num_inference_steps,
+        "Sampler": generation.sampler,
+        "CFG scale": generation.prior_guidance_scale,
+        "Seed": seed,
+        "Size": f"{generation.width}x{generation.height}",
+        "Model": model,
+        "Decoder steps": generation.decoder_num_inference_steps,
+        "Decoder CFG scale": generation.decoder_guidance_scale,
+        "Preset": generation.preset,
+    }
+    lines = [generation.prompt]
+    if generation.negative_prompt:
+        lines.append(f"Negative prompt: {generation.negative_prompt}")
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
 def _png_texts(parameters: str | None) -> PngInfo:

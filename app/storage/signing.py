@@ -5,11 +5,14 @@ import hmac
 import os
 import secrets
 import string
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from app.errors import Forbidden, Gone
+from app.settings import SettingsError
 
 SECRET_BYTES = 32
 
@@ -43,21 +46,27 @@ class Signer:
 
 
 def load_secret(path: Path) -> bytes:
-    """The secret in `path`, made there (readable by the owner alone) when it does not exist."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read_secret(path)
-    secret = secrets.token_bytes(SECRET_BYTES)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret.hex())
+    """The secret in `path`, made there (readable by the owner alone) when it does not exist.
+
+    Raises SettingsError when the file holds something else.
+    """
+    if not path.exists():
+        _make_secret(path)
+    return _read_secret(path)
+
+
+def _make_secret(path: Path) -> None:
+    """Appears in `path` whole or not at all; if another process was faster, its secret stays."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".secret-", suffix=".partial") as file:
+        file.write(secrets.token_hex(SECRET_BYTES))
         file.flush()
         os.fsync(file.fileno())
-    return secret
+        with suppress(FileExistsError):
+            path.hardlink_to(file.name)
 
 
 def _read_secret(path: Path) -> bytes:
     text = path.read_text(errors="replace").strip()
     if len(text) != 2 * SECRET_BYTES or not set(text) <= set(string.hexdigits):
-        raise ValueError(f"{path} holds no secret of this server; delete it, and the URLs given out end")
+        raise SettingsError(f"{path} holds no secret of this server; delete it, and the URLs given out end")
     return bytes.fromhex(text)

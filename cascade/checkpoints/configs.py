@@ -5,7 +5,6 @@ A config.json that contradicts the shapes is refused; only what leaves no trace 
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_origin
@@ -133,7 +132,12 @@ def schedule_config(path: Path | None, default: ScheduleConfig) -> ScheduleConfi
         highest = 1 if name.startswith("clamp") else 1_000
         if type(value) not in (int, float) or not 0 < value < highest:
             raise CheckpointError(f"{path}: {name} must be a number between 0 and {highest}, is {value!r}")
-    return dataclasses.replace(default, **{name: float(value) for name, value in found.items()})
+    schedule = dataclasses.replace(default, **{name: float(value) for name, value in found.items()})
+    if schedule.clamp_min >= schedule.clamp_max:
+        raise CheckpointError(
+            f"{path}: clamp_min must be less than clamp_max, is {schedule.clamp_min} of {schedule.clamp_max}"
+        )
+    return schedule
 
 
 def to_json(config: NetworkConfig) -> dict[str, Any]:
@@ -188,7 +192,8 @@ def _fits(name: str, value: Any, expected: Any) -> bool:
     if get_origin(expected) is tuple:
         return isinstance(value, list) and all(_fits(name, item, get_args(expected)[0]) for item in value)
     if expected is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        is_positive = name != "scale_factor" or value != 0
+        return type(value) in (int, float) and 0 <= value < 1_000_000 and is_positive
     if expected is int:
         lowest = -1 if name == "num_attention_heads" else 1
         return type(value) is int and lowest <= value <= _MOST.get(name, 1_000_000)

@@ -73,7 +73,7 @@ def convert(
             "layout", f"{layout!r} is unknown; allowed are {', '.join(get_args(TargetLayout))}"
         )
     chosen = _parse_dtype(dtype)
-    path, target = existing(Path(source)), Path(target)
+    path, target = existing(source), Path(target)
     candidates = ranked(scan(path).parts, path, dtype=chosen)
     if not candidates:
         raise CheckpointError(f"{path}: holds no component of Stable Cascade")

@@ -25,6 +25,7 @@ from cascade.checkpoints.stored import (
     refuse_pickles,
 )
 from cascade.errors import CheckpointError, InvalidSetting
+from cascade.sizes import check_size
 
 REQUIRED = (Component.STAGE_C, Component.STAGE_B, Component.STAGE_A, Component.TEXT_ENCODER)
 MAX_DEPTH = 2
@@ -237,9 +238,12 @@ def stated_native_sizes(part: Part) -> list[list[int]]:
     path = part.pipeline / "model_index.json"
     sizes = (read_json(path).get("native_sizes") or []) if path.is_file() else []
     for size in sizes if isinstance(sizes, list) else [sizes]:
-        is_pair = isinstance(size, list) and len(size) == 2
-        if not is_pair or not all(isinstance(side, int) and side > 0 for side in size):
+        if not isinstance(size, list) or len(size) != 2:
             raise CheckpointError(f"{path}: native_sizes must be pairs of width and height, has {size!r}")
+        try:
+            check_size(*size)
+        except InvalidSetting as error:
+            raise CheckpointError(f"{path}: native_sizes has {size!r}: {error}") from error
     return cast(list[list[int]], sizes)
 
 

@@ -59,7 +59,7 @@ def inspect(path: str | PathLike[str], *, verify: bool = False) -> Inspection:
     Raises:
         CheckpointError: nothing is there, or a file is cut, lying, a pickle or, with `verify`, changed.
     """
-    place = existing(EMBEDDED[str(path)] if path in EMBEDDED else Path(path))
+    place = existing(EMBEDDED[str(path)] if path in EMBEDDED else path)
     if verify:
         check_sums(place if place.is_dir() else place.parent, max_bytes=None)
     found = scan(place)

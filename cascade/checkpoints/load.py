@@ -100,7 +100,7 @@ def load_network(
 
     Raises `CheckpointError` unless exactly one component is there.
     """
-    parts = scan(existing(Path(path))).parts
+    parts = scan(existing(path)).parts
     if len(parts) != 1:
         found = ", ".join(part.component for part in parts) or "none"
         raise CheckpointError(f"{path}: should hold one component, holds {found}")
@@ -147,9 +147,8 @@ def _resolve(
     """The folder or file of a source; two folders for a pair of repositories, which are downloaded first."""
     if source in EMBEDDED:
         return (existing(EMBEDDED[str(source)]),)
-    path = Path(source).expanduser()
-    if path.exists() or not _REPOSITORY.fullmatch(str(source)):
-        return (existing(path),)
+    if not _REPOSITORY.fullmatch(str(source)) or Path(source).exists():
+        return (existing(source),)
     from cascade.checkpoints.hub import download
 
     return download(
@@ -157,12 +156,13 @@ def _resolve(
     )
 
 
-def existing(path: Path) -> Path:
-    """`path`, or a `CheckpointError` that says what can be given instead."""
-    if not path.exists():
+def existing(source: str | PathLike[str]) -> Path:
+    """The path of `source`, or a `CheckpointError` that says what can be given instead."""
+    path = Path(source).expanduser()
+    if source == "" or not path.exists():  # for Path, an empty name is the current folder
         raise CheckpointError(
-            f"{path}: no such checkpoint; give {', '.join(EMBEDDED)}, a folder, a .safetensors file in its "
-            "folder, or a repository such as stabilityai/stable-cascade"
+            f"{source or 'an empty name'}: no such checkpoint; give {', '.join(EMBEDDED)}, a folder, "
+            "a .safetensors file in its folder, or a repository such as stabilityai/stable-cascade"
         )
     return path
 
@@ -190,8 +190,9 @@ class _Loader:
         native = _native_sizes(self.prior, self.decoder)
 
         text_encoder = self._text_encoder(prior_text, tokenizer)
+        stage_a = companion(self.decoder, self.candidates[Component.STAGE_A])
         return Models(
-            stage_a=cast(StageA, self._load(companion(self.decoder, self.candidates[Component.STAGE_A]))),
+            stage_a=cast(StageA, self._load(stage_a)),
             stage_b=cast(StageB, self._load(self.decoder)),
             stage_c=cast(StageC, self._load(self.prior)),
             text_encoder=text_encoder,
@@ -207,6 +208,7 @@ class _Loader:
             device=self.device,
             dtype=self.dtype,
             name=name,
+            stated_scale_factor=stage_a.stated.get("scale_factor"),
         )
 
     def _load(self, part: Part) -> nn.Module:
@@ -239,13 +241,18 @@ class _Loader:
 
 def build(part: Part) -> nn.Module:
     """The network of a part, without memory (on the meta device)."""
-    if part.component in CONFIG_CLASSES:
-        with torch.device("meta"):
-            return _CLASSES[part.component](part.config)
+    if part.component not in CONFIG_CLASSES:
+        try:
+            return build_tower(part.component, part.tensors, part.stated)
+        except CheckpointError as error:
+            raise CheckpointError(f"{part}: {error}") from error
+    config = part.config
     try:
-        return build_tower(part.component, part.tensors, part.stated)
-    except CheckpointError as error:
-        raise CheckpointError(f"{part}: {error}") from error
+        with torch.device("meta"):
+            return _CLASSES[part.component](config)
+    except (RuntimeError, TypeError, ValueError) as error:  # sizes that torch cannot count or divide
+        line = str(error).partition("\n")[0]
+        raise CheckpointError(f"{part}: no network can have these dimensions: {line}") from error
 
 
 def _load_part(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -25,6 +25,8 @@ def visible_settings(component: Component, tensors: Tensors, patch_size: int | N
     `CheckpointError` naming the tensor when one that decides a setting is missing or absurd.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+        raise CheckpointError(f"{empty} is empty: its shape is {list(shapes[empty])}")
     try:
         match component:
             case Component.STAGE_C:
@@ -215,7 +217,10 @@ def _count(shapes: Shapes, prefix: str, *, allow_none: bool = False) -> int:
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
     if not numbers and not allow_none:
         raise KeyError(f"{prefix}*")
-    return max(numbers, default=-1) + 1
+    count = max(numbers, default=-1) + 1
+    if count > len(shapes):  # whoever makes a list of that length would run out of memory
+        raise ValueError(f"{prefix}{count - 1}.* among {len(shapes)} tensors")
+    return count
 
 
 def _matches(shapes: Shapes, pattern: str) -> int:

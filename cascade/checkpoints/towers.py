@@ -22,6 +22,7 @@ _PUBLISHED: Mapping[Component, Mapping[str, Any]] = {
     Component.IMAGE_ENCODER: {"hidden_act": "quick_gelu"},
 }
 _HEAD_WIDTH = 64
+_MIN_TOKENS = 3  # begin, a word and end
 
 
 def build_tower(component: Component, tensors: Tensors, stated: Mapping[str, Any]) -> nn.Module:
@@ -61,9 +62,16 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a broken file makes the library stumble over
         raise CheckpointError(f"{folder}: not a CLIP tokenizer: {_first_line(error)}") from error
+    length = tokenizer.model_max_length
+    if type(length) is not int or length < _MIN_TOKENS:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length must be a whole number "
+            f"of at least {_MIN_TOKENS}, is {length!r}"
+        )
+    return tokenizer
 
 
 def load_processor(folder: Path | None) -> Any:

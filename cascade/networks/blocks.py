@@ -17,6 +17,8 @@ from cascade.networks.fused import depthwise, energy, linear, linear_add, linear
 
 NORM_EPS = 1e-6
 
+_LARGE_MAP = 1 << 20  # elements; scaling a smaller one takes less time than preparing weights
+
 
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm without gain and bias over the last axis."""
@@ -67,7 +69,7 @@ class Pointwise(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 2x2 convolution of stride 2, as one matrix product over patches; an odd last row or column is dropped."""
+    """A 2x2 convolution of stride 2, as one matrix product; an odd last row or column is dropped."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -177,7 +179,7 @@ class ResBlock(nn.Module):
         hidden = linear_gelu(hidden, widen.weight, widen.bias)
         scale = norm.scale(hidden)
         _, height, width, channels = x.shape
-        if height * width < 2 * channels:
+        if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
             hidden = torch.addcmul(norm.beta, hidden, scale, out=hidden)
             return linear_add(hidden, narrow.weight, narrow.bias, x)
         bias = narrow.bias + narrow.weight @ norm.beta.flatten()
@@ -185,14 +187,14 @@ class ResBlock(nn.Module):
         rows = [
             linear_add(hidden[row : row + 1], weights[row], bias, x[row : row + 1]) for row in range(len(x))
         ]
-        return torch.cat(rows)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class TimestepBlock(nn.Module):
     """Block T: scales and shifts the channels by the noise level.
 
-    The further time conditions of the published models (`sca`, `crp`) are always zero; their terms are
-    constants that `prepare` adds to the bias.
+    The further time conditions of the published models (`sca`, `crp`) are always zero: their terms are
+    constants.
     """
 
     def __init__(self, channels: int, ratio_channels: int, conditions: tuple[str, ...]) -> None:
@@ -203,18 +205,19 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", nn.Linear(ratio_channels, 2 * channels))
 
     def prepare(self, zero_embedding: Tensor) -> Tensor:
-        """The bias with the constant terms, (2c,); `zero_embedding`, (1, ratio channels), is that of 0.
+        """The mapper's bias with all constants, (2c,) in fp32, the 1 of the factor 1 + a among them.
 
-        The one of the factor 1 + a is a constant, too.
+        `zero_embedding`, (1, ratio channels), is the embedding of 0.
         """
-        bias = self.mapper.bias
+        bias = self.mapper.bias.float()
         for name in self.conditions:
-            bias = bias + getattr(self, f"mapper_{name}")(zero_embedding)[0]
+            mapper = getattr(self, f"mapper_{name}")
+            bias = bias + F.linear(zero_embedding, mapper.weight.float(), mapper.bias.float())[0]
         scale, shift = bias.chunk(2)
         return torch.cat([scale + 1, shift])
 
-    def forward(self, x: Tensor, embedding: Tensor, bias: Tensor) -> Tensor:
-        scale, shift = F.linear(embedding, self.mapper.weight, bias)[:, None, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, mapped: Tensor) -> Tensor:
+        scale, shift = mapped.chunk(2, dim=-1)
         return torch.addcmul(shift, x, scale)
 
 

@@ -36,7 +36,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
     return residual + F.linear(x, weight, bias)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution of each channel by itself, padded to the same size; (b, h, w, c) with weight (c, 1, k, k).
 
     oneDNN needs 30 microseconds before it begins. Small maps on a CPU are done sooner as shifted sums; in
@@ -45,11 +45,12 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _, height, width, channels = x.shape
     size = weight.shape[-1]
     margin = size // 2
-    if not x.is_cpu or x.dtype is not torch.float32 or x.numel() > _SMALL_MAP or torch.is_grad_enabled():
+    is_small = x.is_cpu and x.dtype is torch.float32 and x.numel() <= _SMALL_MAP
+    if bias is None or not is_small or torch.is_grad_enabled():
         planes = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=margin, groups=channels)
         return planes.permute(0, 2, 3, 1)
     padded = F.pad(x, (0, 0, margin, margin, margin, margin))
-    total = bias
+    total: Tensor = bias
     for index, tap in enumerate(weight.flatten(1).T.contiguous()):
         top, left = divmod(index, size)
         total = torch.addcmul(total, padded[:, top : top + height, left : left + width], tap)

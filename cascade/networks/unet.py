@@ -30,7 +30,8 @@ class Condition:
     """What guides a network during a request: constant from step to step, one row per picture."""
 
     keys_values: tuple[Tensor, ...]  # one per A block: (b, 2, heads, tokens, head width)
-    time_biases: tuple[Tensor, ...]  # one per T block: (2c,), the same for every row
+    time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
+    time_bias: Tensor  # and their biases in fp32, (sum of 2c,): the same for every row
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
 
     @staticmethod
@@ -43,7 +44,8 @@ class Condition:
         columns = zip(*(condition.keys_values for condition in conditions), strict=True)
         return Condition(
             keys_values=tuple(torch.cat(column) for column in columns),
-            time_biases=first.time_biases,
+            time_weight=first.time_weight,
+            time_bias=first.time_bias,
             features=torch.cat(features) if features else None,
         )
 
@@ -51,17 +53,10 @@ class Condition:
         """Some of the rows."""
         return Condition(
             keys_values=tuple(tensor[rows] for tensor in self.keys_values),
-            time_biases=self.time_biases,
+            time_weight=self.time_weight,
+            time_bias=self.time_bias,
             features=None if self.features is None else self.features[rows],
         )
-
-
-@dataclass(slots=True)
-class _Step:
-    """One forward pass: the noise level's embedding, and each block's prepared tensor."""
-
-    embedding: Tensor
-    prepared: dict[nn.Module, Tensor]
 
 
 class UNet(nn.Module):
@@ -81,8 +76,8 @@ class UNet(nn.Module):
         def level(index: int, count: int, skip_channels: int) -> nn.ModuleList:
             blocks: list[nn.Module] = []
             for group in range(count):
-                for kind in self.patterns[index]:
-                    skip = skip_channels if group == 0 else 0
+                for place, kind in enumerate(self.patterns[index]):
+                    skip = skip_channels if group == place == 0 else 0
                     blocks.append(_block(config, index, kind, skip))
             return nn.ModuleList(blocks)
 
@@ -106,26 +101,25 @@ class UNet(nn.Module):
         return next(self.parameters()).device
 
     def _prepare(self, tokens: Tensor, features: Tensor | None = None) -> Condition:
-        """Keys and values of the condition's tokens (b, m, conditioning width) for every block."""
-        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels).to(self.dtype)
-        keys_values = [block.prepare(tokens) for block in self._blocks(AttnBlock)]
-        time_biases = [block.prepare(zero) for block in self._blocks(TimestepBlock)]
-        return Condition(tuple(keys_values), tuple(time_biases), features)
+        """Keys and values of the condition's tokens (b, m, conditioning width), and the T blocks' maps."""
+        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels)
+        time_blocks = list(self._blocks(TimestepBlock))
+        return Condition(
+            keys_values=tuple(block.prepare(tokens) for block in self._blocks(AttnBlock)),
+            time_weight=torch.cat([block.mapper.weight for block in time_blocks]),
+            time_bias=torch.cat([block.prepare(zero) for block in time_blocks]),
+            features=features,
+        )
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
-        embedding = ratio_embedding(ratio, self.ratio_channels).to(x.dtype)
-        prepared: dict[nn.Module, Tensor] = dict(
-            zip(self._blocks(AttnBlock), condition.keys_values, strict=True)
-        )
-        prepared.update(zip(self._blocks(TimestepBlock), condition.time_biases, strict=True))
-        step = _Step(embedding, prepared)
+        prepared = self._per_block(ratio, condition)
 
         skips: list[Tensor] = []
         for downscale, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = _level(blocks, mappers, downscale(x), None, step)
+            x = _level(blocks, mappers, downscale(x), None, prepared)
             skips.append(x)
         for index, (blocks, mappers, upscale) in enumerate(
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
@@ -133,8 +127,22 @@ class UNet(nn.Module):
             skip = skips.pop()
             if index > 0:
                 x = resize(x, *skip.shape[1:3])
-            x = upscale(_level(blocks, mappers, x, skip if index > 0 else None, step))
+            x = upscale(_level(blocks, mappers, x, skip if index > 0 else None, prepared))
         return x
+
+    def _per_block(self, ratio: Tensor, condition: Condition) -> dict[nn.Module, Tensor]:
+        """What each block reads beside the map: factors and shifts (b, 1, 1, 2c), or keys and values.
+
+        The factors multiply over all blocks, so they are rounded to the weights' type only once.
+        """
+        embedding = ratio_embedding(ratio, self.ratio_channels)
+        mapped = F.linear(embedding, condition.time_weight.float(), condition.time_bias).to(self.dtype)
+        mapped = mapped[:, None, None]
+        time_blocks = list(self._blocks(TimestepBlock))
+        parts = torch.split(mapped, [block.mapper.out_features for block in time_blocks], dim=-1)
+        prepared: dict[nn.Module, Tensor] = dict(zip(time_blocks, parts, strict=True))
+        prepared.update(zip(self._blocks(AttnBlock), condition.keys_values, strict=True))
+        return prepared
 
     def _blocks(self, kind: type[Block]) -> Iterator[Block]:
         for level in (*self.down_blocks, *self.up_blocks):
@@ -153,16 +161,16 @@ def to_channels_first(x: Tensor, patch_size: int) -> Tensor:
     return F.pixel_shuffle(x.permute(0, 3, 1, 2), patch_size)
 
 
-def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, step: _Step) -> Tensor:
+def _level(
+    blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, prepared: dict[nn.Module, Tensor]
+) -> Tensor:
     """Run a level; when it is repeated, the same weights run again and see the same skip again."""
     for mapper in (*cast(nn.ModuleList, mappers), None):
         for index, block in enumerate(cast(nn.ModuleList, blocks)):
             if isinstance(block, ResBlock):
                 x = block(x, skip if index == 0 else None)
-            elif isinstance(block, TimestepBlock):
-                x = block(x, step.embedding, step.prepared[block])
             else:
-                x = block(x, step.prepared[block])
+                x = block(x, prepared[block])
         if mapper is not None:
             x = mapper(x)
     return x

@@ -23,7 +23,7 @@ from cascade.sampling.noise import NoiseSource, PhiloxNoise, Stage, TorchGenerat
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
-from cascade.sizes import SizePlan, check_size, fit_to_size, plan_size
+from cascade.sizes import SizePlan, check_side, check_size, fit_to_size, plan_size
 
 NUM_SEEDS = 2**32
 MAX_PROMPT_CHARACTERS = 32_000
@@ -70,6 +70,10 @@ class TextToImage:
         _check_number("decoder_guidance_scale", self.decoder_guidance_scale, 0, 10)
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        if self.width is not None:
+            check_side("width", self.width)
+        if self.height is not None:
+            check_side("height", self.height)
         if self.width is not None and self.height is not None:
             check_size(self.width, self.height)
 
@@ -82,6 +86,7 @@ class GeneratedImage:
     settings: TextToImage  # all filled in: asked for again, they give this picture again
     resampled_from: tuple[int, int] | None  # the size it was drawn at, if scaled
     prompt_truncated: bool
+    prompt_tokens: int  # before truncation, with begin and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ class _Picture:
     settings: TextToImage
     plan: SizePlan
     prompt_truncated: bool = False
+    prompt_tokens: int = 0
     semantic: Tensor = field(init=False)  # (16, h, w): the result of Stage C
     latents: Tensor = field(init=False)  # (4, h, w): the result of Stage B
     image: Image.Image = field(init=False)
@@ -119,7 +125,13 @@ class _Picture:
 
     @property
     def finished(self) -> GeneratedImage:
-        return GeneratedImage(self.image, self.settings, self.plan.resampled_from, self.prompt_truncated)
+        return GeneratedImage(
+            image=self.image,
+            settings=self.settings,
+            resampled_from=self.plan.resampled_from,
+            prompt_truncated=self.prompt_truncated,
+            prompt_tokens=self.prompt_tokens,
+        )
 
 
 Drawn = TypeVar("Drawn", _Picture, Sample[Condition])
@@ -156,6 +168,7 @@ def _run_prior(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progres
     for picture in pictures:
         prompt, negative = (texts.row(text) for text in picture.texts)
         picture.prompt_truncated = texts.embeddings.truncated[prompt]
+        picture.prompt_tokens = texts.embeddings.num_tokens[prompt]
         unguided = conditions[negative : negative + 1] if picture.settings.guidance_scale > 1 else None
         samples.append(_sample(models, picture, "prior", conditions[prompt : prompt + 1], unguided))
     for step, steps, active in _steps(models.stage_c, samples):
@@ -283,6 +296,10 @@ def _by_shape(items: Iterable[Drawn]) -> Iterable[list[Drawn]]:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise InvalidSetting(name, f"must be text, but is {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates: what Python makes of wrong bytes on a command line
+        raise InvalidSetting(name, "must be valid Unicode text") from None
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise InvalidSetting(name, f"may have {MAX_PROMPT_CHARACTERS} characters, but has {len(value)}")
 

@@ -56,16 +56,16 @@ TINY_STAGE_B = StageBConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.02)
 PLAN = Plan(
-    steps=4500,
+    steps=8500,
     learning_rate=2e-3,
     matrix_rate=1e-2,
     compute_dtype=torch.bfloat16,
-    save_every=100,
-    judge_every=500,
+    save_every=250,
+    judge_every=1000,
     seed=41,
 )
 
-_BATCH = 32
+_BATCH = 8
 _PAIR = 200.0
 _EMPHASIS = Emphasis(starts=0.15, decoys=0.25, overshot=0.0, wobbly=0.5, low_noise=0.25, highest=8.0)
 _WITHOUT_CODE = 0.02

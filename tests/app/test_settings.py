@@ -44,6 +44,8 @@ def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -
         ("CASCADE_API_KEYS", "ok, x=sha256:abc", ["CASCADE_API_KEYS", "entry 2", "64"]),
         ("CASCADE_HOST", "0.0.0.0", ["0.0.0.0", "CASCADE_API_KEYS", "CASCADE_ALLOW_ANONYMOUS"]),
         ("CASCADE_HOST", "server.example", ["CASCADE_API_KEYS"]),
+        ("CASCADE_MAX_PIXELS", "4194305", ["CASCADE_MAX_PIXELS", "4194304"]),
+        ("CASCADE_SERVICE_PROT", "80", ["CASCADE_SERVICE_PROT"]),
         ("CASCADE_HOST", "::", ["CASCADE_API_KEYS"]),
     ],
 )
@@ -75,3 +77,24 @@ def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_setting_says_what_it_is() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    links = {
+        "CASCADE_PORT": "tcp://10.0.0.1:80",
+        "CASCADE_SERVICE_HOST": "10.0.0.1",
+        "CASCADE_SERVICE_PORT": "80",
+        "CASCADE_SERVICE_PORT_HTTP": "80",
+        "CASCADE_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "CASCADE_PORT_80_TCP_PROTO": "tcp",
+        "CASCADE_PORT_80_TCP_PORT": "80",
+        "CASCADE_PORT_80_TCP_ADDR": "10.0.0.1",
+        "CASCADE_SERVER_PORT": "tcp://10.0.0.2:80",
+        "CASCADE_SERVER_SERVICE_HOST": "10.0.0.2",
+        "CASCADE_SERVER_PORT_80_TCP_ADDR": "10.0.0.2",
+    }
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().port == 8000

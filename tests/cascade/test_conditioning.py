@@ -103,6 +103,13 @@ def test_an_empty_prompt_is_a_prompt(pipelines: Pipelines, encoder: TextEncoder)
     assert embeddings.pooled.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("prompt", ["\0", "a\0b", "\u200b \U0001f600"])
+def test_odd_characters_are_embedded_like_others(encoder: TextEncoder, prompt: str) -> None:
+    embeddings = encoder.encode([prompt])
+    assert embeddings.num_tokens[0] > 2
+    assert embeddings.pooled.isfinite().all()
+
+
 def test_long_prompts_are_cut_and_flagged(pipelines: Pipelines, encoder: TextEncoder) -> None:
     # one token per letter here, and begin and end: 22 letters just fit
     embeddings = encoder.encode(["a" * 22, "a" * 23, "a" * 5000])

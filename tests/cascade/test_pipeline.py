@@ -110,6 +110,18 @@ def test_the_original_layout_gives_the_same_picture(cascade: Cascade, folder: Pa
     assert np.array_equal(np.asarray(made.image), np.asarray(expected.image))
 
 
+def test_a_scale_factor_in_the_folder_is_the_one_that_diffusers_multiplies_by(
+    scripted: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    changed = random_pipelines(0)
+    changed.decoder.vqgan.register_to_config(scale_factor=0.43)
+    changed.save(tmp_path)
+    cascade = Cascade.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    [made] = cascade.text_to_image(PROMPT, preset="diffusers", seed=7, width=256, height=256)
+    assert share_of_equal_pixels(made.image, changed.script(PROMPT, 7)) >= 0.999
+    assert share_of_equal_pixels(made.image, scripted(7)) < 0.9
+
+
 def test_presets_differ(cascade: Cascade) -> None:
     settings: dict[str, Any] = {"seed": 7, "width": 256, "height": 256}
     [official] = cascade.text_to_image(PROMPT, **settings)

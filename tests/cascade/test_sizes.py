@@ -5,6 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from app import schemas
+from app.settings import Settings
+from cascade import sizes
 from cascade.errors import InvalidSetting
 from cascade.sizes import MAX_PIXELS, NativeSizes, check_size, fit_to_size, plan_size
 
@@ -99,6 +102,13 @@ def test_other_sizes_are_refused_by_name(width: int, height: int, field: str) ->
     with pytest.raises(InvalidSetting) as caught:
         plan_size(width, height, FULL)
     assert caught.value.field == field
+
+
+def test_the_server_has_the_same_limits() -> None:
+    assert (schemas.MIN_SIDE, schemas.MAX_SIDE) == (sizes.MIN_SIDE, sizes.MAX_SIDE)
+    assert schemas.SIDE_STEP == sizes.MULTIPLE
+    assert schemas.MAX_ASPECT == sizes.MAX_ASPECT
+    assert Settings.model_fields["max_pixels"].default == sizes.MAX_PIXELS
 
 
 def test_the_limit_of_pixels_can_be_lowered() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from typing import Any
 
 import httpx2
 import pytest
@@ -202,6 +203,7 @@ async def test_a_client_that_leaves_frees_the_device(serve: Serve, runner: FakeR
         running.leave()
         waiting.leave()
         await asyncio.gather(running.visit, waiting.visit)
+        assert running.statuses == waiting.statuses == [499]
         runner.gate.set()
         await until(lambda: runner.num_stopped)
         assert (await client.post(PATH, json={"prompt": "x"})).status_code == 200
@@ -210,12 +212,84 @@ async def test_a_client_that_leaves_frees_the_device(serve: Serve, runner: FakeR
     assert 'cascade_jobs_total{outcome="canceled"} 2.0' in outcomes
 
 
+async def test_a_client_that_leaves_while_sending_is_no_fault_of_ours(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve() as client:
+        visitor = _Visitor(client, is_whole=False)
+        visitor.leave()
+        await visitor.visit
+        figures = (await client.get("/metrics")).text
+    assert visitor.statuses == [499]
+    assert f'route="{PATH}",status="499"}} 1.0' in figures
+    assert "Traceback" not in capsys.readouterr().err
+
+
+async def test_a_request_that_the_server_gives_up_is_told_so(serve: Serve, runner: FakeRunner) -> None:
+    async with serve() as client:
+        runner.gate.clear()
+        visitor = _Visitor(client)
+        await until(lambda: runner.batches)
+        visitor.visit.cancel()  # as uvicorn does when its time to stop is over
+        await visitor.visit
+    assert visitor.statuses == [503]
+    assert (b"retry-after", b"5") in visitor.headers
+    assert json.loads(visitor.body)["error"]["code"] == "overloaded"
+
+
+async def test_a_request_that_waits_for_the_model_is_answered_when_the_server_stops(
+    serve: Serve, runner: FakeRunner
+) -> None:
+    runner.loading.clear()
+    async with serve(wait=False) as client:
+        visitor = _Visitor(client)
+        await asyncio.sleep(0.05)
+        assert not visitor.visit.done()
+        client.app.state.services.engine.close()  # type: ignore[attr-defined]
+        await asyncio.wait_for(visitor.visit, 5)
+        runner.loading.set()
+    assert visitor.statuses == [503]
+
+
+async def test_health_answers_fast_under_load_and_large_bodies(serve: Serve, runner: FakeRunner) -> None:
+    runner.steps = 20
+    is_over = asyncio.Event()
+    large = json.dumps({"prompt": "x", "junk": [{"a": [1, 2.5, "y"]}] * 45_000}).encode()
+    assert 900_000 < len(large) < 1024 * 1024
+
+    async with serve() as client:
+
+        async def keep_sending(body: bytes) -> int:
+            count = 0
+            while not is_over.is_set():
+                answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
+                assert answer.status_code == 200
+                count += 1
+            return count
+
+        bodies = [b'{"prompt": "x", "size": "512x512"}'] * 8 + [large]
+        senders = [asyncio.ensure_future(keep_sending(body)) for body in bodies]
+        slowest = 0.0
+        for _ in range(50):
+            started = time.perf_counter()
+            assert (await client.get("/healthz")).status_code == 200
+            slowest = max(slowest, time.perf_counter() - started)
+            await asyncio.sleep(0.01)
+        is_over.set()
+        assert min(await asyncio.gather(*senders)) > 0
+    assert slowest < 1
+
+
 class _Visitor:
     """A raw ASGI client that posts a prompt and may close the connection before the answer."""
 
-    def __init__(self, client: httpx2.AsyncClient) -> None:
+    def __init__(self, client: httpx2.AsyncClient, *, is_whole: bool = True) -> None:
         self._gone = asyncio.Event()
         self._has_sent = False
+        self._is_whole = is_whole  # whether all of the body is sent
+        self.statuses: list[int] = []
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body = b""
         scope = {
             "type": "http",
             "method": "POST",
@@ -237,9 +311,13 @@ class _Visitor:
     async def _receive(self) -> dict[str, object]:
         if not self._has_sent:
             self._has_sent = True
-            return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+            return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": not self._is_whole}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: dict[str, object]) -> None:
-        assert message.get("status") in (None, 499)
+    async def _send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.statuses.append(message["status"])
+            self.headers += message["headers"]
+        else:
+            self.body += message["body"]

@@ -262,3 +262,10 @@ async def test_models_are_listed(serve: Serve) -> None:
     async with serve(list_aliases=True) as client:
         listed = [item["id"] for item in (await client.get("/v1/models")).json()["data"]]
         assert listed == ["stable-cascade", "dall-e-2", "dall-e-3", "gpt-image-1"]
+
+
+async def test_the_name_that_the_log_and_version_show_is_accepted(serve: Serve) -> None:
+    async with serve(model="/models/my-cascade") as client:
+        for name in ("my-cascade", "/models/my-cascade"):
+            assert (await generate(client, model=name)).status_code == 200
+        assert (await generate(client, model="models")).status_code == 404

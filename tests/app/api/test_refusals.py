@@ -1,10 +1,12 @@
 """What `/v1/images/generations` refuses, and what it answers when a picture cannot be made."""
 
 import asyncio
+import threading
 from typing import Any
 
 import httpx2
 import pytest
+from pydantic_core import from_json
 
 from tests.app.conftest import Serve
 from tests.app.fakes import FakeRunner, until
@@ -134,6 +136,37 @@ async def test_a_body_is_read_no_further_than_the_limit(serve: Serve) -> None:
         assert sent <= 12_000
         answer = await client.post(PATH, content=b" " * 20_000, headers=json)
         assert answer.status_code == 413
+
+
+async def test_by_default_a_body_is_at_most_a_mebibyte(client: httpx2.AsyncClient) -> None:
+    json = {"content-type": "application/json"}
+    for size, status in [(1024 * 1024, 200), (1024 * 1024 + 1, 413)]:
+        body = b'{"prompt": "x"}'.ljust(size)
+        assert (await client.post(PATH, content=body, headers=json)).status_code == status
+
+
+async def test_long_bodies_are_parsed_off_the_event_loop(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spy(body: bytes, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return from_json(body, **options)
+
+    threads: list[str] = []
+    monkeypatch.setattr("app.api.deps.from_json", spy)
+    for size in (64 * 1024, 64 * 1024 + 1):
+        body = b'{"prompt": "x"}'.ljust(size)
+        assert (await client.post(PATH, content=body)).status_code == 200
+    assert threads[0] == threading.current_thread().name
+    assert threads[1].startswith("encoder")
+
+
+async def test_a_body_has_at_most_200_members(client: httpx2.AsyncClient) -> None:
+    members = {f"member_{number}": number for number in range(199)}
+    assert (await client.post(PATH, json=members | {"prompt": "x"})).status_code == 200
+    answer = await client.post(PATH, json=members | {"prompt": "x", "more": 1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    assert "200 members" in answer.json()["error"]["message"]
 
 
 async def test_no_picture_before_the_model(serve: Serve, runner: FakeRunner) -> None:

@@ -8,6 +8,8 @@ from PIL import Image
 import cascade
 from tests.app.cli.running import SMALL, Run, files, pixels
 
+TWO_STEPS = ("--seed", 7, "--steps", 2, "--decoder-steps", 1)
+
 
 def test_generate_saves_what_the_library_makes(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     outcome = run("generate", "a cat", "-o", tmp_path / "a.png", "--model", checkpoint, "--seed", 7, *SMALL)
@@ -54,6 +56,8 @@ def test_generate_embeds_settings_on_request(run: Run, checkpoint: Path, tmp_pat
         (("--dtype", "int8"), "dtype: "),
         (("-o", "a.gif"), "output: must end in .png"),
         (("-o", "nowhere/a.png"), "output: the folder nowhere does not exist"),
+        (("--preview", "now.gif"), "preview: must end in .png"),
+        (("--preview", "nowhere/a.png"), "preview: the folder nowhere does not exist"),
         (("-m", "nowhere/at/all"), "nowhere/at/all"),
         (("-m", "model.ckpt"), "model.ckpt"),
     ],
@@ -108,4 +112,38 @@ def test_interrupting_ends_cleanly(
     outcome = run("generate", "a cat", "-o", tmp_path / "a.png", "-m", checkpoint)
     assert outcome.status == 130
     assert "Traceback" not in outcome.err
+    assert files(tmp_path) == []
+
+
+def test_the_preview_shows_what_stage_c_draws_after_every_step(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(path: Path, to: Path) -> Path:
+        if to.name == "now.png":
+            seen.append(pixels(path))
+        return replace(path, to)
+
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", spy)
+    to = tmp_path / "a.png"
+    outcome = run(
+        "generate", "a red circle", "-n", 2, "-o", to, "--preview", tmp_path / "now.png", *TWO_STEPS
+    )
+    assert outcome.status == 0
+    first, second = seen
+    assert first.shape == second.shape == (48, 100, 3), "two pictures side by side"
+    assert not np.array_equal(first, second)
+    assert second.std() > 5, "a flat picture would prove nothing"
+    assert np.array_equal(pixels(tmp_path / "now.png"), second)
+
+
+def test_without_a_previewer_there_is_no_preview(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    to, now = tmp_path / "a.png", tmp_path / "now.png"
+    outcome = run("generate", "a cat", "-o", to, "--preview", now, "-m", checkpoint, *SMALL)
+    assert outcome.status == 2
+    [line] = outcome.err.splitlines()
+    assert line.startswith("cascade: preview: the checkpoint")
+    assert line.endswith("has no previewer")
     assert files(tmp_path) == []

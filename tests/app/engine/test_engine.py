@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from app.engine.engine import Engine
+from app.engine.engine import Engine, Steps
 from app.errors import (
     AppError,
     ClientGone,
@@ -17,7 +17,7 @@ from app.errors import (
     Overloaded,
     ShuttingDown,
 )
-from app.jobs.job import Job, JobStatus
+from app.jobs.job import Job, JobStatus, Progress
 from app.logs import make_logger
 from app.metrics import Metrics
 from app.schemas import GenerationRequest
@@ -262,3 +262,47 @@ def test_every_error_of_the_tree_has_a_status_of_its_kind() -> None:
         assert 400 <= kind.status <= 599
         assert kind.type.endswith("_error")
         assert kind.code
+
+
+def test_a_closed_engine_fails_what_waits_and_finishes_what_runs(start: Start, runner: FakeRunner) -> None:
+    engine = start(max_batch=1)
+    running = hold(engine, runner)
+    waiting = engine.submit(request())
+    engine.close()
+    assert isinstance(waiting.outcome.exception(0), ShuttingDown)
+    assert not engine.is_accepting
+    with pytest.raises(ShuttingDown):
+        engine.submit(request())
+    runner.gate.set()
+    assert running.outcome.result(10)
+
+
+def test_an_abandoned_job_does_not_wait_for_the_end_of_its_step(start: Start, runner: FakeRunner) -> None:
+    engine = start()
+    running = hold(engine, runner)
+    engine.abandon()
+    assert isinstance(running.outcome.exception(0), ShuttingDown)
+
+
+def test_a_runner_that_makes_too_few_pictures_harms_its_job_only(
+    start: Start, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(_: object) -> Steps:
+        yield Progress("prior", 1, 1)
+        return [[]]
+
+    engine = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "generate", forgetful)
+        assert isinstance(engine.submit(request()).outcome.exception(10), GenerationFailed)
+    assert engine.submit(request()).outcome.result(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_died_is_not_ready(start: Start, runner: FakeRunner) -> None:
+    runner.broken = {"fatal": SystemExit()}  # type: ignore[dict-item]
+    engine = start()
+    job = engine.submit(request("fatal"))
+    assert isinstance(job.outcome.exception(10), ShuttingDown), "nobody waits for the dead"
+    wait_until(lambda: not engine.has_model)
+    assert not engine.is_accepting

@@ -19,18 +19,9 @@ from app.schemas import GenerationRequest
 from cascade import InvalidSetting
 from cascade.sizes import NativeSizes
 from tests.app.conftest import Serve
-from tests.cascade.small_models import MAX_WORDS, small_cascade
+from tests.cascade.small_models import small_cascade
 
 PATH = "/v1/images/generations"
-
-
-class Words:
-    """A tokenizer for the word encoder of the small models."""
-
-    def __call__(self, text: str, *, truncation: bool, max_length: int) -> "Words":
-        assert truncation
-        self.input_ids = text.split()[:max_length]
-        return self
 
 
 class SmallRunner(CascadeRunner):
@@ -39,10 +30,7 @@ class SmallRunner(CascadeRunner):
     native: ClassVar[NativeSizes] = NativeSizes(((128, 128), (192, 128)), resamples=True)
 
     def load(self) -> ModelFacts:
-        cascade = small_cascade(self.native, name="small")
-        encoder: Any = cascade.text_encoder
-        encoder.tokenizer, encoder.max_tokens = Words(), MAX_WORDS
-        return self.take(cascade)
+        return self.take(small_cascade(self.native, name="small"))
 
 
 @pytest.fixture(scope="module")

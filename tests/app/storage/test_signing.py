@@ -1,12 +1,16 @@
 """Signatures of URLs and the secret behind them."""
 
+import errno
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 
 from app.errors import Forbidden, Gone
+from app.settings import SettingsError
 from app.storage.signing import Signer, load_secret
 
 
@@ -60,5 +64,23 @@ def test_the_secret_is_made_once_and_only_for_the_owner(tmp_path: Path) -> None:
 def test_a_broken_secret_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "secret"
     path.write_text(content)
-    with pytest.raises(ValueError, match="secret"):
+    with pytest.raises(SettingsError, match=rf"^{path} holds no secret of this server; delete it.*$"):
         load_secret(path)
+
+
+def test_a_secret_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space"):
+            load_secret(tmp_path / "secret")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_start_together_share_a_secret(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        secrets = set(pool.map(load_secret, [tmp_path / "secret"] * 50))
+    assert len(secrets) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]

@@ -260,6 +260,10 @@ def test_schedules_take_absent_settings_from_their_stage(tmp_path: Path) -> None
         '{"s": null}',
         '{"s": NaN}',
         '{"clamp_max": 1.5}',
+        '{"clamp_min": 0.5, "clamp_max": 0.5}',
+        '{"clamp_min": 0.6, "clamp_max": 0.4}',
+        '{"clamp_min": 0.99995}',
+        '{"clamp_max": 0.00005}',
         '{"scaler": 0}',
     ],
 )

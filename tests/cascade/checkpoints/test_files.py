@@ -107,6 +107,7 @@ def test_the_variant_and_then_the_dtype_choose_among_files(folder: Path) -> None
         ("bf16", torch.float32, ".bf16"),
         ("bf16", None, ".bf16"),
         ("fp32", None, ""),
+        ("fp32", torch.bfloat16, ""),
     ]:
         part = find_parts(folder, variant=variant, dtype=dtype)[Component.STAGE_C][0]
         assert part.files[0].name == f"{name}{suffix}.safetensors", (variant, dtype)

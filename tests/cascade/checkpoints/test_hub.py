@@ -96,6 +96,7 @@ def test_the_commit_is_pinned_and_the_hub_not_asked_again(fetch: partial, hub: H
     hub.repositories[DECODER].commit = "c" * 40
     assert fetch(DECODER) == folders
     assert fetch(DECODER, local_files_only=True) == folders
+    assert fetch(DECODER, revision="a" * 40) == folders
     assert hub.requests == []
     assert fetch(DECODER, revision="main")[0].name == "c" * 40
     assert fetch(DECODER)[0].name == "c" * 40

@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascade.checkpoints.inspect import inspect
 from cascade.checkpoints.keys import Component, to_original
 from cascade.checkpoints.load import load_cascade, load_network, parse_device, parse_dtype
+from cascade.checkpoints.save import save_component
 from cascade.checkpoints.stored import StoredTensor
-from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
+from cascade.config import SCHEDULE_B, SCHEDULE_C, EffNetConfig, EffNetStage, ScheduleConfig
 from cascade.errors import CheckpointError, InvalidSetting
 from cascade.models import Models
+from cascade.networks.effnet import EffNetEncoder
 from tests.cascade.diffusers_pipelines import Pipelines, random_pipelines
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -137,10 +140,26 @@ def test_one_scheduler_serves_both_with_the_shift_of_each_stage(saved_folder: Pa
     assert (models.prior_schedule, models.decoder_schedule) == (SCHEDULE_C, SCHEDULE_B)
 
 
-@pytest.mark.parametrize("sizes", [[[256]], [256, 256], [["256", 256]], [[0, 256]], 256])
+@pytest.mark.parametrize("stated", [0.43, 0.3764, 0.9, None])
+def test_the_stated_scale_factor_of_stage_a_is_kept(stated: float | None, folder: Path) -> None:
+    file = folder / "vqgan" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scale_factor": stated}))
+    models = load_cascade(folder)
+    assert models.stated_scale_factor == stated
+    assert models.stage_a.config.scale_factor == (stated or 0.43)
+
+
+@pytest.mark.parametrize("sizes", [[[256]], [256, 256], 256])
 def test_malformed_native_sizes_are_refused(sizes: object, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"native_sizes": sizes}))
-    with pytest.raises(CheckpointError, match="native_sizes must be pairs"):
+    with pytest.raises(CheckpointError, match=r"model_index\.json: native_sizes must be pairs"):
+        load_cascade(folder)
+
+
+@pytest.mark.parametrize("size", [["256", 256], [0, 256], [100, 100], [True, 8], [64, 512], [1e3, 1e3]])
+def test_native_sizes_that_cannot_be_drawn_are_refused(size: object, folder: Path) -> None:
+    (folder / "model_index.json").write_text(json.dumps({"native_sizes": [[256, 256], size]}))
+    with pytest.raises(CheckpointError, match=r"model_index\.json: native_sizes has .*(width|height|size): "):
         load_cascade(folder)
 
 
@@ -160,6 +179,14 @@ def test_a_lost_tokenizer_says_where_to_get_one(folder: Path) -> None:
 def test_a_broken_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer: not a CLIP tokenizer"):
+        load_cascade(folder)
+
+
+@pytest.mark.parametrize("length", ["x", 0, -77, 77.5, True, [77]])
+def test_a_tokenizer_that_knows_no_length_is_refused(length: object, folder: Path) -> None:
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: model_max_length must be a whole"):
         load_cascade(folder)
 
 
@@ -231,6 +258,10 @@ MALFORMED = [
     ("decoder", "dropout", [0.1, float("nan"), 0.1]),
     ("decoder", "num_attention_heads", {"a": 1}),
     ("vqgan", "scale_factor", "large"),
+    ("vqgan", "scale_factor", 0),
+    ("vqgan", "scale_factor", -0.43),
+    ("vqgan", "scale_factor", float("inf")),
+    ("vqgan", "scale_factor", 10**400),
     ("text_encoder", "hidden_act", "sharp"),
     ("text_encoder", "num_attention_heads", 0),
     ("image_encoder", "layer_norm_eps", []),
@@ -246,6 +277,41 @@ def test_malformed_settings_are_errors_of_the_checkpoint(
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     with pytest.raises(CheckpointError, match=part):
         load_cascade(folder)
+
+
+def test_a_far_block_in_a_name_costs_no_memory(folder: Path) -> None:
+    far = "down_blocks.0.999999999999.mapper.weight"
+    file = change_weights(folder, lambda tensors: tensors.update({far: torch.zeros(1)}))
+    (folder / "decoder" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.999999999999\.\* among \d+ tensors") as error:
+        load_network(file)
+    assert str(file) in str(error.value)
+
+
+def test_an_empty_tensor_is_named(folder: Path) -> None:
+    file = change_weights(folder, lambda t: t.update({"embedding.1.weight": torch.zeros(32, 0, 1, 1)}))
+    (folder / "decoder" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"embedding\.1\.weight is empty.*\[32, 0, 1, 1\]"):
+        load_network(file)
+
+
+@pytest.mark.parametrize(("name", "value"), [("channels", 10**12), ("repeats", "x")])
+def test_a_config_of_impossible_dimensions_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    """It is complete, and so believed where the tensors lack something."""
+    stages = (EffNetStage("fused", 1, 1, 8, 1), EffNetStage("fused", 1, 2, 8, 1))
+    network = EffNetEncoder(EffNetConfig(stem_channels=8, stages=stages, head_channels=16))
+    weights = save_component(network, tmp_path)
+    tensors = load_file(weights)
+    del tensors["mapper.0.weight"]
+    save_file(tensors, weights)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    for stage in content["stages"]:
+        stage[name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="no network can have these dimensions") as error:
+        load_network(tmp_path)
+    assert str(error.value).startswith(f"{weights}: ")
 
 
 def test_a_trimmed_stage_a_loads_without_codebook(folder: Path) -> None:
@@ -298,7 +364,8 @@ def test_automatic_types() -> None:
     assert parse_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "no/such/folder", "./x/y", "bad name/x"])
+@pytest.mark.parametrize("source", ["nowhere", "no/such/folder", "./x/y", "bad name/x", ""])
 def test_a_source_that_is_not_there_says_what_can_be_given(source: str) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint; give tiny, a folder"):
-        load_cascade(source)
+    for read in (load_cascade, load_network, inspect):
+        with pytest.raises(CheckpointError, match=r"\S: no such checkpoint; give tiny, a folder"):
+            read(source)

@@ -41,10 +41,13 @@ def test_large_values_do_not_overflow_the_energy() -> None:
     assert energy(x).isfinite().all()
 
 
-@pytest.mark.parametrize("side", [3, 9], ids=["scales the map", "scales the weights"])
+@pytest.mark.parametrize("side", [3, 30, 90], ids=["shifted sums", "scales the map", "scales the weights"])
 @pytest.mark.parametrize("skip_channels", [0, 20])
-def test_a_block_gives_the_same_with_and_without_gradients(side: int, skip_channels: int) -> None:
-    block = randomized(ResBlock(20, skip_channels), seed=6)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_a_block_gives_the_same_with_and_without_gradients(
+    side: int, skip_channels: int, kernel_size: int
+) -> None:
+    block = randomized(ResBlock(20, skip_channels, kernel_size), seed=6)
     x = noise(7, 2, side, side + 1, 20)
     skip = noise(8, 2, side, side + 1, skip_channels) if skip_channels else None
     recorded = block(x, skip)

@@ -308,6 +308,20 @@ def test_a_wrong_setting_is_refused_by_name(change: dict[str, Any], field: str, 
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_half_a_character_is_refused_and_a_whole_one_is_not(field: str) -> None:
+    request(**{field: "caf\u00e9 \U0001f600 \0"})
+    with pytest.raises(InvalidSetting, match=f"^{field}: must be valid Unicode text$"):
+        request(**{field: "a \ud800 circle"})
+
+
+@pytest.mark.parametrize("field", ["width", "height"])
+@pytest.mark.parametrize("side", [63, 100, 5000, True])
+def test_one_side_alone_is_checked_without_a_checkpoint(field: str, side: int) -> None:
+    with pytest.raises(InvalidSetting, match=f"^{field}: must be a multiple of 8 from 64 to 4096"):
+        request(**({"width": None, "height": None} | {field: side}))
+
+
 def test_one_side_alone_is_checked_before_anything_is_computed(cascade: Cascade) -> None:
     with pytest.raises(InvalidSetting, match=r"^size: 64x1024"):
         cascade.text_to_image("a red circle", width=64)
