@@ -318,8 +318,9 @@ def test_half_a_character_is_refused_and_a_whole_one_is_not(field: str) -> None:
 @pytest.mark.parametrize("field", ["width", "height"])
 @pytest.mark.parametrize("side", [63, 100, 5000, True])
 def test_one_side_alone_is_checked_without_a_checkpoint(field: str, side: int) -> None:
+    sides: dict[str, Any] = {"width": None, "height": None, field: side}
     with pytest.raises(InvalidSetting, match=f"^{field}: must be a multiple of 8 from 64 to 4096"):
-        request(**({"width": None, "height": None} | {field: side}))
+        request(**sides)
 
 
 def test_one_side_alone_is_checked_before_anything_is_computed(cascade: Cascade) -> None:
