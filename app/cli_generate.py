@@ -62,6 +62,7 @@ def generate(
         picture_format(preview, "preview")
         check_folder(preview, "preview")
     from cascade import Cascade, InvalidSetting, TextToImage
+    from cascade.cpu import keep_freed_memory, suit_threads
     from cascade.tasks.text_to_image import generate as make
 
     settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
@@ -80,11 +81,13 @@ def generate(
         shares_generator=shares_generator,
     )
     console = Console(stderr=True)
+    keep_freed_memory()
     started = time.monotonic()
     with console.status(f"Loading {model}"):
         cascade = Cascade.from_pretrained(
             model, device=device, dtype=dtype, revision=revision, variant=variant, local_files_only=offline
         )
+    suit_threads(cascade)
     loaded = time.monotonic()
     previewer = cascade.previewer
     if preview is not None and previewer is None:

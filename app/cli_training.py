@@ -86,12 +86,14 @@ def evaluate(
     for file in (sheet, card):
         check_folder(file)
     from cascade import Cascade
+    from cascade.cpu import suit_threads
     from cascade.evaluation.card import write_card
     from cascade.evaluation.evaluate import ASPECTS
     from cascade.evaluation.evaluate import evaluate as score
     from cascade.evaluation.sheet import save_sheet
 
     cascade = Cascade.from_pretrained(model)
+    suit_threads(cascade)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("Pictures", total=None)
         report = score(

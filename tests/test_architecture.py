@@ -31,11 +31,12 @@ CASCADE_LAYERS = (
     ("cascade.pipeline",),
     ("cascade.tasks",),
     ("cascade.checkpoints",),
+    ("cascade.cpu",),
     ("cascade.models",),
     ("cascade.conditioning", "cascade.sampling", "cascade.sizes"),
     ("cascade.networks",),
     ("cascade.config",),
-    ("cascade.errors", "cascade.memory"),
+    ("cascade.errors",),
 )
 
 

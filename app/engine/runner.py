@@ -28,10 +28,12 @@ class CascadeRunner:
     def load(self) -> ModelFacts:
         """Read the checkpoint onto the device."""
         from cascade import Cascade
-        from cascade.memory import keep_freed_memory
+        from cascade.cpu import keep_freed_memory, suit_threads
 
         keep_freed_memory()
-        return self.take(Cascade.from_pretrained(self._source, device=self._device, dtype=self._dtype))
+        cascade = Cascade.from_pretrained(self._source, device=self._device, dtype=self._dtype)
+        suit_threads(cascade)
+        return self.take(cascade)
 
     def take(self, cascade: "Cascade") -> ModelFacts:
         """Work with a checkpoint that is loaded already."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHED_ELEMENTS = 1 << 17  # as fp32 a quarter of a 2 MB L2 cache
+_CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
 _SMALL_MAP = 1 << 14  # elements
 
 
@@ -65,11 +65,12 @@ def energy(x: Tensor) -> Tensor:
     """
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
-    b, _, _, c = x.shape
     if x.numel() <= _CACHED_ELEMENTS:
         return x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
-    pieces = torch.split(x.flatten(1, 2), max(1, _CACHED_ELEMENTS // (b * c)), dim=1)
-    total = torch.stack([piece.float().square().sum(dim=1) for piece in pieces]).sum(dim=0)
+    b, _, _, c = x.shape
+    total: Tensor = x.new_zeros(b, c, dtype=torch.float32)
+    for piece in torch.split(x.flatten(1, 2), max(1, _CACHED_ELEMENTS // (b * c)), dim=1):
+        total += piece.to(torch.float32, copy=True).square_().sum(dim=1)
     return total.sqrt().view(b, 1, 1, c)
 
 

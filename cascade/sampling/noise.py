@@ -4,6 +4,7 @@
 machine and after any crash. `TorchGenerator` repeats the draws of a diffusers script, step by step, instead.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,11 +31,12 @@ def gaussian(shape: Sequence[int], seed: int, stage: Stage, step: int) -> Tensor
     key = np.array([seed, _STAGE_NUMBER[stage]], dtype=np.uint64)
     counter = np.array([0, 0, 0, step], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=counter).random_raw((num_values + 1) // 2)
-    first, second = bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)
-    radius = np.sqrt(-2 * np.log((first + 0.5) / 2**32))
-    angle = (second + 0.5) * (2 * np.pi / 2**32)
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return torch.from_numpy(pairs.astype(np.float32)).flatten()[:num_values].reshape(*shape)
+    # Whole numbers below 2**32 are exact in fp64. PyTorch's sine takes a tenth of numpy's time.
+    first, second = (torch.from_numpy(half.astype(np.float64)) for half in (bits >> 32, bits & 0xFFFFFFFF))
+    radius = (-2 * ((first + 0.5) / 2**32).log()).sqrt()
+    angle = (second + 0.5) * (2 * math.pi / 2**32)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs.float().flatten()[:num_values].reshape(*shape)
 
 
 @dataclass(frozen=True, slots=True)

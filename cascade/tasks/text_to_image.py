@@ -144,8 +144,11 @@ def generate(
     """Make the pictures of all `requests` together; returns them as one list per request."""
     per_request = [_pictures(request, models) for request in requests]
     pictures = [picture for group in per_request for picture in group]
-    yield from _run_prior(models, pictures)
-    yield from _run_decoder(models, pictures)
+    texts = _Texts(models.text_encoder, pictures)
+    yield from _run_prior(models, pictures, texts)
+    if models.decoder_text_encoder is not models.text_encoder:
+        texts = _Texts(models.decoder_text_encoder, pictures)
+    yield from _run_decoder(models, pictures, texts)
     yield from _decode(models, pictures)
     return [[picture.finished for picture in group] for group in per_request]
 
@@ -159,9 +162,8 @@ def _pictures(request: TextToImage, models: Models) -> list[_Picture]:
     ]
 
 
-def _run_prior(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progress]:
+def _run_prior(models: Models, pictures: Sequence[_Picture], texts: "_Texts") -> Iterator[Progress]:
     """Stage C: from noise to the semantic latents."""
-    texts = _Texts(models.text_encoder, pictures)
     no_image = torch.zeros(len(texts), 1, models.stage_c.config.clip_image_in_channels, device=models.device)
     conditions = models.stage_c.prepare(texts.embeddings.hidden, texts.embeddings.pooled, no_image)
     samples = []
@@ -177,9 +179,8 @@ def _run_prior(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progres
         picture.semantic = sample.result
 
 
-def _run_decoder(models: Models, pictures: Sequence[_Picture]) -> Iterator[Progress]:
+def _run_decoder(models: Models, pictures: Sequence[_Picture], texts: "_Texts") -> Iterator[Progress]:
     """Stage B: from noise to Stage A's latents, guided by the semantic latents."""
-    texts = _Texts(models.decoder_text_encoder, pictures)
     prepare = models.stage_b.prepare
     samples = []
     for picture in pictures:

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.memory import keep_freed_memory
+from cascade.cpu import keep_freed_memory
 
 Loss = Callable[[nn.Module, int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 Judge = Callable[[nn.Module, int], dict[str, float]]

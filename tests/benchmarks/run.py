@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cascade.config import STAGE_A, STAGE_B_700M, STAGE_C_1B
-from cascade.memory import keep_freed_memory
+from cascade.cpu import keep_freed_memory
 from cascade.networks.stage_a import StageA
 from tests.benchmarks.embedded import embedded_comparisons
 from tests.benchmarks.loading import loadings
