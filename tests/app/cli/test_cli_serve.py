@@ -71,6 +71,8 @@ def test_a_damaged_secret_is_one_line(run: Run, tmp_path: Path) -> None:
 
 # A server whose model never ends a step, with little patience.
 STUCK_SERVER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 import app.main, app.cli, app.cli_serve
 from tests.app.fakes import FakeRunner
 
