@@ -92,7 +92,9 @@ def _remarks(inspection: "Inspection") -> list[str]:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="File or folder in any layout.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="tiny, or a file or folder in any layout.", show_default=False)
+    ],
     target: Annotated[Path, typer.Argument(help="New file or folder.", show_default=False)],
     layout: Annotated[Layout, typer.Option(help="Layout to write.", show_default=False)],
     dtype: Annotated[

@@ -15,7 +15,7 @@ from cascade.checkpoints.files import (
 )
 from cascade.checkpoints.fill import check_tensors
 from cascade.checkpoints.keys import Component, Layout
-from cascade.checkpoints.load import EMBEDDED, build, existing
+from cascade.checkpoints.load import build, existing
 from cascade.checkpoints.stored import StoredTensor
 from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
@@ -59,7 +59,7 @@ def inspect(path: str | PathLike[str], *, verify: bool = False) -> Inspection:
     Raises:
         CheckpointError: nothing is there, or a file is cut, lying, a pickle or, with `verify`, changed.
     """
-    place = existing(EMBEDDED[str(path)] if path in EMBEDDED else path)
+    place = existing(path)
     if verify:
         check_sums(place if place.is_dir() else place.parent, max_bytes=None)
     found = scan(place)

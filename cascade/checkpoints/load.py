@@ -157,8 +157,8 @@ def _resolve(
 
 
 def existing(source: str | PathLike[str]) -> Path:
-    """The path of `source`, or a `CheckpointError` that says what can be given instead."""
-    path = Path(source).expanduser()
+    """The path of `source`, which may be "tiny", or a `CheckpointError` that says what can be given."""
+    path = EMBEDDED.get(str(source), Path(source).expanduser())
     if source == "" or not path.exists():  # for Path, an empty name is the current folder
         raise CheckpointError(
             f"{source or 'an empty name'}: no such checkpoint; give {', '.join(EMBEDDED)}, a folder, "

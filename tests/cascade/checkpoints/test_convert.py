@@ -182,3 +182,8 @@ def test_half_a_checkpoint_converts_to_half_a_checkpoint(folder: Path, tmp_path:
     found = {part.component for part in inspect(tmp_path / "out").components}
     assert Component.STAGE_C in found
     assert Component.STAGE_B not in found
+
+
+def test_the_embedded_checkpoint_is_converted_by_its_name(tmp_path: Path) -> None:
+    convert("tiny", tmp_path / "original", layout="original")
+    assert_equal(load_cascade(tmp_path / "original", dtype="float32"), load_cascade("tiny", dtype="float32"))
