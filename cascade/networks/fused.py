@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
-_SMALL_MAP = 1 << 15  # elements
+_SMALL_MAP = 1 << 14  # elements
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

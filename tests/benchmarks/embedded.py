@@ -32,7 +32,7 @@ def embedded_comparisons(source: str, rounds: int, advance: Advance) -> list[Com
             compare(name, lambda: ours("diffusers"), script, rounds=rounds, target=0.5, advance=advance)
         )
     torch.set_num_threads(threads)
-    official = f"the same, preset official, {threads} threads"
+    official = f"embedded picture, preset official, {threads} threads"
     results.append(compare(official, lambda: ours("official"), None, rounds=rounds, advance=advance))
     return results
 

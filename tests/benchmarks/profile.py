@@ -1,9 +1,12 @@
 """Where the time of a step goes, by kinds of operators."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes would tear the progress bar
 
 MATRIX, ATTENTION = "matrix products", "attention"
 KINDS = (
@@ -29,6 +32,7 @@ _KIND_OF = {
     "aten::native_layer_norm": "norms and their sums",
     "aten::linalg_vector_norm": "norms and their sums",
     "aten::pow": "norms and their sums",
+    "aten::pow_": "norms and their sums",
     "aten::sum": "norms and their sums",
     "aten::gelu": "GELU",
     "aten::add": "sums and products",

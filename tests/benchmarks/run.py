@@ -60,7 +60,8 @@ def stage_b(extent: Extent, advance: Advance) -> dict[str, Any]:
 def stage_a(extent: Extent, advance: Advance) -> dict[str, Any]:
     """Latents to pixels."""
     side, comparisons = extent.latent_side, []
-    for dtype in (torch.bfloat16, torch.float32):
+    # In fp32 the products alone, at the machine's peak, take half of diffusers' time.
+    for dtype, target in ((torch.bfloat16, 0.5), (torch.float32, None)):
         network = random_network(StageA, STAGE_A, dtype)
         reference = in_diffusers(network)
         latents = torch.randn(1, STAGE_A.latent_channels, side, side, dtype=dtype)
@@ -75,7 +76,7 @@ def stage_a(extent: Extent, advance: Advance) -> dict[str, Any]:
 
         name = f"Stage A decode, {str(dtype).removeprefix('torch.')}, {side}x{side}"
         rounds = max(2, extent.rounds // 2)
-        comparisons.append(compare(name, ours, theirs, rounds=rounds, target=0.5, advance=advance))
+        comparisons.append(compare(name, ours, theirs, rounds=rounds, target=target, advance=advance))
     return comparison_figures(comparisons)
 
 
