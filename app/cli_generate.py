@@ -62,7 +62,7 @@ def generate(
         picture_format(preview, "preview")
         check_folder(preview, "preview")
     from cascade import Cascade, InvalidSetting, TextToImage
-    from cascade.cpu import keep_freed_memory, suit_threads
+    from cascade.cpu import suit_threads
     from cascade.tasks.text_to_image import generate as make
 
     settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
@@ -81,7 +81,6 @@ def generate(
         shares_generator=shares_generator,
     )
     console = Console(stderr=True)
-    keep_freed_memory()
     started = time.monotonic()
     with console.status(f"Loading {model}"):
         cascade = Cascade.from_pretrained(

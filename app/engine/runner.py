@@ -28,9 +28,8 @@ class CascadeRunner:
     def load(self) -> ModelFacts:
         """Read the checkpoint onto the device."""
         from cascade import Cascade
-        from cascade.cpu import keep_freed_memory, suit_threads
+        from cascade.cpu import suit_threads
 
-        keep_freed_memory()
         cascade = Cascade.from_pretrained(self._source, device=self._device, dtype=self._dtype)
         suit_threads(cascade)
         return self.take(cascade)

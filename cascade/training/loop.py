@@ -28,8 +28,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.cpu import keep_freed_memory
-
 Loss = Callable[[nn.Module, int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 Judge = Callable[[nn.Module, int], dict[str, float]]
 
@@ -82,7 +80,6 @@ def fit(
             there is to look at and returns figures, which are shown.
         trainable: masks by parameter name; entries where a mask is 0 keep their values.
     """
-    keep_freed_memory()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = _Optimizer(parameters, plan)
     average = deepcopy(module).eval().requires_grad_(False)

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cascade.config import STAGE_A, STAGE_B_700M, STAGE_C_1B
-from cascade.cpu import keep_freed_memory
 from cascade.networks.stage_a import StageA
 from tests.benchmarks.embedded import embedded_comparisons
 from tests.benchmarks.loading import loadings
@@ -105,7 +104,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the server does; both libraries gain from it
     extent = Extent.of(arguments.quick, arguments.model)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cascade.cpu import keep_freed_memory, suit_threads
+from cascade.cpu import suit_threads
 from tests.cascade.small_models import small_cascade
 
 
@@ -23,9 +23,3 @@ def test_large_networks_keep_the_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("cascade.cpu._SMALL", 10)
     suit_threads(small_cascade())
     assert torch.get_num_threads() == 2
-
-
-def test_large_tensors_are_not_given_back_to_the_system() -> None:
-    keep_freed_memory()
-    first = torch.empty(1 << 24).data_ptr()  # 64 MB: glibc would map it anew each time
-    assert torch.empty(1 << 24).data_ptr() == first

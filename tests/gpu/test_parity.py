@@ -2,6 +2,9 @@
 
 In bf16 two right programs differ by their roundings. So both are held against the same network in fp32: ours
 may be no further from it than diffusers is.
+
+`make test-gpu` runs this. A machine that has only torch, transformers, diffusers and pytest needs no more:
+`python -m pytest -c /dev/null --rootdir . --noconftest --import-mode=importlib tests/gpu`
 """
 
 from collections.abc import Iterator
