@@ -158,7 +158,7 @@ def _plot_profiles(figures: Mapping[str, Any]) -> None:
             left += share[kind]
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axes.set_xlabel("share of the step's time")
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.legend(ncols=4, loc="outside upper center", frameon=False)
     _save(figure, "profiles.png")
 
 
