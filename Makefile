@@ -14,7 +14,7 @@ given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 SERVER_READY := $(VENV)/.server-ready
 TESTS_READY := $(VENV)/.tests-ready
 
-.PHONY: help serve test test-slow test-gpu check format lint types imports bench bench-gpu train evaluate install constraints clean
+.PHONY: help serve test test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate install constraints clean
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
 test-gpu: $(TESTS_READY)  ## Run the parity tests at published size on a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
 
-check: format lint types imports test  ## Format, lint, type check, check imports, run the fast tests
+check: format lint types imports deployment test  ## Format, lint, type check, check imports and deployment, run the fast tests
 
 format: $(TESTS_READY)  ## Format the code
 	$(BIN)/ruff format .
@@ -46,8 +46,17 @@ types: $(TESTS_READY)  ## Type check strictly
 imports: $(TESTS_READY)  ## Check which module may import which
 	$(BIN)/pytest -q tests/test_architecture.py
 
+deployment: $(TESTS_READY)  ## Check Dockerfile, compose file, manifests, unit and rules
+	.ci/check-deployment
+
+chaos: $(TESTS_READY)  ## Kill the server and its engines in every way under load (QUICK=1: three minutes)
+	$(BIN)/python -m tests.chaos.run $(ARGS)
+
 bench: $(TESTS_READY)  ## Compare time and memory with diffusers on the same weights, noise and steps
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+bench-serve: $(TESTS_READY)  ## Put our server and a plain FastAPI and diffusers server under the same load
+	$(BIN)/python -m tests.benchmarks.serve.run $(ARGS)
 
 bench-gpu: $(TESTS_READY)  ## Time the networks at published size on a CUDA device
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_checkpoints, cli_generate, cli_serve, cli_training
+from app import cli_checkpoints, cli_generate, cli_health, cli_serve, cli_training
 
 app = typer.Typer(
     name="cascade",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("generate")(cli_generate.generate)
 app.command("serve")(cli_serve.serve)
+app.command("health")(cli_health.health)
 app.command("inspect")(cli_checkpoints.inspect)
 app.command("convert")(cli_checkpoints.convert)
 app.command("download")(cli_checkpoints.download)

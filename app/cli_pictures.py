@@ -130,7 +130,7 @@ def save_preview(previewer: "Previewer", latents: "Tensor", path: Path) -> None:
     import torch
 
     from app.storage.encoding import encode
-    from cascade.tasks.text_to_image import to_images
+    from cascade.tasks.picture import to_images
 
     with torch.inference_mode():
         pixels = previewer(latents.to(next(previewer.parameters()).dtype))

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import signal
 import socket
 import sys
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.cli_systemd import ServiceManager
+
 if TYPE_CHECKING:
     from app.settings import Settings
 
-GRACE_SECONDS = 30  # for requests in work when the server is told to stop
-ANSWER_SECONDS = 2  # of these, for the answers to those whose work is given up
 BACKLOG = 2048  # connections that the kernel keeps for us while the event loop is starting
 
 
@@ -26,10 +27,12 @@ def serve(
         str | None,
         typer.Option("--model", "-m", help="tiny, a folder, or a repository name.", show_default="tiny"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", show_default="auto")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda:0,cuda:1, ...", show_default="auto")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of pictures and secrets.", show_default="data")
+        Path | None, typer.Option(help="Folder of jobs, pictures and secrets.", show_default="data")
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond this machine although no key is set.")
@@ -49,7 +52,7 @@ def serve(
         "host": host,
         "port": port,
         "model": model,
-        "device": device,
+        "devices": devices,
         "dtype": dtype,
         "data_dir": data_dir,
         "allow_anonymous": allow_anonymous or None,
@@ -60,42 +63,39 @@ def serve(
 
 
 def _run(settings: "Settings", listener: socket.socket) -> None:
-    """Serve on `listener` until somebody stops it; raises why the model could not be loaded."""
-    import uvicorn
-
+    """Serve on `listener` until somebody stops it; raises why the server cannot work."""
+    from app.api.connections import DrainingServer, configure
+    from app.logs import Relay, make_logger
     from app.main import create_app
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            engine.close()
-            given_up = asyncio.get_running_loop().call_later(GRACE_SECONDS - ANSWER_SECONDS, engine.abandon)
-            try:
-                await super().shutdown(sockets)
-            finally:
-                given_up.cancel()
+    from app.settings import service_environment
 
     address, bound_port = listener.getsockname()[:2]
     settings = settings.model_copy(update={"port": bound_port})
-    typer.echo(f"cascade: loading {settings.model} for http://{_bracketed(address)}:{bound_port}", err=True)
-    unusable: list[BaseException] = []
+    manager = ServiceManager.of_environment(service_environment(), os.getpid())
+    unusable: list[Exception] = []
+    feeding: list[asyncio.Task[None]] = []
 
-    def stop(error: BaseException) -> None:
+    def ready() -> None:
+        manager.ready(f"serving {settings.model_name}")
+        feeding.append(asyncio.create_task(manager.keep_alive()))
+
+    def stop(error: Exception) -> None:
         unusable.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_unusable=stop)
-    engine = app.state.services.engine
-    config = uvicorn.Config(
-        app,
-        log_config=None,  # the app logs its own requests, one JSON line each
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # the app decides which proxies it believes
-        timeout_graceful_shutdown=GRACE_SECONDS,
+    manager.starting(f"loading {settings.model_name}")
+    typer.echo(f"cascade: loading {settings.model} for http://{_bracketed(address)}:{bound_port}", err=True)
+    app = create_app(settings, on_ready=ready, on_unusable=stop)
+    server = DrainingServer(
+        configure(app, settings), settings.grace_seconds, on_stopping=lambda: manager.stopping("draining")
     )
-    server = Server(config)
-    signal.signal(signal.SIGTERM, _leave)
-    server.run(sockets=[listener])
+    with Relay("uvicorn", make_logger(settings), is_muted=lambda: bool(unusable)):
+        signal.signal(signal.SIGTERM, _leave)
+        try:
+            server.run(sockets=[listener])
+        except SystemExit:
+            if not unusable:
+                raise
     if unusable:
         raise unusable[0]
 

@@ -8,20 +8,28 @@ AppError
 ├── NotFound                404  ModelNotFound for a model
 ├── MethodNotAllowed        405
 ├── NotAcceptable           406
+├── RequestTimeout          408  the body came too slowly
+├── Conflict                409  Canceled for a job that somebody stopped
 ├── Gone                    410
 ├── PayloadTooLarge         413
 ├── UnsupportedMediaType    415
 ├── RangeNotSatisfiable     416
+├── KeyReused               422  the only use of this status
+├── RateLimited             429  too many requests of this key
 ├── ClientGone              499  nobody reads the answer; it is for the log
 ├── GenerationFailed        500  OutOfMemory, ModelUnusable
+├── DamagedFile             500  what is on the disk is not what was written
 ├── Overloaded              503  ModelLoading, ShuttingDown
 ├── TimedOut                504
-└── StorageFull             507
+├── StorageFull             507
+└── JobFailed               what was stored of an error that ended a job
+
+Not for callers: QueueFull, which says how many wait; whoever knows prices makes Overloaded of it, and
+DeviceGone, after which an engine process is good for nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import ClassVar
 
 DO_NOT_REPEAT = {"x-should-retry": "false"}  # the OpenAI SDKs repeat every 5xx unless told this
 
@@ -29,8 +37,8 @@ DO_NOT_REPEAT = {"x-should-retry": "false"}  # the OpenAI SDKs repeat every 5xx 
 class AppError(Exception):
     """The root: never raised itself, except for a status that no class below stands for."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    status: int = 500
+    type: str = "server_error"
     code: str = "internal_error"
 
     def __init__(
@@ -40,12 +48,14 @@ class AppError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        places: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or type(self).code
         self.headers = dict(headers or {})
+        self.places = tuple(places)  # (JSON pointer, what is wrong there), when there may be several
 
     @property
     def title(self) -> str:
@@ -118,6 +128,31 @@ class NotAcceptable(AppError):
     code = "not_acceptable"
 
 
+class RequestTimeout(AppError):
+    """The body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "timeout"
+
+
+class Conflict(AppError):
+    """The thing is not in the state that this needs."""
+
+    status = 409
+    type = "conflict_error"
+    code = "conflict"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=DO_NOT_REPEAT)
+
+
+class Canceled(Conflict):
+    """Somebody stopped the job that this caller waited for."""
+
+    code = "canceled"
+
+
 class Gone(AppError):
     """It was here and its time is over."""
 
@@ -150,6 +185,22 @@ class RangeNotSatisfiable(AppError):
     code = "invalid_value"
 
 
+class KeyReused(AppError):
+    """The idempotency key came before, with another request."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+
+
+class RateLimited(AppError):
+    """This key asks too often."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class ClientGone(AppError):
     """The caller closed the connection before the answer."""
 
@@ -179,6 +230,13 @@ class ModelUnusable(GenerationFailed):
     code = "internal_error"
 
 
+class DamagedFile(AppError):
+    """A stored picture is not what was written; it is not served."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=DO_NOT_REPEAT)
+
+
 class Overloaded(AppError):
     """The queue is full; `retry_after_seconds` is when there should be room."""
 
@@ -187,6 +245,18 @@ class Overloaded(AppError):
 
     def __init__(self, message: str, *, retry_after_seconds: int) -> None:
         super().__init__(message, headers={"Retry-After": str(retry_after_seconds)})
+
+
+class QueueFull(Exception):
+    """The store took no job, because `num_queued` wait already."""
+
+    def __init__(self, num_queued: int) -> None:
+        super().__init__(f"{num_queued} jobs are waiting already")
+        self.num_queued = num_queued
+
+
+class DeviceGone(Exception):
+    """The device answers nothing but errors; a new process may find it well."""
 
 
 class ModelLoading(Overloaded):
@@ -217,3 +287,12 @@ class StorageFull(AppError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers=DO_NOT_REPEAT)
+
+
+class JobFailed(AppError):
+    """What a job ended with, for those who wait for it or ask again; asking again would end alike."""
+
+    def __init__(self, message: str, *, status: int, code: str) -> None:
+        super().__init__(message, code=code, headers=DO_NOT_REPEAT)
+        self.status = status
+        self.type = "server_error" if status >= 500 else "invalid_request_error"

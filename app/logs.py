@@ -3,8 +3,11 @@
 Loggers are values handed down from `create_app`, so two servers in one process log apart.
 """
 
+import logging
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
@@ -38,3 +41,30 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
         cache_logger_on_first_use=False,
     )
     return logger
+
+
+class Relay(logging.Handler):
+    """Inside the block, what a library logs under `name` becomes lines of ours."""
+
+    def __init__(self, name: str, logger: Logger, is_muted: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(logging.WARNING)
+        self._source = logging.getLogger(name)
+        self._logger = logger
+        self._is_muted = is_muted
+
+    def __enter__(self) -> Self:
+        self._source.addHandler(self)
+        self._source.propagate = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._source.removeHandler(self)
+        self._source.propagate = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a line on."""
+        if not self._is_muted():
+            log = self._logger.error if record.levelno >= logging.ERROR else self._logger.warning
+            log(record.getMessage(), source=record.name, exc_info=record.exc_info)

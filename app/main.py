@@ -1,74 +1,102 @@
 """Builds and wires the server; nobody else does."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import files, health, openai
+from app.api import files, health, jobs, native, openai
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
 from app.api.gateway import Gateway
-from app.engine.engine import Engine, ModelFacts, Runner
-from app.engine.runner import CascadeRunner
-from app.logs import make_logger
+from app.api.limits import RateLimit
+from app.api.tracing import Tracing, make_tracing
+from app.api.uploads import Uploads
+from app.engine.contract import AnyRunner
+from app.engine.cost import CostModel
+from app.engine.protocol import Configure
+from app.errors import ModelUnusable, Overloaded
+from app.jobs.dispatcher import Dispatcher
+from app.jobs.faults import Faults
+from app.jobs.housekeeping import keep_house
+from app.jobs.links import Launch, ProcessLauncher, ThreadLauncher
+from app.jobs.seat import take_seat
+from app.jobs.store import JobStore
+from app.jobs.supervisor import Supervisor
+from app.logs import Logger, make_logger
 from app.metrics import Metrics
-from app.settings import Settings, load_settings
+from app.settings import Settings, SettingsError, load_settings
 from app.storage.images import ImageStore
 from app.storage.signing import Signer, load_secret
 
 DISTRIBUTION = "stable-cascade-server"
 NUM_ENCODERS = 2
-STOP_SECONDS = 10.0
-SWEEP_SECONDS = 60.0
 FIRST_PROMPT = '{"prompt":"a red circle on a blue background","seed":7,"response_format":"url"}'
 
-Unusable = Callable[[BaseException], None]
+Ready = Callable[[], None]
+Unusable = Callable[[Exception], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a server is made of before its event loop runs."""
+
+    settings: Settings
+    images: ImageStore
+    signer: Signer
+    metrics: Metrics
+    tracing: Tracing
+    logger: Logger
+    launch: Launch
 
 
 def create_app(
-    settings: Settings | None = None, *, runner: Runner | None = None, on_unusable: Unusable | None = None
+    settings: Settings | None = None,
+    *,
+    runner: AnyRunner | None = None,
+    on_ready: Ready = lambda: None,
+    on_unusable: Unusable = lambda _: None,
 ) -> FastAPI:
     """A server of its own, that shares nothing with another one in the same process.
 
-    `runner` replaces the real model. `on_unusable` is told, from another thread, why the model could not
-    be loaded; without it the log is.
+    `runner` replaces the real model, in a thread of this process. `on_ready` is called when requests can be
+    served, `on_unusable` with the reason why they never will be, be it the database or the model.
     """
     settings = settings or load_settings()
-    services = _build_services(
-        settings, runner or CascadeRunner(settings.model, settings.device, settings.dtype)
-    )
+    parts = _build_parts(settings, runner)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.engine.loaded.add_done_callback(lambda loaded: _announce(services, loaded, on_unusable))
-        services.engine.start()
-        sweeper = asyncio.create_task(_sweep(services))
-        try:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try:
+                services = await _start(parts, stack)
+            except SettingsError as error:
+                on_unusable(error)
+                raise
+            app.state.services = services
+            announcing = asyncio.create_task(_announce(services, on_ready, on_unusable))
+            stack.push_async_callback(_cancel, announcing)
             yield
-        finally:
-            sweeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await sweeper
-            await asyncio.to_thread(services.engine.stop, STOP_SECONDS)
-            services.encoders.shutdown()
 
     app = FastAPI(
         title="Stable Cascade Server",
         description="Pictures from prompts, by Stable Cascade.",
-        version=services.version,
+        version=version(DISTRIBUTION),
         lifespan=lifespan,
         docs_url="/docs",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
+        telemetry=parts.tracing.config,
     )
-    app.state.services = services
-    for router in (openai.router, files.router, health.router):
+    for router in (openai.router, native.router, jobs.router, files.router, health.router):
         app.include_router(router)
     install_handlers(app)
     describe(app)
@@ -76,45 +104,113 @@ def create_app(
         Gateway,
         server=app,
         cors_origins=settings.cors_origins,
-        metrics=services.metrics,
-        logger=services.logger,
+        metrics=parts.metrics,
+        logger=parts.logger,
     )
     return app
 
 
-def _build_services(settings: Settings, runner: Runner) -> Services:
+def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = settings.data_dir / "files"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metrics, logger = Metrics(), make_logger(settings)
-    return Services(
+    folder.mkdir(exist_ok=True, mode=0o700)
+    logger = make_logger(settings)
+    return Parts(
         settings=settings,
-        engine=Engine(
-            runner,
-            max_queue=settings.max_queue,
-            max_batch=settings.max_batch,
-            metrics=metrics,
-            logger=logger,
-        ),
         images=ImageStore(folder, settings.file_ttl),
         signer=Signer(load_secret(settings.data_dir / "secret"), settings.url_ttl),
-        encoders=ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"),
-        metrics=metrics,
+        metrics=Metrics(),
+        tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
-        version=version(DISTRIBUTION),
+        launch=ProcessLauncher(settings) if runner is None else ThreadLauncher(runner, logger),
     )
 
 
-def _announce(services: Services, loaded: "Future[ModelFacts]", on_unusable: Unusable | None) -> None:
+async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
+    """Start everything that runs; `stack` ends it, in reverse order."""
+    settings = parts.settings
+    faults = Faults(settings.faults)
+    stack.callback(parts.tracing.close)
+    seat = take_seat(settings.data_dir, is_sole=settings.database_url is None)
+    stack.callback(seat.leave)
+    store = await JobStore.open(settings.jobs_url, faults=faults)
+    stack.push_async_callback(store.close)
+    encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
+    dispatcher = Dispatcher(
+        store,
+        _supervisors(parts),
+        seat=seat,
+        images=parts.images,
+        encoders=encoders,
+        cost=CostModel(),
+        settings=settings,
+        metrics=parts.metrics,
+        logger=parts.logger,
+        faults=faults,
+    )
+    await dispatcher.start()
+    stack.push_async_callback(dispatcher.stop)
+    services = Services(
+        settings=settings,
+        store=store,
+        dispatcher=dispatcher,
+        images=parts.images,
+        signer=parts.signer,
+        uploads=Uploads(),
+        limit=RateLimit(settings.rate_limit),
+        encoders=encoders,
+        metrics=parts.metrics,
+        tracing=parts.tracing,
+        logger=parts.logger,
+        version=version(DISTRIBUTION),
+        clock=time.time,
+    )
+    tidying = asyncio.create_task(keep_house(store, parts.images, encoders, settings, parts.logger))
+    stack.push_async_callback(_cancel, tidying)
+    return services
+
+
+def _supervisors(parts: Parts) -> list[Supervisor]:
+    """The keeper of an engine for each device."""
+    settings = parts.settings
+    return [
+        Supervisor(
+            parts.launch,
+            Configure(
+                model=settings.model,
+                device=device,
+                dtype=settings.dtype,
+                compile=settings.compile,
+                is_strict=settings.strict,
+                max_rows=settings.max_rows,
+                cache_dir=str(settings.profiles_dir),
+                weights=settings.weights,
+                faults=settings.faults,
+            ),
+            metrics=parts.metrics,
+            logger=parts.logger,
+        )
+        for device in settings.devices
+    ]
+
+
+async def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) -> None:
     """Log how loading ended, and on success a line to paste."""
     settings, logger = services.settings, services.logger
-    error = loaded.exception()
-    if error is not None:
-        if on_unusable is not None:
-            on_unusable(error)
-        else:
-            logger.error("the model could not be loaded", model=settings.model, reason=str(error))
+    await services.dispatcher.wait_loaded(math.inf)
+    try:
+        model = services.dispatcher.model
+    except ModelUnusable:
+        on_unusable(SettingsError(services.dispatcher.engines[0].reason))
         return
-    model = loaded.result()
+    except Overloaded:  # the server stops before it was ready
+        return
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
     logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
@@ -125,16 +221,4 @@ def _announce(services: Services, loaded: "Future[ModelFacts]", on_unusable: Unu
         f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"
     )
     logger.info(example)  # as the event itself, which no renderer escapes
-
-
-async def _sweep(services: Services) -> None:
-    """Remove pictures whose time is over, now and then, as long as the server lives."""
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            removed = await loop.run_in_executor(services.encoders, services.images.sweep)
-            if removed:
-                services.logger.info("old pictures removed", files=removed)
-        except OSError as error:
-            services.logger.warning("old pictures could not be removed", reason=str(error))
-        await asyncio.sleep(min(SWEEP_SECONDS, services.settings.file_ttl))
+    on_ready()

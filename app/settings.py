@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "CASCADE_"
@@ -92,9 +100,22 @@ def _port(value: object) -> object:
     return DEFAULT_PORT if is_link else value
 
 
+def _parse_weights(value: object) -> object:
+    """`NAME=SHARE,...` as a dictionary."""
+    entries = _split(value)
+    if not isinstance(entries, tuple):
+        return entries
+    pairs = [entry.rpartition("=") for entry in entries]
+    if any(not separator for _, separator, _ in pairs):
+        raise ValueError("must be NAME=SHARE, separated by commas")
+    return {name.strip(): share for name, _, share in pairs}
+
+
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)]
+Devices = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Weights = Annotated[dict[str, PositiveFloat], NoDecode, BeforeValidator(_parse_weights)]
 Port = Annotated[int, BeforeValidator(_port)]
 BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
 
@@ -107,9 +128,26 @@ class Settings(BaseSettings):
     )
 
     model: str = Field("tiny", min_length=1, description="`tiny`, a checkpoint folder or a repository id")
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    devices: Devices = Field(
+        ("auto",), min_length=1, description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Arithmetic of the networks")
-    data_dir: Path = Field(Path("data"), description="Folder of pictures and of the signing secret")
+    compile: Literal["off", "graphs", "full"] = Field(
+        "off", description="On CUDA: `graphs` records CUDA graphs, `full` compiles the blocks, too"
+    )
+    strict: bool = Field(
+        False, description="Network calls of one row: pictures equal to the last bit in any company"
+    )
+    max_rows: int | None = Field(
+        None, ge=1, description="Rows of a batch at most (a guided picture is two); unset: as measured"
+    )
+    data_dir: Path = Field(Path("data"), description="Folder of jobs, pictures and the signing secret")
+    cache_dir: Path | None = Field(
+        None, description="Folder of what was measured of devices; unset: in the data folder"
+    )
+    database_url: str | None = Field(
+        None, description="`postgresql+asyncpg://USER@HOST/NAME`; unset: SQLite in the data folder"
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: Port = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
@@ -134,17 +172,28 @@ class Settings(BaseSettings):
         description="Steps of prior and decoder for each quality, as JSON",
     )
 
-    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are refused with 503")
-    max_batch: int | None = Field(
-        None, ge=1, description="Pictures made together at most; unset: 1 on a CPU, 8 on a GPU"
+    max_queue: int = Field(64, ge=0, description="Jobs that may wait; more are refused with 503")
+    weights: Weights = Field({}, description="Shares of the device, as `KEY-NAME=2,...`; unnamed keys have 1")
+    rate_limit: int | None = Field(
+        None, ge=1, description="Requests for pictures in a minute and key; unset: any number"
     )
     max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
     max_pixels: int = Field(4_194_304, ge=64 * 64, le=4_194_304, description="Width times height at most")
     max_body_bytes: int = Field(MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    header_timeout: float = Field(10.0, gt=0, description="Seconds in which a request's head must come")
+    body_timeout: float = Field(30.0, gt=0, description="Seconds in which a request's body must come")
     loading_wait: float = Field(
         30.0, ge=0, description="Seconds that a request waits for a model that is still loading"
     )
     sync_timeout: float = Field(540.0, gt=0, description="Seconds that a waiting request may take")
+    grace_seconds: float = Field(
+        30.0, gt=0, description="Seconds that running jobs and open requests have when the server is to stop"
+    )
+    lease_seconds: float = Field(
+        30.0, ge=1, description="Seconds after which other servers take the jobs of a silent one"
+    )
+    job_ttl: float = Field(86_400.0, gt=0, description="Seconds that an ended job and its pictures are kept")
+    idempotency_ttl: float = Field(86_400.0, gt=0, description="Seconds that an Idempotency-Key is known")
     file_ttl: float = Field(86_400.0, gt=0, description="Seconds that a picture is kept")
     url_ttl: float = Field(3_600.0, ge=1, description="Seconds that a signed URL works")
 
@@ -153,11 +202,25 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
     log_prompts: bool = Field(False, description="Write prompts into the log")
+    trace_endpoint: str | None = Field(
+        None, description="OTLP over HTTP, as `http://host:4318/v1/traces`; needs the extra `tracing`"
+    )
+    faults: Texts = Field((), description="For tests of crashes: `POINT:kill@3`, `POINT:raise@1`")
 
     @property
     def model_name(self) -> str:
         """The model as callers may know it: of a folder only its last name."""
         return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
+
+    @property
+    def jobs_url(self) -> str:
+        """The database of jobs, as SQLAlchemy names it."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.absolute() / 'jobs.db'}"
+
+    @property
+    def profiles_dir(self) -> Path:
+        """The folder of what was measured of devices."""
+        return self.cache_dir or self.data_dir / "cache"
 
     @property
     def is_loopback(self) -> bool:
@@ -194,6 +257,12 @@ class Settings(BaseSettings):
                 f"or {PREFIX}ALLOW_ANONYMOUS=true if that is meant"
             )
         return self
+
+
+def service_environment() -> dict[str, str]:
+    """What a service manager set for this process, by names that are its own."""
+    names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load_settings(**overrides: Any) -> Settings:

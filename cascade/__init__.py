@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cascade.errors import CheckpointError, InvalidSetting
     from cascade.pipeline import Cascade
-    from cascade.tasks.text_to_image import GeneratedImage, Progress, TextToImage
+    from cascade.tasks.settings import TextToImage
+    from cascade.tasks.text_to_image import GeneratedImage, Progress
 
 __all__ = ["Cascade", "CheckpointError", "GeneratedImage", "InvalidSetting", "Progress", "TextToImage"]
 
@@ -24,7 +25,7 @@ _HOMES = {
     "GeneratedImage": "cascade.tasks.text_to_image",
     "InvalidSetting": "cascade.errors",
     "Progress": "cascade.tasks.text_to_image",
-    "TextToImage": "cascade.tasks.text_to_image",
+    "TextToImage": "cascade.tasks.settings",
 }
 
 

@@ -1,6 +1,6 @@
 """Prompts and image prompts to the embeddings that guide Stages C and B, by the two CLIP towers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,31 @@ class TextEmbeddings:
     pooled: Tensor  # (b, 1, d): normed, at the first end token, projected
     num_tokens: tuple[int, ...]  # of each prompt before truncation, with begin and end
     truncated: tuple[bool, ...]  # the prompt was too long and its end was cut off
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    @classmethod
+    def cat(cls, embeddings: "Sequence[TextEmbeddings]") -> "TextEmbeddings":
+        """The rows of several, in order."""
+        return cls(
+            hidden=torch.cat([each.hidden for each in embeddings]),
+            pooled=torch.cat([each.pooled for each in embeddings]),
+            num_tokens=tuple(count for each in embeddings for count in each.num_tokens),
+            truncated=tuple(flag for each in embeddings for flag in each.truncated),
+        )
+
+    def row(self, index: int) -> "TextEmbeddings":
+        """What is said about one of the prompts."""
+        one = slice(index, index + 1)
+        return TextEmbeddings(self.hidden[one], self.pooled[one], self.num_tokens[one], self.truncated[one])
+
+
+def encode_texts(encoder: "TextEncoder", texts: Iterable[str]) -> dict[str, TextEmbeddings]:
+    """The embeddings of each text, in one pass of the encoder; a text that comes twice is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    embeddings = encoder.encode(distinct)
+    return {text: embeddings.row(index) for index, text in enumerate(distinct)}
 
 
 class TextEncoder:

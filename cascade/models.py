@@ -1,6 +1,8 @@
 """Everything that a checkpoint brings, loaded: networks, encoders and the constants that go with them."""
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 
@@ -36,6 +38,10 @@ class Models:
     dtype: torch.dtype = torch.float32
     name: str = ""
     stated_scale_factor: float | None = None  # of Stage A's latents, in a configuration file of diffusers
+
+    def in_fp32(self, stage: Literal["stage_a", "stage_b", "stage_c"]) -> Self:
+        """The same models with a copy of one network in fp32, to try again what failed in less precision."""
+        return replace(self, **{stage: deepcopy(getattr(self, stage)).float()})
 
     def scale_factor(self, preset: str) -> float:
         """By what a preset multiplies Stage B's latents before Stage A decodes them.

@@ -8,7 +8,8 @@ from typing import Self
 import torch
 
 from cascade.models import Models
-from cascade.tasks.text_to_image import GeneratedImage, Progress, TextToImage, generate
+from cascade.tasks.settings import TextToImage
+from cascade.tasks.text_to_image import GeneratedImage, Progress, generate
 
 
 class Cascade(Models):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from app.api.bodies import ImageGenerationBody, NativeImageBody, parse_image_generation, parse_native
 from app.cli import app as command_line
 from app.main import create_app
-from app.schemas import ImageGenerationBody, parse_image_generation
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_every_route_is_documented(tmp_path: Path) -> None:
 
 
 def test_every_member_of_a_request_is_documented() -> None:
-    for name in ImageGenerationBody.model_fields:
+    for name in ImageGenerationBody.model_fields | NativeImageBody.model_fields:
         assert f"`{name}`" in README
 
 
@@ -135,9 +135,13 @@ def test_parsing_finds_mistakes() -> None:
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("curl ")])
 def test_examples_of_requests_are_valid(line: str) -> None:
     words = shlex.split(line)
-    assert words[2].removeprefix("localhost:8000") == "/v1/images/generations"
-    body = parse_image_generation(json.loads(words[words.index("-d") + 1]))
-    assert body.ignored == []
+    members = json.loads(words[words.index("-d") + 1])
+    match words[2].removeprefix("localhost:8000"):
+        case "/v1/images/generations":
+            assert parse_image_generation(members).ignored == []
+        case path:
+            assert path == "/api/v1/images"
+            parse_native(members)
 
 
 def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

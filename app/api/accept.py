@@ -1,4 +1,4 @@
-"""Content negotiation: JSON, or the bytes of a picture when `Accept` prefers one (RFC 9110, 12.5.1)."""
+"""Content negotiation: JSON, a picture or events, whichever `Accept` prefers (RFC 9110, 12.5.1)."""
 
 from app.errors import NotAcceptable
 from app.schemas import OutputFormat
@@ -27,6 +27,11 @@ def raw_format(accept: str, output_format: OutputFormat) -> OutputFormat | None:
     if kinds:
         raise NotAcceptable("pictures can be had as image/png, image/jpeg and image/webp")
     return None
+
+
+def prefers_events(accept: str) -> bool:
+    """Whether a stream of events is what the caller wants most."""
+    return _by_preference(accept)[:1] == ["text/event-stream"]
 
 
 def _by_preference(accept: str) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,8 +17,18 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from app.api.gateway import Exchange
-from app.engine.engine import Engine
-from app.errors import ClientGone, InvalidRequest, PayloadTooLarge, Unauthorized, UnsupportedMediaType
+from app.api.limits import RateLimit
+from app.api.tracing import Tracing
+from app.api.uploads import Uploads
+from app.errors import (
+    ClientGone,
+    InvalidRequest,
+    PayloadTooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from app.jobs.dispatcher import Dispatcher
+from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
 from app.settings import Settings
@@ -31,13 +41,18 @@ class Services:
     """The parts of one server, built by `create_app` and handed to the routes."""
 
     settings: Settings
-    engine: Engine
+    store: JobStore
+    dispatcher: Dispatcher
     images: ImageStore
     signer: Signer
+    uploads: Uploads
+    limit: RateLimit
     encoders: Executor  # encoding and disk, which must not hold up the event loop
     metrics: Metrics
+    tracing: Tracing
     logger: Logger
     version: str
+    clock: Callable[[], float]  # seconds since 1970
 
 
 def _services(request: Request) -> Services:
@@ -73,6 +88,11 @@ async def authenticate(request: Request, services: TheServices, exchange: TheExc
     exchange.key_name = found.name
 
 
+def count_request(services: TheServices, exchange: TheExchange) -> None:
+    """Refuse a key that asks for pictures too often. Stands behind `authenticate`."""
+    exchange.headers.update(services.limit.take(exchange.tenant))
+
+
 def _offered_keys(request: Request) -> Iterator[bytes]:
     """Every key that the request carries, in any of the forms that clients use."""
     scheme, _, value = request.headers.get("authorization", "").strip().partition(" ")
@@ -102,7 +122,8 @@ async def read_json_object(request: Request, services: TheServices) -> dict[str,
         raise UnsupportedMediaType("the body must be JSON: send Content-Type: application/json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed")
-    body = await _read(request, services.settings.max_body_bytes)
+    async with services.uploads.reading(services.settings.body_timeout):
+        body = await _read(request, services.settings.max_body_bytes)
     if len(body) <= LONG_BODY_BYTES:
         return _parse_object(body)
     return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)

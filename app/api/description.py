@@ -5,8 +5,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.api.bodies import GenerationMembers, ImageGenerationBody, NativeImageBody
 from app.api.failures import OpenAIError, Problem
-from app.schemas import ImageGenerationBody
+from app.api.views import JobView
+
+_REFERENCE = "#/components/schemas/{model}"
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -18,10 +21,14 @@ MEANINGS = {
     404: "There is no such thing",
     405: "The path takes other methods",
     406: "No form that `Accept` allows can be given",
+    408: "The body came too slowly",
+    409: "The job is not in a state for this",
     410: "The URL has expired",
     413: "The body is too large",
     415: "The body is not JSON",
     416: "The range lies outside the file",
+    422: "The idempotency key came before, with another request",
+    429: "This key asks too often; see `Retry-After`",
     500: "The picture could not be made; asking again would not help",
     503: "The queue is full or the model is not loaded yet; see `Retry-After`",
     504: "The picture took too long",
@@ -38,6 +45,7 @@ NEEDS_KEY: dict[str, Any] = {"security": [{name: []} for name in SECURITY_SCHEME
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 PICTURE_CONTENT = {"image/png": _BYTES, "image/jpeg": _BYTES, "image/webp": _BYTES}
+EVENTS_CONTENT = {"text/event-stream": {"schema": {"type": "string"}}}
 
 _ANSWER_EXAMPLE = {
     "created": 1767607209,
@@ -92,9 +100,9 @@ def problems(*statuses: int) -> Responses:
     return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
-def _body_schema() -> dict[str, Any]:
+def _body_schema(body: type[GenerationMembers]) -> dict[str, Any]:
     """The schema of a generation's body, in which every member but the prompt may be null, as if absent."""
-    schema = ImageGenerationBody.model_json_schema()
+    schema = body.model_json_schema()
     for name, member in schema["properties"].items():
         if name not in schema["required"] and "anyOf" not in member:
             texts = {key: member.pop(key) for key in ("title", "description", "default") if key in member}
@@ -102,51 +110,98 @@ def _body_schema() -> dict[str, Any]:
     return schema
 
 
-GENERATION = {
-    **NEEDS_KEY,
-    "parameters": [
-        {
-            "name": "Accept",
-            "in": "header",
-            "required": False,
-            "schema": {"type": "string"},
-            "description": "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
-        }
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": _body_schema(),
-                "examples": {
-                    "simple": {"value": {"prompt": "a red circle on a blue background"}},
-                    "complete": {
-                        "value": {
-                            "prompt": "a red circle on a blue background",
-                            "negative_prompt": "green",
-                            "n": 2,
-                            "size": "512x512",
-                            "seed": 7,
-                            "steps": 20,
-                            "guidance_scale": 4.0,
-                            "response_format": "url",
-                            "output_format": "webp",
-                        }
-                    },
-                },
-            }
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": description,
+    }
+
+
+_PREFER = _header("Prefer", "`respond-async`: 202 and the job at once. `wait=N`: 202 if it takes longer")
+_KEY = _header("Idempotency-Key", "Sent again with the same body: the answer of the first time")
+
+
+def _generation(
+    body: type[GenerationMembers], accept: str, examples: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What OpenAPI is told of a route that makes pictures, beyond its answers."""
+    named = {name: {"value": example} for name, example in examples.items()}
+    content = {"application/json": {"schema": _body_schema(body), "examples": named}}
+    return {
+        **NEEDS_KEY,
+        "parameters": [_header("Accept", accept), _PREFER, _KEY],
+        "requestBody": {"required": True, "content": content},
+    }
+
+
+_ERRORS = (400, 401, 404, 406, 408, 409, 413, 415, 422, 429, 500, 503, 504, 507)
+_JOB = {"schema": {"$ref": "#/components/schemas/JobView"}}
+_ACCEPTED = {"description": "The job, which goes on", "content": {"application/json": _JOB}}
+
+GENERATION = _generation(
+    ImageGenerationBody,
+    "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
+    {
+        "simple": {"prompt": "a red circle on a blue background"},
+        "complete": {
+            "prompt": "a red circle on a blue background",
+            "negative_prompt": "green",
+            "n": 2,
+            "size": "512x512",
+            "seed": 7,
+            "steps": 20,
+            "guidance_scale": 4.0,
+            "response_format": "url",
+            "output_format": "webp",
         },
+        "stream": {"prompt": "a red circle", "stream": True, "partial_images": 1},
     },
-}
+)
 GENERATION_RESPONSES: Responses = {
     200: {
         "description": "The pictures",
         "content": {
             "application/json": {"schema": _ANSWER_SCHEMA, "example": _ANSWER_EXAMPLE},
             **PICTURE_CONTENT,
+            **EVENTS_CONTENT,
         },
     },
-    **openai_errors(400, 401, 404, 406, 413, 415, 500, 503, 504, 507),
+    202: _ACCEPTED,
+    **openai_errors(*_ERRORS),
+}
+
+NATIVE_GENERATION = _generation(
+    NativeImageBody,
+    "`image/png` (jpeg, webp) first in preference: the bytes of one picture; `text/event-stream`: events",
+    {
+        "simple": {"prompt": "a lighthouse in a storm"},
+        "complete": {
+            "prompt": "a lighthouse in a storm, oil painting",
+            "negative_prompt": "text, watermark",
+            "width": 1024,
+            "height": 1024,
+            "num_images_per_prompt": 2,
+            "seed": 42,
+            "prior_num_inference_steps": 20,
+            "prior_guidance_scale": 4.0,
+            "decoder_num_inference_steps": 10,
+            "output_format": "webp",
+            "response_format": "url",
+            "deadline_seconds": 600,
+            "metadata": {"order": "A-99"},
+        },
+    },
+)
+NATIVE_RESPONSES: Responses = {
+    200: {
+        "description": "The ended job, the picture or the events",
+        "content": {"application/json": _JOB, **PICTURE_CONTENT, **EVENTS_CONTENT},
+    },
+    202: _ACCEPTED,
+    **problems(*_ERRORS),
 }
 
 
@@ -160,11 +215,11 @@ def describe(app: FastAPI) -> None:
             )
             components = schema.setdefault("components", {})
             components["securitySchemes"] = SECURITY_SCHEMES
-            components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema(
-                ref_template="#/components/schemas/{model}"
-            )
-            pointer = components["schemas"]["Problem"].pop("$defs")
-            components["schemas"].update(pointer)
+            schemas = components.setdefault("schemas", {})
+            for model in (Problem, JobView):
+                own = model.model_json_schema(mode="serialization", ref_template=_REFERENCE)
+                schemas.update(own.pop("$defs", {}))
+                schemas[model.__name__] = own
             _remove_framework_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema
@@ -176,6 +231,7 @@ def _remove_framework_errors(schema: dict[str, Any]) -> None:
     """FastAPI lists its own 422 wherever there are parameters; here no such answer leaves the server."""
     for path in schema["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)

@@ -56,11 +56,16 @@ def is_openai(path: str) -> bool:
     return path == "/v1" or path.startswith("/v1/")
 
 
+def openai_error(error: AppError) -> dict[str, Any]:
+    """The body that says `error` in OpenAI's family."""
+    members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": members}
+
+
 def respond(error: AppError, path: str, request_id: str) -> Response:
     """The answer that says `error` in the family of `path`."""
     if is_openai(path):
-        members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-        return JSONResponse({"error": members}, error.status, error.headers)
+        return JSONResponse(openai_error(error), error.status, error.headers)
     problem: dict[str, Any] = {
         "type": "about:blank",
         "title": error.title,
@@ -70,8 +75,9 @@ def respond(error: AppError, path: str, request_id: str) -> Response:
         "code": error.code,
         "request_id": request_id,
     }
-    if error.param is not None:
-        problem["errors"] = [{"pointer": f"/{error.param}", "detail": error.message}]
+    places = error.places or ([(f"/{error.param}", error.message)] if error.param else [])
+    if places:
+        problem["errors"] = [{"pointer": pointer, "detail": detail} for pointer, detail in places]
     return JSONResponse(problem, error.status, error.headers, media_type="application/problem+json")
 
 

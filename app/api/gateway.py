@@ -40,6 +40,12 @@ class Exchange:
     status: int = 0
     key_name: str | None = None
     facts: dict[str, object] = field(default_factory=dict)  # what the route adds to the log line
+    headers: dict[str, str] = field(default_factory=dict)  # what the answer has, whichever it is
+
+    @property
+    def tenant(self) -> str:
+        """Whose jobs the caller may see: those of its key, or of everybody where there are no keys."""
+        return self.key_name or ""
 
     @property
     def has_started(self) -> bool:
@@ -80,6 +86,7 @@ class Gateway:
                 exchange.status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = exchange.request_id
+                answer.update(exchange.headers)
                 self._allow_origin(headers, answer)
             await send(message)
 

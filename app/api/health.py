@@ -32,10 +32,12 @@ async def healthz() -> dict[str, str]:
 )
 async def readyz(services: TheServices) -> dict[str, str]:
     """200 when the model is loaded and the queue has room, else 503 with `Retry-After`."""
-    engine = services.engine
-    model = engine.model
-    if not engine.is_accepting:
-        raise Overloaded("no request can be accepted now", retry_after_seconds=engine.retry_after_seconds())
+    dispatcher = services.dispatcher
+    model = dispatcher.model
+    if not dispatcher.is_accepting:
+        raise Overloaded(
+            "no request can be accepted now", retry_after_seconds=dispatcher.retry_after_seconds()
+        )
     return {
         "status": "ready",
         "model": services.settings.model_name,

@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,22 +9,37 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
 from app.api.accept import raw_format
-from app.api.deps import Services, TheExchange, TheServices, authenticate, public_base, read_json_object
-from app.api.description import GENERATION, GENERATION_RESPONSES, NEEDS_KEY, openai_errors
-from app.api.gateway import Exchange
-from app.api.generation import FinishedImage, wait_for_images, wait_for_model
-from app.errors import InvalidRequest, ModelNotFound, NotAcceptable, UnsupportedParameter
-from app.schemas import (
-    GenerationRequest,
-    ImageGenerationBody,
-    ModelList,
-    ModelView,
-    check_size,
-    choose_seeds,
-    parse_image_generation,
-    parse_size,
+from app.api.answers import VARY, accepted, file_url, picture_headers, raw_picture, replayed, require_one
+from app.api.bodies import ImageGenerationBody, parse_image_generation
+from app.api.deps import (
+    Services,
+    TheExchange,
+    TheServices,
+    authenticate,
+    count_request,
+    public_base,
+    read_json_object,
 )
-from app.storage.encoding import MIME_TYPES
+from app.api.description import GENERATION, GENERATION_RESPONSES, NEEDS_KEY, openai_errors
+from app.api.generation import (
+    Order,
+    read_images,
+    require_success,
+    resolve_model,
+    seeds_for,
+    size_for,
+    submit,
+    wait_for_end,
+    wait_for_model,
+    while_waiting,
+)
+from app.api.idempotency import idempotency_of
+from app.api.openai_events import ImageStream, usage
+from app.api.prefer import Preference, parse_prefer
+from app.api.streams import respond_with_events
+from app.api.views import MODEL_ID, ModelList, ModelView, size_text
+from app.jobs.job import Job
+from app.schemas import GenerationRequest, OutputFormat, parse_size
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(authenticate)])
 
@@ -36,19 +49,13 @@ QUALITIES = {
     "hd": "high",
     "xhigh": "max",
 }
-MODEL_ID = "stable-cascade"
-MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
 LISTED_ALIASES = ("dall-e-2", "dall-e-3", "gpt-image-1")
-
-_ABSENT: tuple[object, ...] = (None, False, "", "false", [], {})
-
-# Known members whose silent loss would give a wrong picture.
-NOT_YET = ("stream", "image", "mask", "control", "loras", "image_prompts", "strength", "seeds")
 
 
 @router.post(
     "/images/generations",
     operation_id="createImage",
+    dependencies=[Depends(count_request)],
     summary="Make pictures from a prompt",
     response_class=Response,
     responses=GENERATION_RESPONSES,
@@ -60,36 +67,44 @@ async def create_image(
     exchange: TheExchange,
     members: Annotated[dict[str, Any], Depends(read_json_object)],
 ) -> Response:
-    """Waits for the pictures. With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture."""
-    body = _checked(members)
-    _resolve_model(body.model, services)
-    await wait_for_model(services)
-    generation = _translated(body, services)
-    raw = raw_format(request.headers.get("accept", ""), body.output_format)
-    if raw is not None:
-        generation = generation.model_copy(update={"output_format": raw})
-        if body.n > 1:
-            raise NotAcceptable("raw bytes hold one picture: ask for n = 1, or for JSON", param="n")
-    as_url = raw is None and _wants_url(body)
-    base = public_base(request, services.settings) if as_url else ""  # a bad Host is refused before the work
-    _describe(exchange, generation, services)
+    """Waits for the pictures, or with `stream` sends them as events.
 
-    job = services.engine.submit(generation)
-    images = await wait_for_images(request, services, job)
-    headers = _headers(body, images) | {"X-Job-Id": job.id}
+    With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture. `Prefer: respond-async` gives
+    the job at once.
+    """
+    body = parse_image_generation(members)
+    preference = Preference() if body.stream else parse_prefer(request.headers.getlist("prefer"))
+    accept = "" if body.stream or preference.is_async else request.headers.get("accept", "")
+    raw = raw_format(accept, body.output_format)
     if raw is not None:
-        headers["Content-Disposition"] = f'inline; filename="{job.id}.{raw}"'
-        headers["ETag"] = f'"{hashlib.sha256(images[0].content).hexdigest()}"'
-        return Response(images[0].content, media_type=MIME_TYPES[raw], headers=headers)
+        require_one(body.n, "n")
+    as_url = raw is None and not body.stream and _wants_url(body)
+    needs_base = as_url or preference.may_outlive_the_call
+    base = (
+        public_base(request, services.settings) if needs_base else ""
+    )  # a bad Host is refused before the work
+    resolve_model(body.model, services)
+    await wait_for_model(services)
+    order = _order(body, raw or body.output_format, preference, request, members, services)
+    submitted = await submit(services, exchange, order)
+    job, said = submitted.job, replayed(submitted.is_replay) | _ignored(body)
+    if body.stream:
+        stream = ImageStream(services, _quality(body), body.partial_images)
+        events = while_waiting(services, job, stream.events(job))
+        return respond_with_events(events, {"X-Job-Id": job.id, "Vary": VARY, **said})
+    ended = await wait_for_end(request, services, job, preference)
+    if ended is None:
+        said |= {"X-Job-Id": job.id, "Vary": VARY}
+        return await accepted(request, services, exchange, job, preference, said)
+    require_success(ended)
+    headers = picture_headers(ended) | said
+    if preference.may_outlive_the_call:
+        headers["Preference-Applied"] = preference.applied
+    if raw is not None:
+        return await raw_picture(services, ended, headers)
+    data = await _data(ended, services, base if as_url else None)
     loop = asyncio.get_running_loop()
-    data = await asyncio.gather(
-        *(
-            loop.run_in_executor(services.encoders, _item, image, generation, services, base)
-            for image in images
-        )
-    )
-    answer = _answer(body, generation, images, data)
-    content = await loop.run_in_executor(services.encoders, to_json, answer)
+    content = await loop.run_in_executor(services.encoders, to_json, _answer(_quality(body), ended, data))
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -115,63 +130,60 @@ async def list_models(services: TheServices) -> ModelList:
 )
 async def retrieve_model(model: str, services: TheServices) -> ModelView:
     """The model of that name, which may be an alias."""
-    _resolve_model(model, services)
+    resolve_model(model, services)
     return ModelView(id=MODEL_ID)
 
 
-def _resolve_model(name: str | None, services: Services) -> None:
-    """Accept the names of the one model that is served."""
-    settings = services.settings
-    if (
-        name is None
-        or name in MODEL_NAMES
-        or name in (settings.model, settings.model_name)
-        or name.startswith(settings.model_aliases)
-    ):
-        return
-    raise ModelNotFound(f"the model {name[:100]!r} is not served here; {MODEL_ID} is", param="model")
+def _order(
+    body: ImageGenerationBody,
+    output_format: OutputFormat,
+    preference: Preference,
+    request: Request,
+    members: Mapping[str, Any],
+    services: Services,
+) -> Order:
+    """The body with every default filled in and every limit checked."""
+    seeds = seeds_for(body.seed, body.seeds, body.n, services, param="n")
+    width, height = _size(body, services)
+    steps, decoder_steps = services.settings.quality_steps[_quality(body)]
+    compression = 95 if body.output_compression == 100 else max(body.output_compression, 1)
+    return Order(
+        generation=GenerationRequest(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            width=width,
+            height=height,
+            seeds=seeds,
+            prior_num_inference_steps=body.prior_num_inference_steps or steps,
+            prior_guidance_scale=body.prior_guidance_scale,
+            decoder_num_inference_steps=body.decoder_num_inference_steps or decoder_steps,
+            decoder_guidance_scale=body.decoder_guidance_scale,
+            preset=body.preset,
+            sampler=body.sampler,
+            output_format=output_format,
+            output_quality=body.output_quality or compression,
+            embed_metadata=body.embed_metadata,
+        ),
+        priority=body.priority,
+        deadline_seconds=body.deadline_seconds,
+        on_disconnect=body.on_disconnect,
+        preference=preference,
+        idempotency=idempotency_of(request, members, output_format, services.settings.idempotency_ttl),
+    )
 
 
-def _checked(members: Mapping[str, Any]) -> ImageGenerationBody:
-    for name in NOT_YET:
-        if members.get(name) not in _ABSENT:
-            raise UnsupportedParameter(f"{name} is not supported by this version", param=name)
-    if members.get("background") == "transparent":
-        raise UnsupportedParameter("background must be auto or opaque", param="background")
-    return parse_image_generation(members)
-
-
-def _translated(body: ImageGenerationBody, services: Services) -> GenerationRequest:
-    """The internal request, with every default filled in and every limit checked."""
-    settings = services.settings
-    if body.n > settings.max_images:
-        raise InvalidRequest(
-            f"n must be at most {settings.max_images} on this server", param="n", code="integer_out_of_range"
-        )
+def _size(body: ImageGenerationBody, services: Services) -> tuple[int, int]:
+    """`size`, in which `width` and `height` win."""
     sized = parse_size(body.size)
     if sized is not None:
-        check_size(*sized, max_pixels=settings.max_pixels, param="size")
-    native_width, native_height = sized or services.engine.model.native_size
-    width, height = body.width or native_width, body.height or native_height
-    check_size(width, height, max_pixels=settings.max_pixels, param="width" if body.width else "size")
-    steps, decoder_steps = settings.quality_steps[QUALITIES.get(body.quality, body.quality)]
-    compression = 95 if body.output_compression == 100 else max(body.output_compression, 1)
-    return GenerationRequest(
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
-        width=width,
-        height=height,
-        seeds=choose_seeds(body.seed, body.n),
-        prior_num_inference_steps=body.prior_num_inference_steps or steps,
-        prior_guidance_scale=body.prior_guidance_scale,
-        decoder_num_inference_steps=body.decoder_num_inference_steps or decoder_steps,
-        decoder_guidance_scale=body.decoder_guidance_scale,
-        preset=body.preset,
-        sampler=body.sampler,
-        output_format=body.output_format,
-        output_quality=body.output_quality or compression,
-        embed_metadata=body.embed_metadata,
-    )
+        size_for(*sized, services, param="size")
+    width, height = sized or (None, None)
+    param = "width" if body.width else "height" if body.height else "size"
+    return size_for(body.width or width, body.height or height, services, param=param)
+
+
+def _quality(body: ImageGenerationBody) -> str:
+    return QUALITIES.get(body.quality, body.quality)
 
 
 def _wants_url(body: ImageGenerationBody) -> bool:
@@ -180,60 +192,34 @@ def _wants_url(body: ImageGenerationBody) -> bool:
     return (body.model or "").startswith("dall-e-")
 
 
-def _describe(exchange: Exchange, generation: GenerationRequest, services: Services) -> None:
-    exchange.facts.update(
-        images=generation.num_images,
-        size=f"{generation.width}x{generation.height}",
-        steps=generation.prior_num_inference_steps,
-        prompt_characters=len(generation.prompt),
-    )
-    if services.settings.log_prompts:
-        exchange.facts["prompt"] = generation.prompt
+def _ignored(body: ImageGenerationBody) -> dict[str, str]:
+    """Names the members that mean nothing here."""
+    printable = [name for name in body.ignored if name.isascii() and name.isprintable() and len(name) <= 64]
+    return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
-def _headers(body: ImageGenerationBody, images: list[FinishedImage]) -> dict[str, str]:
-    headers = {"X-Seed": ", ".join(str(image.seed) for image in images), "Vary": "Accept, Prefer"}
-    if ignored := body.ignored:
-        printable = [name for name in ignored if name.isascii() and name.isprintable() and len(name) <= 64]
-        headers["X-Ignored-Params"] = ", ".join(printable)[:1000]
-    if drawn := images[0].picture.resampled_from:
-        headers["X-Resampled-From"] = f"{drawn[0]}x{drawn[1]}"
-    if images[0].picture.prompt_truncated:
-        headers["X-Prompt-Truncated"] = "true"
-    return headers
+async def _data(job: Job, services: Services, base: str | None) -> list[dict[str, Any]]:
+    """The pictures in the answer: as signed URLs under `base`, or as base64 when there is none."""
+    if base is not None:
+        return [{"url": file_url(image, services, base), "seed": image.seed} for image in job.images]
+    contents = await read_images(services, job.images)
+    return [
+        {"b64_json": base64.b64encode(content).decode(), "seed": image.seed}
+        for image, content in zip(job.images, contents, strict=True)
+    ]
 
 
-def _item(
-    image: FinishedImage, generation: GenerationRequest, services: Services, base: str
-) -> dict[str, Any]:
-    """One picture in the answer: as a signed URL under `base`, or as base64 when there is none."""
-    if not base:
-        return {"b64_json": base64.b64encode(image.content).decode(), "seed": image.seed}
-    name = services.images.save(image.content, generation.output_format)
-    return {"url": f"{base}/files/{name}?{services.signer.sign(name)}", "seed": image.seed}
-
-
-def _answer(
-    body: ImageGenerationBody,
-    generation: GenerationRequest,
-    images: list[FinishedImage],
-    data: list[dict[str, Any]],
-) -> dict[str, Any]:
-    tokens = images[0].picture.prompt_tokens
+def _answer(quality: str, job: Job, data: list[dict[str, Any]]) -> dict[str, Any]:
+    generation, first = job.request, job.images[0]
     answer: dict[str, Any] = {
-        "created": int(time.time()),
+        "created": int(job.completed_at or job.created_at),
         "data": data,
         "background": "opaque",
         "output_format": generation.output_format,
-        "quality": QUALITIES.get(body.quality, body.quality),
+        "quality": quality,
         "size": f"{generation.width}x{generation.height}",
-        "usage": {
-            "input_tokens": tokens,
-            "input_tokens_details": {"text_tokens": tokens, "image_tokens": 0},
-            "output_tokens": 0,
-            "total_tokens": tokens,
-        },
+        "usage": usage(first.prompt_tokens),
     }
-    if drawn := images[0].picture.resampled_from:
-        answer["resampled_from"] = f"{drawn[0]}x{drawn[1]}"
+    if drawn := size_text(first.resampled_from):
+        answer["resampled_from"] = drawn
     return answer

@@ -1,84 +1,284 @@
-"""The bridge to `cascade`, and the only file of the server that knows it: requests in, pictures out.
+"""The bridge to `cascade`, and the only file of the server that knows it: rows of pictures in, pixels out.
 
-Everything heavy is imported inside the methods, which only the engine's thread calls.
+Everything heavy is imported inside the methods, which only an engine process calls: the loop's thread begins,
+steps and checks, the finisher's decodes and shows.
 """
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.engine.engine import ModelFacts, Steps
-from app.errors import InvalidRequest, OutOfMemory
-from app.jobs.job import Picture, Progress
+from app.engine.caps import Caps
+from app.engine.contract import Decoded, Work
+from app.engine.profile import (
+    STAGES,
+    Profile,
+    load_profile,
+    measure,
+    row_seconds,
+    save_profile,
+    shape_name,
+)
+from app.engine.protocol import Configure, Ready, Run
+from app.engine.scheduler import BatchKey, Stage
+from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.schemas import GenerationRequest
 
 if TYPE_CHECKING:
-    from cascade import Cascade, GeneratedImage, TextToImage
+    from PIL.Image import Image
+
+    from cascade import TextToImage
+    from cascade.models import Models
+    from cascade.tasks.drawing import Drawing, Studio
+    from cascade.tasks.picture import Picture
+    from cascade.tasks.rehearsal import Rehearsal
+
+MAX_ROWS = 64
+MAX_SAMPLES = 1000
+FP32 = "fp32"  # in a key: steps of a second try, with weights of their own
+
+
+@dataclass(slots=True, eq=False)
+class CascadeTrack:
+    """One picture on its way through the stages."""
+
+    drawing: "Drawing"
+    work: list[Work]
+    step: int = 0
+    latents: bytes | None = None
+    ended: list[Work] = field(default_factory=list)
+
+    def follow(self) -> None:
+        """Take note of a step that the drawing has made, the last one of a stage or not."""
+        from cascade.tasks.picture import to_bytes
+
+        key, rows, steps_left = self.work[0]
+        self.step += 1
+        if self.drawing.stage == key.stage:
+            self.work[0] = Work(key, rows, steps_left - 1)
+            return
+        if key.stage == "prior" and self.drawing.semantic is not None:
+            self.latents = to_bytes(self.drawing.semantic)
+        self.ended.append(Work(key, rows, self.step))
+        self.work.pop(0)
+        self.step = 0
+
+    def go_back(self) -> None:
+        """Follow the drawing to before the stage that ended last, which is made again in fp32."""
+        key, rows, steps = self.ended.pop()
+        self.work.insert(0, Work(BatchKey(key.stage, key.shape, FP32), rows, steps))
+        self.step = 0
+        if key.stage == "prior":
+            self.latents = None
 
 
 class CascadeRunner:
     """Makes pictures with a checkpoint."""
 
-    def __init__(self, model: str, device: str, dtype: str) -> None:
-        self._source = model
-        self._device = device
-        self._dtype = dtype
-        self._cascade: Cascade | None = None
+    _configure: Configure
+    _models: "Models"
+    _caps: Caps
 
-    def load(self) -> ModelFacts:
-        """Read the checkpoint onto the device."""
-        from cascade import Cascade
-        from cascade.cpu import suit_threads
+    def __init__(self) -> None:
+        self._studio: Studio | None = None
 
-        cascade = Cascade.from_pretrained(self._source, device=self._device, dtype=self._dtype)
-        suit_threads(cascade)
-        return self.take(cascade)
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How often the encoding of a text was remembered, and how often not."""
+        if self._studio is None:
+            return {}
+        return {"cache_hits": self._studio.texts.hits, "cache_misses": self._studio.texts.misses}
 
-    def take(self, cascade: "Cascade") -> ModelFacts:
+    def load(self, configure: Configure) -> Ready:
+        """Read the checkpoint onto the device, find out how many rows it likes, and warm up."""
+        from cascade.checkpoints.load import load_cascade
+        from cascade.cpu import keep_freed_memory, suit_threads
+
+        keep_freed_memory()
+        models = load_cascade(configure.model, device=configure.device, dtype=configure.dtype)
+        suit_threads(models)
+        return self.take(models, configure)
+
+    def take(self, models: "Models", configure: Configure) -> Ready:
         """Work with a checkpoint that is loaded already."""
-        self._cascade = cascade
-        return ModelFacts(
-            device=str(cascade.device),
-            dtype=str(cascade.dtype).removeprefix("torch."),
-            native_size=cascade.native.sizes[0],
+        from cascade.acceleration import accelerate
+        from cascade.tasks.drawing import Studio
+        from cascade.tasks.rehearsal import Rehearsal
+
+        self._models, self._configure = models, configure
+        networks = {
+            "prior": accelerate(models.stage_c, configure.compile, models.device),
+            "decoder": accelerate(models.stage_b, configure.compile, models.device),
+        }
+        rehearsal = Rehearsal(models, networks, models.native.sizes[0])
+        profile = self._profile(rehearsal)
+        self._caps = Caps(profile, max_rows=self._max_rows)
+        self._studio = Studio(models, networks)
+        width, height = models.native.sizes[0]
+        return Ready(
+            device=str(models.device),
+            dtype=str(models.dtype).removeprefix("torch."),
+            native_width=width,
+            native_height=height,
+            max_samples=min(rehearsal.num_pictures(), MAX_SAMPLES),
+            step_seconds=row_seconds(profile),
         )
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Steps:
-        """Make the pictures of `requests` together; each picture is a run of its own seed."""
-        import torch
-
+    def start(self, run: Run) -> CascadeTrack:
+        """Plan a picture; nothing is computed yet."""
         from cascade import InvalidSetting
-        from cascade.tasks.text_to_image import generate
+        from cascade.tasks.drawing import Drawing
+        from cascade.tasks.picture import from_bytes, plan_pictures
 
-        assert self._cascade is not None, "load() comes first"
-        settings = [_settings(request, seed) for request in requests for seed in request.seeds]
+        request = GenerationRequest.model_validate_json(run.request)
         try:
-            with closing(generate(self._cascade, settings)) as run:
-                while True:
-                    try:
-                        step = next(run)
-                    except StopIteration as end:
-                        images = [image for group in end.value for image in group]
-                        break
-                    yield Progress(step.stage, step.step, step.steps)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(
-                "the device has not enough memory for this; ask for fewer pixels or pictures"
-            ) from error
+            [picture] = plan_pictures(self._models, _settings(request, run.seed))
         except InvalidSetting as error:
             raise InvalidRequest(f"{error.field} {error.message}", param=error.field) from error
-        return [[_picture(images.pop(0)) for _ in request.seeds] for request in requests]
+        track = CascadeTrack(Drawing(picture, self._models), _work(picture))
+        if run.latents is not None:
+            with suppress(ValueError):  # kept by a server with another model: begin at the beginning
+                track.drawing.resume(from_bytes(run.latents, picture.prior_shape, self._models.device))
+                track.latents = run.latents
+                track.work.pop(0)
+        return track
+
+    def begin(self, track: CascadeTrack) -> None:
+        """Encode the text and draw the noise."""
+        with _memory_errors():
+            self._at_work.begin(track.drawing)
+
+    def step(self, tracks: Sequence[CascadeTrack]) -> None:
+        """Advance all, of one key, by one step, or none when anything fails."""
+        with _memory_errors():
+            self._at_work.step([track.drawing for track in tracks], self.cap(tracks[0].work[0].key))
+        for track in tracks:
+            track.follow()
+
+    def check(self, track: CascadeTrack) -> None:
+        """Look at the latents of the stage that ended last."""
+        with _flaws():
+            track.drawing.check()
+
+    def retry_in_fp32(self, track: CascadeTrack) -> bool:
+        """Go back to the beginning of the stage that ended last, with a copy of its network in fp32."""
+        with _memory_errors():
+            is_back = self._at_work.retry_in_fp32(track.drawing)
+        if is_back:
+            track.go_back()
+        return is_back
+
+    def decode(self, tracks: Sequence[CascadeTrack]) -> list[Decoded]:
+        """Stage A, in as many calls as memory asks for."""
+        with _memory_errors(), _flaws():
+            images = self._at_work.decode([track.drawing for track in tracks])
+        return [_decoded(track, image) for track, image in zip(tracks, images, strict=True)]
+
+    def preview(self, track: CascadeTrack) -> tuple[int, int, bytes] | None:
+        """What Stage C has in mind now, if it is at work and the checkpoint has a previewer."""
+        with _memory_errors():
+            image = self._at_work.preview(track.drawing)
+        return None if image is None else (*image.size, image.tobytes())
+
+    def cap(self, key: BatchKey) -> int:
+        """Rows that may be stepped together."""
+        return self._caps.cap(key)
+
+    def halve(self, key: BatchKey) -> None:
+        """Lower the cap, because memory was not enough."""
+        self._caps.halve(key)
+
+    def device_memory_bytes(self) -> int:
+        """In use on a GPU; on a CPU it is the memory of the process."""
+        if self._studio is None or self._models.device.type != "cuda":
+            return 0
+        from cascade.devices import used_bytes
+
+        return used_bytes(self._models.device)
+
+    @property
+    def _at_work(self) -> "Studio":
+        assert self._studio is not None, "load() comes first"
+        return self._studio
+
+    @property
+    def _max_rows(self) -> int:
+        return 1 if self._configure.is_strict else self._configure.max_rows or MAX_ROWS
+
+    def _profile(self, rehearsal: "Rehearsal") -> Profile:
+        """Measure steps of a native picture, or look up what was measured before."""
+        path = self._profile_path()
+        known = load_profile(path) if path else None
+        if known is not None:
+            for stage in STAGES:
+                measured = known[shape_name(stage, rehearsal.shape(stage))]
+                for rows in [1] if self._configure.compile == "off" else measured:
+                    rehearsal.make(stage, rows)  # libraries are loaded, graphs recorded
+            return known
+
+        def seconds(stage: Stage, rows: int) -> float:
+            with _memory_errors():
+                return rehearsal.seconds(stage, rows)
+
+        profile = {
+            shape_name(stage, rehearsal.shape(stage)): measured
+            for stage, measured in measure(seconds, rehearsal.has_room_for_twice, self._max_rows).items()
+        }
+        if path:
+            save_profile(path, profile)
+        return profile
+
+    def _profile_path(self) -> Path | None:
+        """Where figures of this device and these dimensions are kept; None: nowhere."""
+        if self._configure.cache_dir is None:
+            return None
+        import torch
+
+        from cascade.devices import device_name
+
+        models = self._models
+        facts = (
+            device_name(models.device),
+            torch.get_num_threads(),
+            torch.__version__,
+            models.dtype,
+            self._configure.compile,
+            self._max_rows,
+            models.native.sizes,
+            *(network.config for network in (models.stage_a, models.stage_b, models.stage_c)),
+        )
+        digest = sha256(repr(facts).encode()).hexdigest()[:16]
+        return Path(self._configure.cache_dir) / f"profile-{digest}.json"
 
 
-def _picture(made: "GeneratedImage") -> Picture:
-    assert made.settings.seed is not None
-    return Picture(
-        image=made.image,
-        seed=made.settings.seed,
-        resampled_from=made.resampled_from,
-        prompt_truncated=made.prompt_truncated,
-        prompt_tokens=made.prompt_tokens,
-    )
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Whatever torch says when memory is not enough becomes the error that the engine knows."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_about_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_about_memory and "can't allocate memory" not in str(error):
+            raise
+        torch.cuda.empty_cache()
+        message = "the device has not enough memory for this; ask for fewer pixels or pictures"
+        raise OutOfMemory(message) from error
+
+
+@contextmanager
+def _flaws() -> Iterator[None]:
+    """What cannot be a picture fails the job that asked for it."""
+    from cascade.tasks.drawing import Flawed
+
+    try:
+        yield
+    except Flawed as error:
+        raise GenerationFailed(f"{error}; another seed may do better") from error
 
 
 def _settings(request: GenerationRequest, seed: int) -> "TextToImage":
@@ -96,4 +296,29 @@ def _settings(request: GenerationRequest, seed: int) -> "TextToImage":
         decoder_guidance_scale=request.decoder_guidance_scale,
         preset=request.preset,
         sampler=request.sampler,
+    )
+
+
+def _work(picture: "Picture") -> list[Work]:
+    """All that lies ahead of a picture."""
+    settings, plan = picture.settings, picture.plan
+    prior_rows = 2 if settings.guidance_scale > 1 else 1
+    decoder_rows = 2 if settings.decoder_guidance_scale > 1 else 1
+    return [
+        Work(BatchKey("prior", plan.prior_grid), prior_rows, settings.steps),
+        Work(BatchKey("decoder", plan.decoder_grid), decoder_rows, settings.decoder_steps),
+        Work(BatchKey("decode", plan.decoder_grid), 1, 1),
+    ]
+
+
+def _decoded(track: CascadeTrack, image: "Image") -> Decoded:
+    drawing = track.drawing
+    assert drawing.text is not None, "begin() comes first"
+    return Decoded(
+        width=image.width,
+        height=image.height,
+        pixels=image.tobytes(),
+        resampled_from=drawing.picture.plan.resampled_from,
+        prompt_truncated=drawing.text.truncated[0],
+        prompt_tokens=drawing.text.num_tokens[0],
     )

@@ -1,124 +1,201 @@
-"""A job: one accepted request on its way to pictures.
+"""A job: one accepted request on its way to pictures, as the database keeps it.
 
-The event loop waits for it and may cancel it, the engine's thread works on it. Only its own methods
-move it: queued -> running -> succeeded | failed | canceled; the last three are final.
+Jobs are values. Only their own methods move them, queued -> running -> succeeded | failed | canceled | expired,
+and a store writes the moved job only if the row still is what it was moved from. The fence counts claims: a
+worker that lost its lease holds an old one, and nothing it writes is taken.
 """
 
 import secrets
-import threading
-import time
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Self
 
-from PIL.Image import Image
-
-from app.errors import ClientGone
+from app.errors import AppError
 from app.schemas import GenerationRequest
+
+MAX_CRASHES = 3  # a job that was aboard so many engines that died is taken to be the reason
+
+OnDisconnect = Literal["cancel", "finish"]
 
 
 class JobStatus(StrEnum):
-    """Where a job stands."""
+    """Where a job stands. The last four are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing follows."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+class IllegalMove(Exception):
+    """A job was moved from where it cannot go from: a mistake of ours, never of a caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the work on a job is."""
+    """How far the work on a job is. The fraction never falls."""
 
-    stage: Literal["queued", "prior", "decoder", "decode"]
-    step: int
-    steps: int
+    stage: Literal["queued", "loading", "prior", "decoder", "encode", "done"] = "queued"
+    step: int = 0
+    steps: int = 0
+    fraction: float = 0.0
+    eta_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A finished picture, not encoded yet."""
+class Failure:
+    """Why a job has no pictures, as every waiter is told."""
 
-    image: Image
+    status: int  # of HTTP
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: AppError) -> Self:
+        """The failure that an error of ours stands for."""
+        return cls(error.status, error.code, error.message)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """A finished picture in the image store."""
+
+    index: int
     seed: int
+    name: str  # of the file, as "7c....png"
+    width: int
+    height: int
+    mime_type: str
+    num_bytes: int
+    sha256: str
     resampled_from: tuple[int, int] | None = None  # (width, height) that it was drawn at
     prompt_truncated: bool = False
     prompt_tokens: int = 0
 
 
-def _new_id() -> str:
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that the pictures of a job spent where; of several pictures the sum over the job's own time."""
+
+    queued: float = 0.0
+    prior: float = 0.0
+    decoder: float = 0.0
+    encode: float = 0.0
+
+
+def new_job_id() -> str:
+    """A random name: nobody can guess another one's."""
     return f"job_{secrets.token_hex(10)}"
 
 
-def _new_outcome() -> Future[list[Picture]]:
-    outcome: Future[list[Picture]] = Future()
-    outcome.set_running_or_notify_cancel()  # a waiter that gives up must not cancel it for the engine
-    return outcome
-
-
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One request, its status and its outcome. Times are of `time.monotonic`, in seconds."""
+    """One request, its status and its outcome. Times are seconds since 1970, UTC."""
 
+    id: str = field(default_factory=new_job_id)
+    tenant: str  # name of the API key that it belongs to; "" where none is configured
     request: GenerationRequest
-    id: str = field(default_factory=_new_id)
     status: JobStatus = JobStatus.QUEUED
-    progress: Progress = Progress("queued", 0, 0)
-    created_at: float = field(default_factory=time.monotonic)
+    created_at: float
     started_at: float | None = None
-    ended_at: float | None = None
-    outcome: Future[list[Picture]] = field(default_factory=_new_outcome, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    completed_at: float | None = None
+    priority: int = 0  # within the tenant, higher first
+    deadline_at: float | None = None
+    on_disconnect: OnDisconnect = "cancel"
+    metadata: dict[str, str] = field(default_factory=dict)
+    cost_seconds: float = 0.0  # of device time, as predicted when it was accepted
+
+    fence: int = 0  # counts claims
+    worker: str | None = None  # who holds the lease
+    lease_until: float | None = None
+    crashes: int = 0  # engines that died with it aboard
+    cancel_requested: bool = False  # told to whichever server runs it
+
+    images: tuple[StoredImage, ...] = ()  # in order of index; grows while it runs
+    failure: Failure | None = None
+    timings: Timings = Timings()
 
     @property
     def is_finished(self) -> bool:
         """Whether the status is final."""
-        return self.status not in (JobStatus.QUEUED, JobStatus.RUNNING)
+        return self.status.is_final
 
     @property
-    def queued_seconds(self) -> float:
-        """Time from acceptance to the first work on it, or to its end."""
-        return (self.started_at or self.ended_at or time.monotonic()) - self.created_at
+    def num_images(self) -> int:
+        """Pictures asked for."""
+        return self.request.num_images
 
     @property
-    def running_seconds(self) -> float:
-        """Time that the engine worked on it."""
-        return (self.ended_at or time.monotonic()) - self.started_at if self.started_at else 0.0
+    def is_quarantined(self) -> bool:
+        """Whether it may only run alone, because two engines died with it aboard."""
+        return self.crashes >= MAX_CRASHES - 1
 
-    def start(self) -> bool:
-        """Queued to running; a job that ended meanwhile stays as it is, and the answer is False."""
-        with self._lock:
-            if self.is_finished:
-                return False
-            self.status = JobStatus.RUNNING
-            self.started_at = self.started_at or time.monotonic()
-            return True
+    def claimed(self, worker: str, now: float, lease_seconds: float) -> "Job":
+        """Queued to running, in the hands of `worker` for a while."""
+        self._require(JobStatus.QUEUED)
+        return replace(
+            self,
+            status=JobStatus.RUNNING,
+            worker=worker,
+            lease_until=now + lease_seconds,
+            fence=self.fence + 1,
+            started_at=self.started_at or now,
+            timings=replace(self.timings, queued=max(0.0, (self.started_at or now) - self.created_at)),
+        )
 
-    def report(self, progress: Progress) -> None:
-        """Take note of a step."""
-        self.progress = progress
+    def released(self, *, crashed: bool = False) -> "Job":
+        """Running back to queued, to be begun again from what is stored of it."""
+        self._require(JobStatus.RUNNING)
+        return replace(
+            self,
+            status=JobStatus.QUEUED,
+            worker=None,
+            lease_until=None,
+            crashes=self.crashes + crashed,
+        )
 
-    def succeed(self, pictures: list[Picture]) -> None:
-        """Hand over the pictures, unless the job was cancelled meanwhile."""
-        if self._end(JobStatus.SUCCEEDED):
-            self.outcome.set_result(pictures)
+    def succeeded(self, now: float, timings: Timings | None = None) -> "Job":
+        """Running to succeeded; every picture is stored already."""
+        self._require(JobStatus.RUNNING)
+        if len(self.images) != self.num_images:
+            raise IllegalMove(f"{self.id} has {len(self.images)} of {self.num_images} pictures")
+        return self._ended(JobStatus.SUCCEEDED, now, timings=timings or self.timings)
 
-    def fail(self, error: Exception) -> None:
-        """End with an error, which every waiter gets."""
-        if self._end(JobStatus.FAILED):
-            self.outcome.set_exception(error)
+    def failed(self, failure: Failure, now: float) -> "Job":
+        """Ended by an error."""
+        self._require(JobStatus.QUEUED, JobStatus.RUNNING)
+        return self._ended(JobStatus.FAILED, now, failure=failure)
 
-    def cancel(self) -> None:
-        """End without a result. The engine stops working on it at the next step."""
-        if self._end(JobStatus.CANCELED):
-            self.outcome.set_exception(ClientGone("the job was cancelled"))
+    def canceled(self, now: float) -> "Job":
+        """Ended because nobody wants it any more."""
+        self._require(JobStatus.QUEUED, JobStatus.RUNNING)
+        return self._ended(JobStatus.CANCELED, now)
 
-    def _end(self, status: JobStatus) -> bool:
-        with self._lock:
-            if self.is_finished:
-                return False
-            self.status = status
-            self.ended_at = time.monotonic()
-            return True
+    def expired(self, now: float) -> "Job":
+        """Ended because its deadline passed."""
+        self._require(JobStatus.QUEUED, JobStatus.RUNNING)
+        return self._ended(JobStatus.EXPIRED, now)
+
+    def _ended(
+        self, status: JobStatus, now: float, *, failure: Failure | None = None, timings: Timings | None = None
+    ) -> "Job":
+        return replace(
+            self,
+            status=status,
+            completed_at=max(now, self.created_at),
+            worker=None,
+            lease_until=None,
+            failure=failure,
+            timings=timings or self.timings,
+        )
+
+    def _require(self, *allowed: JobStatus) -> None:
+        if self.status not in allowed:
+            raise IllegalMove(f"{self.id} is {self.status} and must be {' or '.join(allowed)} for this")

@@ -1,4 +1,8 @@
-"""Finished pictures in a local folder: written whole or not at all, under random names, for a while."""
+"""Finished pictures in a local folder: written whole or not at all, under random names, for a while.
+
+Half of a name is random, the other half begins the digest of the content, so that a file that was damaged on
+the disk is known before a byte of it is served.
+"""
 
 import errno
 import hashlib
@@ -6,15 +10,16 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from app.errors import NotFound, StorageFull
+from app.errors import DamagedFile, NotFound, StorageFull
 
 EXTENSIONS = ("png", "jpeg", "webp")
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
+_MARK_DIGITS = 16
 _UNFINISHED = ".partial"
 _CHUNK_BYTES = 64 * 1024
 
@@ -37,8 +42,8 @@ class ImageStore:
         self._clock = clock
 
     def save(self, content: bytes, extension: str) -> str:
-        """Keep `content` and return its name, `RANDOM.extension`. Raises StorageFull."""
-        name = f"{secrets.token_hex(16)}.{extension}"
+        """Keep `content` and return its name, 32 hexadecimal digits and `extension`. Raises StorageFull."""
+        name = f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
         unfinished = self._folder / f"{name}{_UNFINISHED}"
         try:
             with unfinished.open("xb") as file:
@@ -49,12 +54,17 @@ class ImageStore:
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise StorageFull("there is no room to keep the picture; ask for b64_json instead") from error
+                raise StorageFull(
+                    "there is no room to keep the picture; the operator has to make some"
+                ) from error
             raise
         return name
 
     def open(self, name: str) -> StoredImage:
-        """The picture of that name, hashed. Raises NotFound for anything that `save` did not return."""
+        """The picture of that name, hashed.
+
+        Raises NotFound for anything that `save` did not return, DamagedFile for another content.
+        """
         if not _NAME.fullmatch(name):
             raise NotFound("there is no such file")
         try:
@@ -64,7 +74,29 @@ class ImageStore:
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-        return StoredImage(file, file.tell(), digest.hexdigest())
+        found, expected = digest.hexdigest(), name[_MARK_DIGITS:][:_MARK_DIGITS]
+        if not found.startswith(expected):
+            file.close()
+            raise DamagedFile(
+                f"the picture {name} is damaged: its sha256 should begin {expected}, not {found}"
+            )
+        return StoredImage(file, file.tell(), found)
+
+    def read(self, name: str) -> bytes:
+        """The content of the picture of that name; raises what `open` does."""
+        with self.open(name).file as file:
+            file.seek(0)
+            return file.read()
+
+    def remove(self, names: Iterable[str]) -> int:
+        """Forget pictures; returns how many were there."""
+        removed = 0
+        for name in names:
+            path = self._folder / name
+            if _NAME.fullmatch(name) and path.exists():
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
 
     def sweep(self) -> int:
         """Remove the pictures whose time is over, and what a crash left unfinished; returns how many."""

@@ -12,7 +12,8 @@ from PIL import Image
 from cascade.evaluation.reconstruction import Reconstruction, reconstruct
 from cascade.evaluation.verifier import Verdict, judge, read_picture
 from cascade.models import Models
-from cascade.tasks.text_to_image import TextToImage, generate
+from cascade.tasks.settings import TextToImage
+from cascade.tasks.text_to_image import generate
 from cascade.training.captions import Caption, caption
 from cascade.training.scenes import Scene, held_out_generator, sample_scene
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.networks.fused import depthwise, energy, linear, linear_add, linear_gelu
+from cascade.networks.fused import cached_rows, depthwise, energy, linear, linear_add, linear_gelu
 
 NORM_EPS = 1e-6
 
@@ -169,7 +169,11 @@ class ResBlock(nn.Module):
             hidden = torch.cat([hidden, skip], dim=-1)
         if self.training or torch.is_grad_enabled():
             return x + cast(Tensor, self.channelwise(hidden))
-        return self._add_mlp(x, hidden)
+        # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
+        rows = cached_rows(4 * x[0].numel()) if x.is_cpu else len(x)
+        parts = zip(torch.split(x, rows), torch.split(hidden, rows), strict=True)
+        done = [self._add_mlp(*part) for part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def _add_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
         """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""

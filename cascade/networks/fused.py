@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
-_SMALL_MAP = 1 << 14  # elements
+
+
+def cached_rows(num_elements: int) -> int:
+    """How many rows of so many elements each fit into the cache together, at least one."""
+    return max(1, _CACHED_ELEMENTS // num_elements)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -37,24 +41,10 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution of each channel by itself, padded to the same size; (b, h, w, c) with weight (c, 1, k, k).
-
-    oneDNN needs 30 microseconds before it begins. Small maps on a CPU are done sooner as shifted sums; in
-    bf16 those would round too often.
-    """
-    _, height, width, channels = x.shape
-    size = weight.shape[-1]
-    margin = size // 2
-    is_small = x.is_cpu and x.dtype is torch.float32 and x.numel() <= _SMALL_MAP
-    if bias is None or not is_small or torch.is_grad_enabled():
-        planes = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=margin, groups=channels)
-        return planes.permute(0, 2, 3, 1)
-    padded = F.pad(x, (0, 0, margin, margin, margin, margin))
-    total: Tensor = bias
-    for index, tap in enumerate(weight.flatten(1).T.contiguous()):
-        top, left = divmod(index, size)
-        total = torch.addcmul(total, padded[:, top : top + height, left : left + width], tap)
-    return total
+    """Convolution of each channel by itself to the same size; (b, h, w, c) with weight (c, 1, k, k)."""
+    planes = x.permute(0, 3, 1, 2)
+    planes = F.conv2d(planes, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
+    return planes.permute(0, 2, 3, 1)
 
 
 def energy(x: Tensor) -> Tensor:
@@ -62,16 +52,24 @@ def energy(x: Tensor) -> Tensor:
 
     PyTorch's own norm over outer axes is not vectorised on a CPU and takes longer than the matrix products
     around it. Pieces that fit the cache are squared and summed in fp32 instead; no fp32 copy of `x` is made.
+    How a row is cut depends on its own size only: its sum is the same to the last bit in any company.
     """
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
-    if x.numel() <= _CACHED_ELEMENTS:
-        return x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
-    b, _, _, c = x.shape
-    total: Tensor = x.new_zeros(b, c, dtype=torch.float32)
-    for piece in torch.split(x.flatten(1, 2), max(1, _CACHED_ELEMENTS // (b * c)), dim=1):
-        total += piece.to(torch.float32, copy=True).square_().sum(dim=1)
-    return total.sqrt().view(b, 1, 1, c)
+    if x[0].numel() > _CACHED_ELEMENTS:
+        total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])
+    else:
+        parts = torch.split(x, cached_rows(x[0].numel()))
+        total = torch.cat([part.float().square().sum(dim=(1, 2)) for part in parts])
+    return total.sqrt()[:, None, None]
+
+
+def _sum_of_squares(row: Tensor) -> Tensor:
+    """Over the tokens of a large picture, (n, c) -> (c,)."""
+    total = row.new_zeros(row.shape[-1], dtype=torch.float32)
+    for piece in torch.split(row, cached_rows(row.shape[-1])):
+        total += piece.to(torch.float32, copy=True).square_().sum(dim=0)
+    return total
 
 
 def _has_fused_kernels(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -34,6 +34,12 @@ class Condition:
     time_bias: Tensor  # and their biases in fp32, (sum of 2c,): the same for every row
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the rows; the mappers are shared."""
+        rows = [*self.keys_values, *([] if self.features is None else [self.features])]
+        return sum(each.numel() * each.element_size() for each in rows)
+
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
         """The rows of several conditions of one network, in order."""
@@ -48,6 +54,13 @@ class Condition:
             time_bias=first.time_bias,
             features=torch.cat(features) if features else None,
         )
+
+    def sharing(self, other: "Condition") -> "Condition":
+        """The same with the mappers of `other`, which are equal for all conditions of a network.
+
+        At full size they are tens of megabytes; conditions that are kept share one copy.
+        """
+        return replace(self, time_weight=other.time_weight, time_bias=other.time_bias)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> "Condition":
         """Some of the rows."""
@@ -136,8 +149,10 @@ class UNet(nn.Module):
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
         """
         embedding = ratio_embedding(ratio, self.ratio_channels)
-        mapped = F.linear(embedding, condition.time_weight.float(), condition.time_bias).to(self.dtype)
-        mapped = mapped[:, None, None]
+        weight, bias = condition.time_weight.float(), condition.time_bias
+        # A CPU adds up one row in another order than several: by themselves they are the same in any company.
+        rows = torch.split(embedding, 1) if embedding.is_cpu else [embedding]
+        mapped = torch.cat([F.linear(row, weight, bias) for row in rows]).to(self.dtype)[:, None, None]
         time_blocks = list(self._blocks(TimestepBlock))
         parts = torch.split(mapped, [block.mapper.out_features for block in time_blocks], dim=-1)
         prepared: dict[nn.Module, Tensor] = dict(zip(time_blocks, parts, strict=True))
@@ -152,8 +167,11 @@ class UNet(nn.Module):
 
 
 def to_channels_last(x: Tensor, patch_size: int) -> Tensor:
-    """(b, c, h, w) -> (b, h / p, w / p, c * p * p)."""
-    return F.pixel_unshuffle(x, patch_size).permute(0, 2, 3, 1)
+    """(b, c, h, w) -> (b, h / p, w / p, c * p * p).
+
+    In memory, too: a matrix product adds up in another order where a single row comes as a transposed view.
+    """
+    return F.pixel_unshuffle(x, patch_size).permute(0, 2, 3, 1).contiguous()
 
 
 def to_channels_first(x: Tensor, patch_size: int) -> Tensor:

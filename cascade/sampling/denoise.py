@@ -6,7 +6,7 @@ samples of different prompts, steps, guidance, samplers and presets share one fo
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,18 @@ from torch import Tensor
 from cascade.sampling.guidance import guide
 from cascade.sampling.noise import NoiseSource
 from cascade.sampling.presets import Preset
-from cascade.sampling.samplers import Sampler, Weights, clean_latents, next_latents
-from cascade.sampling.schedule import Levels
+from cascade.sampling.samplers import Sampler, Weights, next_latents, without_noise
+from cascade.sampling.schedule import Levels, signal_and_noise
 
-C = TypeVar("C")  # what guides the network; opaque here
+
+class Rows(Protocol):
+    """What guides the network, opaque here except that it has rows."""
+
+    def __getitem__(self, rows: slice, /) -> Self:
+        """Some of them."""
+
+
+C = TypeVar("C", bound=Rows)
 
 # (latents (b, c, h, w), ratio (b,) fp32, condition of b rows) -> predicted noise, same shape as the latents
 Network = Callable[[Tensor, Tensor, C], Tensor]
@@ -40,12 +48,15 @@ class Sample(Generic[C]):
     device: torch.device
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
     clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
+    scales: tuple[Tensor, Tensor] = field(init=False)  # alpha and sigma, (steps,) each
     weights: Weights = field(init=False)  # the sampler's, (steps,) each
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.latents = self.draw(0).to(self.device)
         self.clean = torch.zeros_like(self.latents)
+        # For all steps at once: sigmoids of one or of many values may differ in their last bits.
+        self.scales = signal_and_noise(self.levels.log_snr[:-1])
         self.weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
         self.weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
 
@@ -65,27 +76,39 @@ class Batch(Generic[C]):
 
     def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
         self.samples = list(samples)
+        device = samples[0].device
+        active = [sample for sample in samples if sample.unguided is not None]
         unguided = [sample.unguided for sample in samples if sample.unguided is not None]
         self._condition = join([*(sample.condition for sample in samples), *unguided])
         guided = [row for row, sample in enumerate(samples) if sample.unguided is not None]
-        self._guided = torch.tensor(guided, device=samples[0].device)
+        self._guided = torch.tensor(guided, device=device)
+        self._scale = torch.tensor([sample.guidance_scale for sample in active], device=device)
+        self._rescale = torch.tensor([sample.preset.rescale for sample in active], device=device)
 
     def step(self, network: Network[C]) -> None:
-        """Advance every sample by one step of its own."""
+        """Advance every sample by one step of its own, or none when anything fails."""
+        self.take(*self.advanced(network))
+
+    def advanced(self, network: Network[C]) -> tuple[Tensor, Tensor]:
+        """The latents of every sample after its next step, and its clean latents as then predicted."""
         samples = self.samples
         latents = torch.stack([sample.latents for sample in samples])
-        log_snr = torch.stack([sample.levels.log_snr[sample.step] for sample in samples])
+        alpha, sigma = _at_their_steps(samples, [sample.scales for sample in samples])
+        weights = Weights(*_at_their_steps(samples, [sample.weights for sample in samples]))
         noise = self._predict(network, latents)
-        clean = clean_latents(latents, noise, log_snr)
-        weights = _weights(samples)
+        clean = without_noise(latents, noise, alpha, sigma)
+        # On a GPU the network is still at work while this noise is drawn.
         fresh = torch.stack(
             [
                 sample.draw(sample.step + 1) if share > 0 else torch.zeros(latents.shape[1:])
                 for sample, share in zip(samples, weights.fresh, strict=True)
             ]
         )
-        latents = next_latents(clean, noise, fresh.to(latents.device), weights)
-        for sample, stepped, predicted in zip(samples, latents, clean, strict=True):
+        return next_latents(clean, noise, fresh.to(latents.device), weights), clean
+
+    def take(self, latents: Tensor, clean: Tensor) -> None:
+        """Make what `advanced` returned the state of the samples."""
+        for sample, stepped, predicted in zip(self.samples, latents, clean, strict=True):
             sample.latents, sample.clean = stepped, predicted
             sample.step += 1
 
@@ -99,10 +122,19 @@ class Batch(Generic[C]):
         rows = torch.cat([latents, latents[guided]])
         noise = network(rows, torch.cat([ratio, ratio[guided]]), self._condition).float()
         noise, unguided = noise[: len(latents)], noise[len(latents) :]
-        active = [sample for sample in self.samples if sample.unguided is not None]
-        scale = torch.tensor([sample.guidance_scale for sample in active])
-        rescale = torch.tensor([sample.preset.rescale for sample in active])
-        return noise.index_copy(0, guided, guide(noise[guided], unguided, scale, rescale))
+        return noise.index_copy(0, guided, guide(noise[guided], unguided, self._scale, self._rescale))
+
+
+def in_parts(network: Network[C], rows: int) -> Network[C]:
+    """The network, called for so many rows at once; with a single one, company changes not even a bit."""
+
+    def call(latents: Tensor, ratio: Tensor, condition: C) -> Tensor:
+        if len(latents) <= rows:
+            return network(latents, ratio, condition)
+        parts = [slice(start, start + rows) for start in range(0, len(latents), rows)]
+        return torch.cat([network(latents[part], ratio[part], condition[part]) for part in parts])
+
+    return call
 
 
 @torch.inference_mode()
@@ -120,7 +152,7 @@ def denoise(network: Network[C], samples: list[Sample[C]], join: Join[C]) -> Ite
         yield
 
 
-def _weights(samples: Sequence[Sample[C]]) -> Weights:
-    """Each row's own weights at its own step, (b,) each."""
-    rows = [[shares[sample.step] for shares in sample.weights] for sample in samples]
-    return Weights(*(torch.stack(column) for column in zip(*rows, strict=True)))
+def _at_their_steps(samples: Sequence[Sample[C]], values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of some values, (steps,) for each sample, those of every sample's own step, (b,)."""
+    rows = [[each[sample.step] for each in own] for sample, own in zip(samples, values, strict=True)]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]

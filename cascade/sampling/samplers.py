@@ -56,7 +56,12 @@ def clean_latents(latents: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
     At the first step alpha is .01 and errors of the prediction grow a hundredfold: keep this in fp32,
     unclamped.
     """
-    alpha, sigma = (scale.view(-1, 1, 1, 1).to(latents) for scale in signal_and_noise(log_snr))
+    return without_noise(latents, noise, *signal_and_noise(log_snr))
+
+
+def without_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The same by the scales of the level, (b,) each."""
+    alpha, sigma = (scale.view(-1, 1, 1, 1).to(latents) for scale in (alpha, sigma))
     return (latents - sigma * noise) / alpha
 
 

@@ -1,7 +1,8 @@
 """The real server with a fake model, and clients that call it without a network."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.engine.engine import Runner
+from app.api.deps import Services
 from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
@@ -35,14 +36,14 @@ def serve(tmp_path: Path, runner: FakeRunner) -> Serve:
 
     @asynccontextmanager
     async def serve(
-        *, wait: bool = True, use: Runner | None = None, **settings: Any
+        *, wait: bool = True, use: FakeRunner | None = None, **settings: Any
     ) -> AsyncIterator[httpx2.AsyncClient]:
-        settings = {"data_dir": tmp_path, "log_level": "error", **settings}
+        settings = {"data_dir": tmp_path, "log_level": "error", "grace_seconds": 0.2, **settings}
         app = create_app(Settings(**settings), runner=use or runner)
         transport = httpx2.ASGITransport(app)
         async with app.router.lifespan_context(app):
             if wait:
-                app.state.services.engine.loaded.result(10)
+                await app.state.services.dispatcher.wait_loaded(10)
             async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as client:
                 client.app = app  # type: ignore[attr-defined]  # for tests that look inside
                 yield client
@@ -55,3 +56,18 @@ def serve(tmp_path: Path, runner: FakeRunner) -> Serve:
 async def client(serve: Serve) -> AsyncIterator[httpx2.AsyncClient]:
     async with serve() as client:
         yield client
+
+
+async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait for something that has to be asked for."""
+    async with asyncio.timeout(10):
+        while True:
+            if await condition():
+                return
+            await asyncio.sleep(0.005)
+
+
+def inside(client: httpx2.AsyncClient) -> Services:
+    """The parts of the server that `client` calls."""
+    services: Services = client.app.state.services  # type: ignore[attr-defined]
+    return services

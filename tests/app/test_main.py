@@ -6,13 +6,16 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.main import create_app
-from app.settings import Settings
-from tests.app.conftest import Serve
+from app.settings import Settings, SettingsError
+from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, until
 
 
@@ -23,11 +26,41 @@ def test_the_api_process_needs_no_tensors() -> None:
     assert run.stdout.strip() == "[]"
 
 
+class Announced:
+    """What a server told its program."""
+
+    def __init__(self) -> None:
+        self.is_ready = False
+        self.reasons: list[str] = []
+
+    def ready(self) -> None:
+        self.is_ready = True
+
+    def unusable(self, error: Exception) -> None:
+        self.reasons.append(str(error))
+
+
+@asynccontextmanager
+async def announced(runner: FakeRunner, **settings: Any) -> AsyncIterator[Announced]:
+    """A server, and what it said when it had loaded its model."""
+    told = Announced()
+    app = create_app(Settings(**settings), runner=runner, on_ready=told.ready, on_unusable=told.unusable)
+    async with app.router.lifespan_context(app):
+        await until(lambda: told.is_ready or told.reasons)
+        yield told
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
 @pytest.mark.anyio
-async def test_the_first_lines_can_be_pasted(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    async with serve(log_level="info", log_format="json", port=8123, host="::1"):
-        await until(lambda: True)
-    ready, warning, example = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+async def test_the_first_lines_can_be_pasted(
+    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with announced(runner, data_dir=tmp_path, log_format="json", port=8123, host="::1") as told:
+        ready, warning, example = logged(capsys)[-3:]
+    assert told.is_ready
     assert (ready["event"], ready["url"], ready["model"], ready["device"]) == (
         "ready",
         "http://[::1]:8123",
@@ -41,38 +74,69 @@ async def test_the_first_lines_can_be_pasted(serve: Serve, capsys: pytest.Captur
 
 
 @pytest.mark.anyio
-async def test_with_keys_the_example_asks_for_one(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    async with serve(log_level="info", log_format="console", api_keys="secret"):
-        pass
-    _, example = capsys.readouterr().err.splitlines()
+async def test_with_keys_the_example_asks_for_one(
+    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with announced(runner, data_dir=tmp_path, log_format="console", api_keys="secret"):
+        *_, example = capsys.readouterr().err.splitlines()
     assert "-H \"authorization: Bearer $KEY\" -H 'content-type: application/json'" in example
     assert "secret" not in example
 
 
 @pytest.mark.anyio
-async def test_a_model_that_cannot_be_loaded_is_told_to_the_program_or_the_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+async def test_a_model_that_cannot_be_loaded_is_told_to_the_program_and_the_log(
+    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runner, told = FakeRunner(), list[BaseException]()
     runner.load_error = ValueError("prior/ is missing")
-    settings = Settings(data_dir=tmp_path, log_format="json")
-    app = create_app(settings, runner=runner, on_unusable=told.append)
-    async with app.router.lifespan_context(app):
-        await until(lambda: told)
-    assert told == [runner.load_error]
-    app = create_app(settings, runner=runner)
-    async with app.router.lifespan_context(app):
-        await until(app.state.services.engine.loaded.done)
-    assert json.loads(capsys.readouterr().err)["reason"] == "prior/ is missing"
+    async with announced(runner, data_dir=tmp_path, log_format="json") as told:
+        pass
+    assert (told.reasons, told.is_ready) == (["prior/ is missing"], False)
+    assert "prior/ is missing" in [line.get("reason") for line in logged(capsys)]
 
 
 @pytest.mark.anyio
-async def test_old_pictures_are_removed_in_the_background(serve: Serve, tmp_path: Path) -> None:
-    async with serve(file_ttl=0.05) as client:
-        members = {"prompt": "x", "response_format": "url"}
-        await client.post("/v1/images/generations", json=members)
-        assert len(list((tmp_path / "files").iterdir())) == 1
+async def test_two_servers_do_not_share_a_folder_of_jobs(tmp_path: Path, runner: FakeRunner) -> None:
+    async with announced(runner, data_dir=tmp_path, log_level="error"):
+        with pytest.raises(SettingsError, match="another server works in"):
+            async with announced(FakeRunner(), data_dir=tmp_path):
+                pass
+
+
+@pytest.mark.anyio
+async def test_every_device_has_an_engine_configured_by_the_settings(
+    tmp_path: Path, serve: Serve, runner: FakeRunner
+) -> None:
+    async with serve(devices="cpu,cpu", strict=True, max_rows=3, weights="a=2", model="/m") as client:
+        assert [engine.device for engine in inside(client).dispatcher.engines] == ["cpu", "cpu"]
+        configure = runner.configure
+    assert configure is not None
+    assert (configure.is_strict, configure.max_rows, configure.weights) == (True, 3, {"a": 2.0})
+    assert (configure.model, configure.cache_dir) == ("/m", str(tmp_path / "cache"))
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_started_again_goes_on(
+    tmp_path: Path, serve: Serve, runner: FakeRunner
+) -> None:
+    runner.gate.clear()
+    async with serve() as client:
+        headers = {"prefer": "respond-async"}
+        answer = await client.post("/api/v1/images", json={"prompt": "x", "seed": 1}, headers=headers)
+        await until(lambda: runner.started)
+    async with serve(use=FakeRunner()) as client:
+        job = await inside(client).dispatcher.wait(answer.json()["id"])
+        assert job.status == "succeeded"
+        assert job.crashes == 0
+
+
+@pytest.mark.anyio
+async def test_old_jobs_and_their_pictures_are_removed_in_the_background(
+    serve: Serve, tmp_path: Path
+) -> None:
+    async with serve(job_ttl=0.3) as client:
+        answer = await client.post("/api/v1/images", json={"prompt": "x"})
         await until(lambda: not list((tmp_path / "files").iterdir()))
+        assert (await client.get(answer.json()["urls"]["self"])).status_code == 404
 
 
 @pytest.mark.anyio
@@ -82,7 +146,8 @@ async def test_nothing_is_left_behind_when_a_server_stops(tmp_path: Path, serve:
         async with serve() as client:
             answers = [client.post("/v1/images/generations", json={"prompt": "x"}) for _ in range(4)]
             await asyncio.gather(*answers)
-    ours = [thread for thread in threading.enumerate() if thread.name.startswith(("engine", "encoder"))]
+    names = ("engine", "encoder", "reader", "writer", "database")
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
     assert ours == []
     assert open_descriptors() <= descriptors + 2
 
@@ -91,8 +156,9 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_files_and_secret_are_for_the_owner_alone(tmp_path: Path) -> None:
-    app = create_app(Settings(data_dir=tmp_path / "data"), runner=FakeRunner())
-    app.state.services.encoders.shutdown()
-    assert (tmp_path / "data" / "files").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "data" / "secret").stat().st_mode & 0o077 == 0
+@pytest.mark.anyio
+async def test_what_is_kept_is_for_the_owner_alone(tmp_path: Path, serve: Serve) -> None:
+    folder = tmp_path / "data"
+    async with serve(data_dir=folder):
+        for path in (folder, folder / "files", folder / "secret"):
+            assert path.stat().st_mode & 0o077 == 0

@@ -1,10 +1,11 @@
 """Settings: read from `CASCADE_*`, checked whole, mistakes named."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from app.settings import Settings, SettingsError, load_settings
+from app.settings import Settings, SettingsError, load_settings, service_environment
 
 
 def test_the_defaults_serve_this_machine_only() -> None:
@@ -37,6 +38,13 @@ def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -
         ("CASCADE_PORT", "70000", ["CASCADE_PORT", "65535"]),
         ("CASCADE_DTYPE", "fp8", ["CASCADE_DTYPE", "float32", "bfloat16"]),
         ("CASCADE_MAX_QUEUE", "-1", ["CASCADE_MAX_QUEUE"]),
+        ("CASCADE_MAX_BATCH", "8", ["CASCADE_MAX_BATCH", "no setting"]),
+        ("CASCADE_MAX_ROWS", "0", ["CASCADE_MAX_ROWS"]),
+        ("CASCADE_DEVICES", " , ", ["CASCADE_DEVICES"]),
+        ("CASCADE_COMPILE", "maybe", ["CASCADE_COMPILE", "graphs"]),
+        ("CASCADE_WEIGHTS", "a", ["CASCADE_WEIGHTS", "NAME=SHARE"]),
+        ("CASCADE_WEIGHTS", "a=0", ["CASCADE_WEIGHTS"]),
+        ("CASCADE_WEIGHTS", "a=much", ["CASCADE_WEIGHTS"]),
         ("CASCADE_PUBLIC_BASE_URL", "host", ["CASCADE_PUBLIC_BASE_URL", "https://"]),
         ("CASCADE_TRUSTED_PROXIES", "everyone", ["CASCADE_TRUSTED_PROXIES"]),
         ("CASCADE_QUALITY_STEPS", "{", ["quality_steps"]),
@@ -73,6 +81,29 @@ def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert "top-secret" not in str(caught.value)
+
+
+def test_devices_shares_and_the_places_of_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings()
+    assert settings.devices == ("auto",)
+    assert settings.jobs_url == f"sqlite+aiosqlite:///{Path('data').absolute()}/jobs.db"
+    assert settings.profiles_dir == Path("data/cache")
+    monkeypatch.setenv("CASCADE_DEVICES", "cuda:0, cuda:1")
+    monkeypatch.setenv("CASCADE_WEIGHTS", "web=2, batch = 0.5,a=b=3")
+    monkeypatch.setenv("CASCADE_DATABASE_URL", "postgresql+asyncpg://u:secret@db/jobs")
+    monkeypatch.setenv("CASCADE_CACHE_DIR", "/var/cache/x")
+    settings = load_settings()
+    assert settings.devices == ("cuda:0", "cuda:1")
+    assert settings.weights == {"web": 2, "batch": 0.5, "a=b": 3}
+    assert settings.jobs_url == "postgresql+asyncpg://u:secret@db/jobs"
+    assert settings.profiles_dir == Path("/var/cache/x")
+
+
+def test_what_a_service_manager_sets_is_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    assert service_environment()["NOTIFY_SOCKET"] == "/run/x"
+    assert "WATCHDOG_PID" not in service_environment()
 
 
 def test_every_setting_says_what_it_is() -> None:

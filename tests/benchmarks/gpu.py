@@ -1,7 +1,8 @@
 """`make bench-gpu`: steps at published full size on a CUDA device, in bf16, for batches of 1 to 8 pictures.
 
-Weights are random and made on the device. Needs torch and transformers; compares with diffusers where it is
-installed. Prints a table and one line of JSON with the same figures.
+Weights are random and made on the device. `--compile graphs` and `full` run ours as the server can. Needs
+torch and transformers; compares with diffusers where it is installed. Prints a table and one line of JSON
+with the same figures.
 """
 
 import argparse
@@ -11,9 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import product
+from typing import get_args
 
 import torch
 
+from cascade.acceleration import Compile, accelerate
 from cascade.config import STAGE_A, STAGE_B_1_5B, STAGE_C_3_6B
 from cascade.networks.stage_a import StageA
 from tests.benchmarks.measure import Comparison, Spread, Work, compare, surroundings
@@ -32,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--compile", choices=get_args(Compile), nargs="+", default=["off"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench-gpu: no CUDA device is here", file=sys.stderr)
@@ -39,10 +44,11 @@ def main() -> int:
     torch.cuda.init()
     comparisons = []
     for batch in arguments.batches:
-        for name, make in MAKERS.items():
-            works = make(batch)
+        for (name, make), mode in product(MAKERS.items(), arguments.compile):
+            works = make(batch, mode)
             torch.cuda.reset_peak_memory_stats()
-            comparisons.append(compare(f"{name}, batch {batch}", *works, rounds=arguments.rounds))
+            shown = f"{name}, batch {batch}" + ("" if mode == "off" else f", {mode}")
+            comparisons.append(compare(shown, *works, rounds=arguments.rounds))
             print(_line(comparisons[-1], TERAFLOP[name] * batch), flush=True)
             del works
             gc.collect()
@@ -52,19 +58,21 @@ def main() -> int:
     return 0
 
 
-def _stage_c(batch: int) -> Works:
-    return _step(stage_c_step(STAGE_C_3_6B, 2 * batch, 24, "cuda", with_reference=_has_reference()))
+def _stage_c(batch: int, mode: Compile) -> Works:
+    return _step(stage_c_step(STAGE_C_3_6B, 2 * batch, 24, "cuda", with_reference=_has_reference()), mode)
 
 
-def _stage_b(batch: int) -> Works:
-    return _step(stage_b_step(STAGE_B_1_5B, batch, 256, "cuda", with_reference=_has_reference()))
+def _stage_b(batch: int, mode: Compile) -> Works:
+    return _step(stage_b_step(STAGE_B_1_5B, batch, 256, "cuda", with_reference=_has_reference()), mode)
 
 
-def _step(step: Step) -> Works:
-    return step.ours, step.theirs if step.reference else None
+def _step(step: Step, mode: Compile) -> Works:
+    network = accelerate(step.network, mode, torch.device("cuda"))
+    ours = torch.inference_mode()(lambda: network(step.latents, step.ratio, step.condition))
+    return ours, step.theirs if step.reference else None
 
 
-def _stage_a(batch: int) -> Works:
+def _stage_a(batch: int, _: Compile) -> Works:
     network = random_network(StageA, STAGE_A, torch.bfloat16, "cuda")
     latents = torch.randn(batch, STAGE_A.latent_channels, 256, 256, device="cuda").bfloat16()
     ours = torch.inference_mode()(lambda: network.decode(latents, scale_factor=1))
@@ -74,7 +82,7 @@ def _stage_a(batch: int) -> Works:
     return ours, torch.inference_mode()(lambda: reference.decode(latents).sample)
 
 
-MAKERS: dict[str, Callable[[int], Works]] = {
+MAKERS: dict[str, Callable[[int, Compile], Works]] = {
     "C 3.6B, guided": _stage_c,
     "B 1.5B": _stage_b,
     "A decode": _stage_a,
@@ -87,7 +95,7 @@ def _has_reference() -> bool:
 
 def _line(comparison: Comparison, teraflop: float) -> str:
     ours, ratio = Spread.of(comparison.ours), comparison.ratio
-    shown = f"{comparison.name:26} {ours.median * 1e3:8.2f} ms ({ours.low * 1e3:.2f}..{ours.high * 1e3:.2f})"
+    shown = f"{comparison.name:34} {ours.median * 1e3:8.2f} ms ({ours.low * 1e3:.2f}..{ours.high * 1e3:.2f})"
     shown += f"  {teraflop / ours.median:6.0f} TFLOP/s  {torch.cuda.max_memory_allocated() / 1e9:5.1f} GB"
     return f"{shown}  {ratio.median:.2f} x diffusers" if ratio else shown
 

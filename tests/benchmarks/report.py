@@ -123,7 +123,7 @@ def _plot_ratios(figures: Mapping[str, Any]) -> None:
     compared = [comparison for comparison in _comparisons(figures) if comparison.ratio][::-1]
     if not compared:
         return
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(compared) + 1.2), layout="constrained")
     for place, comparison in enumerate(compared):
         ratio = comparison.ratio
@@ -135,7 +135,7 @@ def _plot_ratios(figures: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(compared)), [comparison.name for comparison in compared])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time by diffusers' time: median and quartiles; red: promised")
-    _save(figure, "ratios.png")
+    save_plot(figure, "ratios.png")
 
 
 def _plot_profiles(figures: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ def _plot_profiles(figures: Mapping[str, Any]) -> None:
     ]
     if not rows:
         return
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.6), layout="constrained")
     for place, (_, share) in enumerate(reversed(rows)):
         left = 0.0
@@ -159,10 +159,11 @@ def _plot_profiles(figures: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axes.set_xlabel("share of the step's time")
     figure.legend(ncols=4, loc="outside upper center", frameon=False)
-    _save(figure, "profiles.png")
+    save_plot(figure, "profiles.png")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, drawing to files only."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -171,6 +172,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, name: str) -> None:
+def save_plot(figure: Any, name: str) -> None:
+    """Write a figure among the plots."""
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / name, dpi=120)

@@ -1,7 +1,9 @@
+import resource
+
 import pytest
 import torch
 
-from cascade.cpu import suit_threads
+from cascade.cpu import keep_freed_memory, suit_threads
 from tests.cascade.small_models import small_cascade
 
 
@@ -23,3 +25,14 @@ def test_large_networks_keep_the_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("cascade.cpu._SMALL", 10)
     suit_threads(small_cascade())
     assert torch.get_num_threads() == 2
+
+
+def test_freed_memory_is_kept() -> None:
+    """What was freed is used again without asking the kernel for new pages."""
+    keep_freed_memory()
+    size = 48 * 1024**2  # beyond what glibc keeps by itself
+    _ = b"x" * size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        _ = b"x" * size
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size // resource.getpagesize()

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.api.bodies import ALIASES, ImageGenerationBody, NativeImageBody
 from app.main import create_app
-from app.schemas import ALIASES, ImageGenerationBody
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
-NAMES = [*ImageGenerationBody.model_fields, *ALIASES, "stream", "image", "mask", "loras", "control", "style"]
+NAMES = [*ImageGenerationBody.model_fields, *ALIASES, "image", "mask", "loras", "control", "style"]
+NATIVE_NAMES = [*NativeImageBody.model_fields, "image", "webhook", "n"]
+OPENAI, NATIVE = "/v1/images/generations", "/api/v1/images"
 
 SCALARS = (
     st.none()
@@ -46,12 +48,12 @@ def post(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     loop = asyncio.new_event_loop()
     lifespan = app.router.lifespan_context(app)
     loop.run_until_complete(lifespan.__aenter__())
-    app.state.services.engine.loaded.result(10)
+    loop.run_until_complete(app.state.services.dispatcher.wait_loaded(10))
     client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server.test")
 
-    def post(content: bytes, headers: dict[str, str]) -> httpx2.Response:
+    def post(content: bytes, headers: dict[str, str], path: str = OPENAI) -> httpx2.Response:
         raw = {name.encode(): value.strip().encode("latin-1") for name, value in headers.items()}
-        return loop.run_until_complete(client.post("/v1/images/generations", content=content, headers=raw))
+        return loop.run_until_complete(client.post(path, content=content, headers=raw))
 
     yield post
     loop.run_until_complete(client.aclose())
@@ -61,16 +63,23 @@ def post(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def check(answer: httpx2.Response) -> None:
     assert answer.headers["x-request-id"]
-    if answer.status_code == 200:
-        is_picture = answer.headers["content-type"].startswith("image/")
-        assert is_picture or answer.json()["data"]
+    if answer.status_code < 300:
+        kind = answer.headers["content-type"]
+        is_told = kind.startswith(("image/", "text/event-stream"))
+        assert is_told or answer.json().get("data") or answer.json()["object"] == "image.job"
         return
     assert 400 <= answer.status_code < 500
     assert answer.status_code != 422
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert "\n" not in error["message"]
+    if answer.headers["content-type"] == "application/problem+json":
+        problem = answer.json()
+        assert problem["status"] == answer.status_code
+        message = problem["detail"]
+    else:
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        message = error["message"]
+    assert message
+    assert "\n" not in message
 
 
 SLOWLY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,15 +103,24 @@ def test_any_value_and_any_bytes(post: Any, value: Any) -> None:
     headers=st.dictionaries(
         st.sampled_from(
             ["accept", "authorization", "content-type", "content-encoding", "content-length-hint", "host",
-             "x-request-id", "x-api-key", "x-forwarded-host", "origin", "prefer", "range"]
+             "x-request-id", "x-api-key", "x-forwarded-host", "origin", "prefer", "range", "idempotency-key"]
         ),
         HEADER,
     ),
     response_format=st.sampled_from(["url", "b64_json"]),
+    path=st.sampled_from([OPENAI, NATIVE]),
 )  # fmt: skip
-def test_any_headers(post: Any, headers: dict[str, str], response_format: str) -> None:
+def test_any_headers(post: Any, headers: dict[str, str], response_format: str, path: str) -> None:
     members = {"prompt": "x", "response_format": response_format}
-    check(post(json.dumps(members).encode(), {"content-type": "application/json", **headers}))
+    check(post(json.dumps(members).encode(), {"content-type": "application/json", **headers}, path))
+
+
+@SLOWLY
+@given(name=st.sampled_from(NATIVE_NAMES) | st.text(max_size=10), value=ANYTHING)
+def test_any_value_of_a_native_member(post: Any, name: str, value: Any) -> None:
+    check(
+        post(json.dumps({"prompt": "x", name: value}).encode(), {"content-type": "application/json"}, NATIVE)
+    )
 
 
 @SLOWLY

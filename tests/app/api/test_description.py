@@ -7,6 +7,13 @@ import pytest
 
 pytestmark = pytest.mark.anyio
 
+STATUSES = {
+    *("200", "202", "400", "401", "404", "406", "408", "409"),
+    *("413", "415", "422", "429", "500", "503", "504", "507"),
+}
+FORMS = {"application/json", "image/png", "image/jpeg", "image/webp", "text/event-stream"}
+JOB = {"$ref": "#/components/schemas/JobView"}
+
 
 @pytest.fixture
 async def description(client: httpx2.AsyncClient) -> dict[str, Any]:
@@ -32,26 +39,43 @@ async def test_the_generation_is_described_whole(description: dict[str, Any]) ->
     assert (number["minimum"], number["maximum"], absent) == (1, 10, {"type": "null"})
     assert body["schema"]["properties"]["prompt"]["type"] == "string"
     assert body["examples"]
-    assert set(operation["responses"]) == {
-        "200", "400", "401", "404", "406", "413", "415", "500", "503", "504", "507",
-    }  # fmt: skip
+    assert set(operation["responses"]) == STATUSES
     for status, response in operation["responses"].items():
         schema = response["content"]["application/json"]["schema"]
-        assert status == "200" or schema == {"$ref": "#/components/schemas/OpenAIError"}
-    assert set(operation["responses"]["200"]["content"]) == {
-        "application/json", "image/png", "image/jpeg", "image/webp",
-    }  # fmt: skip
+        assert status[0] == "2" or schema == {"$ref": "#/components/schemas/OpenAIError"}
+    assert set(operation["responses"]["200"]["content"]) == FORMS
+    assert operation["responses"]["202"]["content"]["application/json"]["schema"] == JOB
     assert {next(iter(entry)) for entry in operation["security"]} == set(
         description["components"]["securitySchemes"]
     )
 
 
-async def test_references_lead_somewhere_and_422_leaves_the_server_never(
+async def test_the_native_contract_is_described_whole(description: dict[str, Any]) -> None:
+    operation = description["paths"]["/api/v1/images"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["additionalProperties"] is False
+    assert set(operation["responses"]) == STATUSES
+    for status, response in operation["responses"].items():
+        assert status[0] == "2" or set(response["content"]) == {"application/problem+json"}
+    assert set(operation["responses"]["200"]["content"]) == FORMS
+    assert {parameter["name"] for parameter in operation["parameters"]} == {
+        "Accept", "Prefer", "Idempotency-Key",
+    }  # fmt: skip
+    job = description["components"]["schemas"]["JobView"]
+    assert set(job["required"]) >= {"id", "status", "progress", "images", "urls"}
+
+
+async def test_references_lead_somewhere_and_422_means_one_thing(
     description: dict[str, Any],
 ) -> None:
     text = str(description)
     assert "HTTPValidationError" not in text
-    assert all("422" not in op["responses"] for path in description["paths"].values() for op in path.values())
+    reused = [
+        name
+        for name, path in description["paths"].items()
+        if any("422" in op["responses"] for op in path.values())
+    ]
+    assert sorted(reused) == ["/api/v1/images", "/v1/images/generations"]
     for reference in _references(description):
         assert reference.removeprefix("#/components/schemas/") in description["components"]["schemas"]
 

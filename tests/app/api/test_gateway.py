@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.app.conftest import Serve
+from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, until
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +66,7 @@ async def test_an_unforeseen_error_is_an_answer_of_the_family(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("inner secret")
 
-    monkeypatch.setattr("app.api.generation.encode", broken)
+    monkeypatch.setattr("app.api.openai._answer", broken)
     async with serve() as client:
         answer = await client.post(PATH, json={"prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
@@ -132,7 +132,7 @@ async def test_one_line_for_each_request_and_no_prompt(
         )
         await client.get("/healthz")
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    first, second = lines
+    first, second = (line for line in lines if line["event"] == "request")
     assert {name: first[name] for name in ("event", "request_id", "method", "status", "images", "size")} == {
         "event": "request",
         "request_id": "r",
@@ -167,6 +167,11 @@ async def test_figures_count_routes_and_not_paths(serve: Serve) -> None:
         await client.post(PATH, json={"prompt": "x", "n": 0})
         await client.get("/v1/models/some-name-that-is-no-label")
         await client.get("/no-label-either")
+
+        async def is_counted() -> bool:
+            return "cascade_model_loaded 1.0" in (await client.get("/metrics")).text
+
+        await eventually(is_counted)
         text = (await client.get("/metrics")).text
     assert f'cascade_http_requests_total{{method="POST",route="{PATH}",status="200"}} 1.0' in text
     assert f'cascade_http_requests_total{{method="POST",route="{PATH}",status="400"}} 1.0' in text
@@ -174,16 +179,16 @@ async def test_figures_count_routes_and_not_paths(serve: Serve) -> None:
     assert 'route="unmatched",status="404"' in text
     assert "no-label" not in text
     assert "cascade_pictures_total 2.0" in text
-    assert 'cascade_jobs_total{outcome="succeeded"} 1.0' in text
-    assert "cascade_model_loaded 1.0" in text
-    assert 'cascade_steps_total{stage="prior"} 4.0' in text
+    assert 'cascade_jobs_total{outcome="succeeded",reason=""} 1.0' in text
+    assert 'cascade_job_phase_seconds_count{phase="prior"} 1.0' in text
+    assert "cascade_queue_jobs 0.0" in text
 
 
 async def test_health_answers_while_the_engine_is_busy(serve: Serve, runner: FakeRunner) -> None:
-    async with serve(max_batch=1) as client:
+    async with serve() as client:
         runner.gate.clear()
         tasks = [asyncio.ensure_future(client.post(PATH, json={"prompt": "x"})) for _ in range(8)]
-        await until(lambda: runner.batches)
+        await until(lambda: runner.started)
         seconds = []
         for _ in range(50):
             started = time.perf_counter()
@@ -196,20 +201,29 @@ async def test_health_answers_while_the_engine_is_busy(serve: Serve, runner: Fak
 
 
 async def test_a_client_that_leaves_frees_the_device(serve: Serve, runner: FakeRunner) -> None:
-    async with serve(max_batch=1) as client:
+    runner.max_samples = 1
+    async with serve() as client:
         runner.gate.clear()
-        running, waiting = (_Visitor(client) for _ in range(2))
-        await until(lambda: runner.batches)
-        running.leave()
-        waiting.leave()
-        await asyncio.gather(running.visit, waiting.visit)
-        assert running.statuses == waiting.statuses == [499]
+        store, dispatcher = inside(client).store, inside(client).dispatcher
+        running = _Visitor(client)
+        await until(lambda: runner.started)
+        waiting = _Visitor(client)
+
+        async def has_queued() -> int:
+            return (await store.counts()).queued
+
+        await eventually(has_queued)
+        jobs, _ = await store.list("", limit=10)
+        for visitor, job in zip((waiting, running), jobs, strict=True):
+            visitor.leave()
+            await visitor.visit
+            assert visitor.statuses == [499]
+            assert (await dispatcher.wait(job.id)).status == "canceled"
         runner.gate.set()
-        await until(lambda: runner.num_stopped)
         assert (await client.post(PATH, json={"prompt": "x"})).status_code == 200
         outcomes = (await client.get("/metrics")).text
-    assert len(runner.batches) == 2, "the one that waited was never begun"
-    assert 'cascade_jobs_total{outcome="canceled"} 2.0' in outcomes
+    assert len(runner.started) == 2, "the one that waited was never begun"
+    assert 'cascade_jobs_total{outcome="canceled",reason=""} 2.0' in outcomes
 
 
 async def test_a_client_that_leaves_while_sending_is_no_fault_of_ours(
@@ -229,7 +243,7 @@ async def test_a_request_that_the_server_gives_up_is_told_so(serve: Serve, runne
     async with serve() as client:
         runner.gate.clear()
         visitor = _Visitor(client)
-        await until(lambda: runner.batches)
+        await until(lambda: runner.started)
         visitor.visit.cancel()  # as uvicorn does when its time to stop is over
         await visitor.visit
     assert visitor.statuses == [503]
@@ -245,14 +259,14 @@ async def test_a_request_that_waits_for_the_model_is_answered_when_the_server_st
         visitor = _Visitor(client)
         await asyncio.sleep(0.05)
         assert not visitor.visit.done()
-        client.app.state.services.engine.close()  # type: ignore[attr-defined]
+        inside(client).dispatcher.close()
         await asyncio.wait_for(visitor.visit, 5)
         runner.loading.set()
     assert visitor.statuses == [503]
 
 
 async def test_health_answers_fast_under_load_and_large_bodies(serve: Serve, runner: FakeRunner) -> None:
-    runner.steps = 20
+    runner.steps = (10, 10)
     is_over = asyncio.Event()
     large = json.dumps({"prompt": "x", "junk": [{"a": [1, 2.5, "y"]}] * 45_000}).encode()
     assert 900_000 < len(large) < 1024 * 1024

@@ -1,10 +1,12 @@
 """The questions of machines: up, ready, which version."""
 
 import asyncio
+from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.app.conftest import Serve
+from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, until
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +34,7 @@ async def test_up_at_once_and_ready_when_loaded(serve: Serve, runner: FakeRunner
         assert (answer.status_code, answer.json()["code"]) == (503, "model_loading")
         assert 1 <= int(answer.headers["retry-after"]) <= 59
         runner.loading.set()
-        client.app.state.services.engine.loaded.result(10)  # type: ignore[attr-defined]
+        await inside(client).dispatcher.wait_loaded(10)
         answer = await client.get("/readyz")
         assert answer.json() == {"status": "ready", "model": "tiny", "device": "cpu", "dtype": "float32"}
 
@@ -40,31 +42,44 @@ async def test_up_at_once_and_ready_when_loaded(serve: Serve, runner: FakeRunner
 async def test_a_model_that_cannot_be_loaded(serve: Serve, runner: FakeRunner) -> None:
     runner.load_error = ValueError("/srv/model: prior/ is missing")
     async with serve(wait=False) as client:
-        client.app.state.services.engine.loaded.exception(10)  # type: ignore[attr-defined]
+        await inside(client).dispatcher.wait_loaded(10)
         assert (await client.get("/healthz")).status_code == 200
         answer = await client.get("/readyz")
         assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")
         assert "/srv" not in answer.text
 
 
+async def readiness(client: httpx2.AsyncClient, status: int) -> httpx2.Response:
+    """The answer once it has that status: the queue is counted twice a second."""
+    answers: list[httpx2.Response] = []
+
+    async def has_status() -> bool:
+        answers.append(await client.get("/readyz"))
+        return answers[-1].status_code == status
+
+    await eventually(has_status)
+    return answers[-1]
+
+
 async def test_not_ready_while_the_queue_is_full(serve: Serve, runner: FakeRunner) -> None:
-    async with serve(max_queue=1, max_batch=1) as client:
+    runner.max_samples = 1
+    async with serve(max_queue=1) as client:
         runner.gate.clear()
-        post, engine = client.post, client.app.state.services.engine  # type: ignore[attr-defined]
+        post = client.post
         tasks = [asyncio.ensure_future(post("/v1/images/generations", json={"prompt": "x"}))]
-        await until(lambda: runner.batches)
+        await until(lambda: runner.started)
         assert (await client.get("/readyz")).status_code == 200
         tasks.append(asyncio.ensure_future(post("/v1/images/generations", json={"prompt": "x"})))
-        await until(lambda: engine.num_queued)
-        answer = await client.get("/readyz")
+        answer = await readiness(client, 503)
         assert answer.json()["code"] == "overloaded"
+        assert 1 <= int(answer.headers["retry-after"]) <= 59
         runner.gate.set()
         await asyncio.gather(*tasks)
-        assert (await client.get("/readyz")).status_code == 200
+        await readiness(client, 200)
 
 
-async def test_two_servers_in_one_process_share_nothing(serve: Serve) -> None:
-    async with serve() as first, serve() as second:
+async def test_two_servers_in_one_process_share_nothing(serve: Serve, tmp_path: Path) -> None:
+    async with serve() as first, serve(data_dir=tmp_path / "second") as second:
         await first.post("/v1/images/generations", json={"prompt": "x"})
         assert "cascade_pictures_total 1.0" in (await first.get("/metrics")).text
         assert "cascade_pictures_total 0.0" in (await second.get("/metrics")).text

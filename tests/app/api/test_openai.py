@@ -116,7 +116,7 @@ async def test_quality_chooses_the_steps(
 ) -> None:
     await generate(client, quality=quality)
     await generate(client, quality=quality, steps=7)
-    first, second = (batch[0] for batch in runner.batches)
+    first, second = (track.request for track in runner.started)
     assert (first.prior_num_inference_steps, first.decoder_num_inference_steps) == steps
     assert (second.prior_num_inference_steps, second.decoder_num_inference_steps) == (7, steps[1])
 
@@ -139,17 +139,17 @@ async def test_native_members_and_their_aliases_arrive(
         {"num_inference_steps": "3", "guidance_scale": "2.5", "num_images_per_prompt": 1},
     ):
         await generate(client, seed=1, **{k: v for k, v in native.items() if "prior" not in k}, **aliases)
-    requests = [batch[0] for batch in runner.batches]
+    requests = [track.request for track in runner.started]
     assert requests[0].model_dump().items() >= native.items()
     assert requests[1] == requests[0]
     assert requests[2] == requests[0]
 
 
 async def test_unknown_members_are_ignored_and_named(client: httpx2.AsyncClient) -> None:
-    ignored = {"style": "vivid", "moderation": "low", "user": "u", "partial_images": 2, "x-später": 1}
+    ignored = {"style": "vivid", "moderation": "low", "user": "u", "metadata": [], "x-später": 1}
     answer = await generate(client, **ignored, input_fidelity=None, stream=False)
     assert answer.status_code == 200
-    assert answer.headers["x-ignored-params"] == "moderation, partial_images, stream, style, user"
+    assert answer.headers["x-ignored-params"] == "metadata, moderation, style, user"
 
 
 async def test_raw_bytes_for_one_picture(client: httpx2.AsyncClient) -> None:
@@ -207,7 +207,7 @@ async def test_raw_bytes_cannot_hold_two_pictures(client: httpx2.AsyncClient, ru
     assert (answer.status_code, answer.json()["error"]["code"]) == (406, "not_acceptable")
     answer = await client.post(PATH, json={"prompt": "x"}, headers={"accept": "image/gif"})
     assert answer.status_code == 406
-    assert runner.batches == []
+    assert runner.started == []
 
 
 async def test_a_cut_prompt_is_said(client: httpx2.AsyncClient) -> None:

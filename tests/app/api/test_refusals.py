@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from pydantic_core import from_json
 
-from tests.app.conftest import Serve
+from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, until
 
 pytestmark = pytest.mark.anyio
@@ -57,9 +57,14 @@ async def generate(client: httpx2.AsyncClient, **members: Any) -> httpx2.Respons
         ({"output_compression": 101}, "output_compression", "integer_out_of_range"),
         ({"response_format": "file"}, "response_format", "invalid_value"),
         ({"background": "transparent"}, "background", "unsupported_parameter"),
-        ({"stream": True}, "stream", "unsupported_parameter"),
+        ({"stream": "perhaps"}, "stream", "invalid_type"),
+        ({"partial_images": 4}, "partial_images", "integer_out_of_range"),
         ({"image": "data:"}, "image", "unsupported_parameter"),
-        ({"seeds": [1, 2]}, "seeds", "unsupported_parameter"),
+        ({"seeds": [1, 2]}, "seeds", "invalid_value"),
+        ({"seeds": [-1]}, "seeds", "invalid_value"),
+        ({"priority": 11}, "priority", "integer_out_of_range"),
+        ({"deadline_seconds": 0}, "deadline_seconds", "integer_out_of_range"),
+        ({"on_disconnect": "stay"}, "on_disconnect", "invalid_value"),
         ({"strength": 0.5}, "strength", "unsupported_parameter"),
         ({"mask": "data:"}, "mask", "unsupported_parameter"),
         ({"control": {"type": "canny"}}, "control", "unsupported_parameter"),
@@ -77,7 +82,7 @@ async def test_what_is_wrong_is_named(
     assert error["type"] == "invalid_request_error"
     assert param in error["message"] or "width" in error["message"] or "sides" in error["message"]
     assert len(error["message"]) < 200
-    assert runner.batches == []
+    assert runner.started == []
 
 
 async def test_empty_lists_and_false_count_as_absent(client: httpx2.AsyncClient) -> None:
@@ -177,7 +182,7 @@ async def test_no_picture_before_the_model(serve: Serve, runner: FakeRunner) -> 
         assert 1 <= int(answer.headers["retry-after"]) <= 59
         assert (await generate(client, n=0)).status_code == 400
         runner.loading.set()
-        client.app.state.services.engine.loaded.result(10)  # type: ignore[attr-defined]
+        await inside(client).dispatcher.wait_loaded(10)
         assert (await generate(client)).status_code == 200
 
 
@@ -193,10 +198,11 @@ async def test_a_model_that_fails_is_an_error_that_repeating_does_not_mend(
 
 
 async def test_the_queue_bound_is_exact(serve: Serve, runner: FakeRunner) -> None:
-    async with serve(max_queue=3, max_batch=1) as client:
+    runner.max_samples = 1
+    async with serve(max_queue=3) as client:
         runner.gate.clear()
         running = asyncio.ensure_future(generate(client))
-        await until(lambda: runner.batches)
+        await until(lambda: runner.started)
         waiting = [asyncio.ensure_future(generate(client, seed=seed)) for seed in range(20)]
         await until(lambda: sum(task.done() for task in waiting) == 17)
         refused = [task for task in waiting if task.done()]
@@ -216,9 +222,8 @@ async def test_a_wait_that_is_too_long_ends_and_frees_the_device(serve: Serve, r
         answer = await generate(client)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
         assert answer.headers["x-should-retry"] == "false"
-        runner.gate.set()
-        await until(lambda: runner.num_stopped)
-        assert runner.steps_done == 1
+        [job], _ = await inside(client).store.list("", limit=10)
+        assert (await inside(client).dispatcher.wait(job.id)).status == "canceled"
 
 
 async def test_a_full_disk_is_said_and_leaves_nothing_half_written(
@@ -227,10 +232,11 @@ async def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     def no_room(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", no_room)
-    answer = await generate(client, response_format="url")
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", no_room)
+        answer = await generate(client, response_format="url")
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
-    folder = client.app.state.services.settings.data_dir / "files"  # type: ignore[attr-defined]
+    folder = inside(client).settings.data_dir / "files"
     assert list(folder.iterdir()) == []
     assert (await generate(client)).status_code == 200
 

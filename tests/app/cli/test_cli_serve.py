@@ -1,5 +1,7 @@
 """`cascade serve`: how it refuses to start, and how it stops."""
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import httpx2
 import pytest
@@ -69,50 +72,121 @@ def test_a_damaged_secret_is_one_line(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in outcome.err
 
 
-# A server whose model never ends a step, with little patience.
-STUCK_SERVER = """
-import signal
+# A server whose model makes no step before a file called `go` appears in its folder.
+HELD_SERVER = """
+import functools, pathlib, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
-import app.main, app.cli, app.cli_serve
+import app.cli, app.main
 from tests.app.fakes import FakeRunner
 
 runner = FakeRunner()
+runner.max_samples = 1
 runner.gate.clear()
-app.main.CascadeRunner = lambda *_: runner
-app.main.STOP_SECONDS = 0.1
-app.cli_serve.GRACE_SECONDS, app.cli_serve.ANSWER_SECONDS = 3, 2
+
+def hold():
+    while not (pathlib.Path(sys.argv[-1]) / "go").exists():
+        time.sleep(0.01)
+    runner.gate.set()
+
+threading.Thread(target=hold, daemon=True).start()
+app.main.create_app = functools.partial(app.main.create_app, runner=runner)
 app.cli.main()
 """
 
 
+class Held:
+    """That server, with one job on its engine and callers who wait."""
+
+    def __init__(self, folder: Path, grace_seconds: float) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable,
+            "-c",
+            HELD_SERVER,
+            "serve",
+            "--port",
+            str(self.port),
+            "--data-dir",
+            str(folder),
+        ]
+        environment = {**os.environ, "CASCADE_GRACE_SECONDS": str(grace_seconds)}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    def __enter__(self) -> Self:
+        wait_until(lambda: is_ready(self.client))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def figures(self) -> str:
+        return self.client.get("/metrics").text
+
+    def wait(self) -> tuple[int, str]:
+        """The exit status and the log."""
+        _, log = self.process.communicate(timeout=30)
+        return self.process.returncode, log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_stops_answers_all_who_wait(tmp_path: Path, number: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", STUCK_SERVER, "serve", "--port", str(port), "--data-dir", str(tmp_path)]
-    with (
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
-        ThreadPoolExecutor(3) as pool,
-    ):
-        wait_until(lambda: is_ready(client))
-        visits = [pool.submit(client.post, PATH, json={"prompt": "x"}) for _ in range(3)]
-        wait_until(lambda: "queue_jobs 2.0" in client.get("/metrics").text)
-        server.send_signal(number)
+def test_a_server_that_stops_answers_all_who_wait_and_keeps_their_jobs(tmp_path: Path, number: int) -> None:
+    with Held(tmp_path, grace_seconds=1) as server, ThreadPoolExecutor(3) as pool:
+        visits = [pool.submit(server.client.post, PATH, json={"prompt": "x"}) for _ in range(3)]
+        wait_until(lambda: "queue_jobs 2.0" in server.figures())
+        server.process.send_signal(number)
         answers = [visit.result() for visit in visits]
-        _, log = server.communicate(timeout=10)
+        status, log = server.wait()
     assert "Traceback" not in log
     for answer in answers:
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "5"
-        assert answer.json()["error"]["message"] == "the server is stopping"
-    assert server.returncode == (0 if number == signal.SIGTERM else 130)
+        assert "about to stop" in answer.json()["error"]["message"]
+    assert status == (0 if number == signal.SIGTERM else 130)
+    with Held(tmp_path, grace_seconds=1) as again:
+        assert again.client.get("/api/v1/queue").json()["queued"] >= 2
+        (tmp_path / "go").touch()
+        wait_until(lambda: again.client.get("/api/v1/jobs?status=succeeded").text.count('"succeeded"') >= 3)
+
+
+def test_what_is_in_work_is_finished_while_others_are_refused(tmp_path: Path) -> None:
+    with Held(tmp_path, grace_seconds=25) as server, ThreadPoolExecutor(2) as pool:
+        working = pool.submit(server.client.post, PATH, json={"prompt": "x"})
+        wait_until(lambda: "running_jobs 1.0" in server.figures())
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+            wait_until(lambda: server.client.get("/healthz").status_code == 200)
+            server.process.terminate()
+            assert half.recv(100).startswith(b"HTTP/1.1 503")
+        assert server.client.get("/readyz").status_code == 503
+        refused = server.client.post(PATH, json={"prompt": "y"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert server.client.get("/healthz").status_code == 200
+        (tmp_path / "go").touch()
+        assert working.result().status_code == 200
+        status, log = server.wait()
+    assert (status, "Traceback" in log) == (0, False)
+
+
+def test_noise_on_the_line_is_one_line_of_json(tmp_path: Path) -> None:
+    with Held(tmp_path, grace_seconds=1) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as noise:
+            noise.sendall(b"\x16\x03\x01 what?\r\n\r\n")
+            assert noise.recv(100).startswith(b"HTTP/1.1 400")
+        server.process.terminate()
+        _, log = server.wait()
+    [line] = [json.loads(line) for line in log.splitlines() if "Invalid HTTP" in line]
+    assert line["level"] == "warning"
 
 
 def is_ready(client: httpx2.Client) -> bool:
     try:
         return client.get("/readyz").status_code == 200
-    except httpx2.ConnectError:
+    except httpx2.TransportError:
         return False
 
 

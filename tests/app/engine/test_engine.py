@@ -1,30 +1,23 @@
-"""The engine's thread: order, sharing, cancelling, faults, stopping."""
+"""The loop, driven in the test's own thread on a clock that only steps move."""
 
-import io
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from threading import Event
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from app.engine.engine import Engine, Steps
-from app.errors import (
-    AppError,
-    ClientGone,
-    GenerationFailed,
-    ModelLoading,
-    ModelUnusable,
-    Overloaded,
-    ShuttingDown,
+from app.engine.engine import HungUp
+from app.engine.protocol import (
+    Cancel,
+    Latents,
+    Pixels,
+    Previewed,
+    Stepped,
+    WantPreviews,
 )
-from app.jobs.job import Job, JobStatus, Progress
-from app.logs import make_logger
-from app.metrics import Metrics
-from app.schemas import GenerationRequest
-from app.settings import Settings
-from tests.app.fakes import FakeRunner, colour
-
-Start = Callable[..., Engine]
+from tests.app.engine.bench import STEP_SECONDS, Bench, asked, run, wait_until
+from tests.app.fakes import FakeRunner, FakeTrack, decoded, digest
 
 
 @pytest.fixture
@@ -33,276 +26,241 @@ def runner() -> FakeRunner:
 
 
 @pytest.fixture
-def start(runner: FakeRunner) -> Iterator[Start]:
-    engines = []
-
-    def start(*, max_queue: int = 100, max_batch: int | None = 4) -> Engine:
-        engine = Engine(
-            runner,
-            max_queue=max_queue,
-            max_batch=max_batch,
-            metrics=Metrics(),
-            logger=make_logger(Settings(log_format="json"), io.StringIO()),
-        )
-        engines.append(engine)
-        engine.start()
-        engine.loaded.exception(10)
-        return engine
-
-    yield start
-    runner.gate.set()
-    for engine in engines:
-        engine.stop(10)
+def bench(runner: FakeRunner) -> Bench:
+    return Bench(runner)
 
 
-def request(
-    prompt: str = "x", *, seeds: tuple[int, ...] = (0,), width: int = 64, preset: str = "official"
-) -> GenerationRequest:
-    return GenerationRequest.model_validate(
-        {"prompt": prompt, "seeds": seeds, "width": width, "height": 64, "preset": preset}
-    )
+def test_every_picture_is_the_one_that_was_asked_for(bench: Bench) -> None:
+    bench.work(run("a"), run("b", 0), run("b", 1), run("c", request=asked("c", width=128)))
+    assert bench.made == {
+        ("a", 0): decoded(asked("a"), 0).pixels,
+        ("b", 0): decoded(asked("b"), 0).pixels,
+        ("b", 1): decoded(asked("b"), 1).pixels,
+        ("c", 0): decoded(asked("c", width=128), 0).pixels,
+    }
+    assert bench.pulse.num_samples == 0
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+def test_callers_step_together(bench: Bench) -> None:
+    bench.work(run("a"), run("b"), run("c"))
+    assert [sorted(batch) for batch in bench.batches] == [["a", "b", "c"]] * 4
 
 
-def hold(engine: Engine, runner: FakeRunner) -> Job:
-    """A job that keeps the device busy until the gate opens."""
-    runner.gate.clear()
-    job = engine.submit(request("first"))
-    wait_until(lambda: runner.batches)
-    return job
+def test_a_newcomer_joins_at_the_next_step(bench: Bench, runner: FakeRunner) -> None:
+    runner.steps = (4, 1)
+    bench.during(2, run("b"))
+    bench.work(run("a"))
+    assert [sorted(batch) for batch in bench.batches[:4]] == [["a"], ["a"], ["a", "b"], ["a", "b"]]
 
 
-def test_jobs_end_in_the_order_of_arrival(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=1)
-    jobs = [engine.submit(request(prompt)) for prompt in "abcdef"]
-    for job in jobs:
-        assert len(job.outcome.result(10)) == 1
-    assert [batch[0].prompt for batch in runner.batches] == list("abcdef")
-    ended = [job.ended_at or 0 for job in jobs]
-    assert ended == sorted(ended)
+def test_a_large_job_delays_another_tenant_by_two_steps_at_most(bench: Bench, runner: FakeRunner) -> None:
+    runner.steps = (20, 10)
+    bench.during(7, run("b", tenant="b"))
+    bench.work(*(run("a", index, tenant="a") for index in range(64)))
+    at = [number for number, batch in enumerate(bench.batches, start=1) if "b" in batch]
+    assert len(at) == 30
+    assert at[-1] <= 7 + 30 + 2
 
 
-def test_requests_that_fit_are_made_together_and_equal_lone_ones(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=4)
-    hold(engine, runner)
-    sent = [
-        request("a", seeds=(1, 2)),
-        request("b", width=128),
-        request("c", seeds=(3,)),
-        request("d", preset="diffusers"),
-        request("e", seeds=(4, 5)),
-        request("f", seeds=(6,)),
-    ]
-    jobs = [engine.submit(one) for one in sent]
-    runner.gate.set()
-    for one, job in zip(sent, jobs, strict=True):
-        pictures = job.outcome.result(10)
-        assert [picture.image.getpixel((0, 0)) for picture in pictures] == [colour(one, s) for s in one.seeds]
-        assert [picture.seed for picture in pictures] == list(one.seeds)
-    prompts = ["".join(one.prompt for one in batch) for batch in runner.batches]
-    assert prompts == ["first", "acf", "b", "d", "e"]
+def test_a_guided_picture_is_two_rows(bench: Bench, runner: FakeRunner) -> None:
+    runner.first_cap = 4
+    bench.work(*(run(name, request=asked(name, guidance=4)) for name in "abcd"))
+    guided = [tick for tick in bench.ticks if tick.stage == "prior"]
+    assert {(tick.rows, tick.samples) for tick in guided} == {(4, 2)}
+    assert any(tick.is_backlogged for tick in guided)
 
 
-def test_a_request_larger_than_a_batch_is_made_in_parts(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=2)
-    pictures = engine.submit(request(seeds=(1, 2, 3))).outcome.result(10)
-    assert [picture.seed for picture in pictures] == [1, 2, 3]
-    assert [batch[0].seeds for batch in runner.batches] == [(1, 2), (3,)]
+def test_latents_are_told_when_stage_c_is_done(bench: Bench) -> None:
+    bench.work(run("a"))
+    [latents] = bench.of(Latents)
+    assert latents == Latents("a", 0, digest(asked("a"), 0))
+    assert bench.said.index(latents) < bench.said.index(bench.of(Pixels)[0])
 
 
-def test_on_a_cpu_pictures_are_made_one_by_one_unless_told_otherwise(
-    start: Start, runner: FakeRunner
-) -> None:
-    engine = start(max_batch=None)
-    engine.submit(request(seeds=(1, 2))).outcome.result(10)
-    assert [batch[0].seeds for batch in runner.batches] == [(1,), (2,)]
+def test_a_replay_begins_at_stage_b_and_gives_the_same_picture(bench: Bench, runner: FakeRunner) -> None:
+    runner.steps = (20, 3)
+    bench.work(run("a", latents=digest(asked("a"), 0)))
+    assert runner.steps_done == 3
+    assert bench.made == {("a", 0): decoded(asked("a"), 0).pixels}
+    assert bench.of(Latents) == []
 
 
-def test_the_bound_counts_those_that_wait(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_queue=2, max_batch=1)
-    hold(engine, runner)
-    jobs = [engine.submit(request()) for _ in range(2)]
-    assert (engine.num_queued, engine.is_accepting) == (2, False)
-    with pytest.raises(Overloaded) as refused:
-        engine.submit(request())
-    assert 1 <= int(refused.value.headers["Retry-After"]) <= 59
-    engine.cancel(jobs[0])
-    assert engine.is_accepting
-    engine.submit(request())
+def test_a_picture_asked_for_twice_is_made_once(bench: Bench) -> None:
+    bench.work(run("a"), run("a"))
+    assert list(bench.made) == [("a", 0)]
 
 
-def test_the_bound_holds_against_many_threads(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_queue=10, max_batch=1)
-    hold(engine, runner)
-    accepted, refused = [], []
-
-    def send() -> None:
-        for _ in range(50):
-            try:
-                accepted.append(engine.submit(request()))
-            except Overloaded as error:
-                refused.append(error)
-
-    threads = [threading.Thread(target=send) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(accepted), len(refused)) == (10, 390)
+def test_seconds_are_told_by_stage(bench: Bench, runner: FakeRunner) -> None:
+    runner.steps = (5, 3)
+    bench.work(run("a"))
+    [pixels] = bench.of(Pixels)
+    assert pixels.prior_seconds == pytest.approx(5 * STEP_SECONDS)
+    assert pixels.decoder_seconds == pytest.approx(3 * STEP_SECONDS)
 
 
-def test_a_queue_of_zero_takes_work_only_when_idle(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_queue=0)
-    hold(engine, runner)
-    with pytest.raises(Overloaded):
-        engine.submit(request())
+class TestProgress:
+    def test_is_told_ten_times_a_second_for_a_job(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (60, 40)
+        bench.work(*(run("a", index) for index in range(3)))
+        seconds = 100 * STEP_SECONDS
+        assert seconds * 5 < len(bench.of(Stepped)) <= seconds * 10 + 1
+
+    def test_goes_forward_and_gets_shorter(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (30, 30)
+        bench.work(run("a"))
+        told = bench.of(Stepped)
+        order = [("prior", "decoder", "encode").index(message.stage) for message in told]
+        assert order == sorted(order)
+        assert {(message.stage, message.steps) for message in told} >= {("prior", 30), ("decoder", 30)}
+        remaining = [message.remaining for message in told]
+        assert remaining == sorted(remaining, reverse=True)
+        assert remaining[0] > 0
+
+    def test_a_second_job_is_told_apart(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (30, 1)
+        bench.work(run("a"), run("b"))
+        told = [message.job for message in bench.of(Stepped)]
+        assert told.count("a") == told.count("b") > 5
 
 
-def test_a_queued_job_that_is_cancelled_never_runs(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=1)
-    hold(engine, runner)
-    job = engine.submit(request("never"))
-    engine.cancel(job)
-    after = engine.submit(request("after"))
-    runner.gate.set()
-    after.outcome.result(10)
-    assert [batch[0].prompt for batch in runner.batches] == ["first", "after"]
-    assert isinstance(job.outcome.exception(0), ClientGone)
+class TestCancel:
+    def test_stops_by_the_next_step(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (10, 10)
+        bench.during(3, Cancel("a"))
+        bench.work(run("a", 0), run("a", 1), run("b"))
+        assert sum("a" in batch for batch in bench.batches) == 3
+        assert list(bench.made) == [("b", 0)]
+
+    def test_silences_the_job(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (10, 10)
+        bench.during(3, Cancel("a"))
+        bench.plans[4] = bench.said.clear
+        bench.work(run("a"), run("b"))
+        assert len(bench.said) > 5
+        assert all(getattr(message, "job", "") != "a" for message in bench.said)
+
+    def test_of_a_stranger_is_nothing(self, bench: Bench) -> None:
+        bench.work(Cancel("zzz"), run("a"))
+        assert list(bench.made) == [("a", 0)]
+
+    def test_reaches_pictures_in_stage_a_and_behind_it(self, bench: Bench, runner: FakeRunner) -> None:
+        seen: list[tuple[str, int]] = []
+
+        def cancel(tracks: Sequence[FakeTrack]) -> None:
+            seen.extend((track.run.job, track.run.index) for track in tracks)
+            if seen[-1][0] == "a":
+                bench.tell(Cancel("a"))
+                wait_until(lambda: bench.pulse.num_samples == 1)
+
+        runner.on_decode = cancel
+        bench.work(run("b"), *(run("a", index) for index in range(5)))
+        assert list(bench.made) == [("b", 0)]
+        assert len(seen) <= 3
+
+    def test_lets_the_job_come_again(self, bench: Bench) -> None:
+        bench.during(1, Cancel("a"), run("a"))
+        bench.work(run("a"))
+        assert list(bench.made) == [("a", 0)]
+
+    def test_lets_the_job_come_again_while_it_is_in_stage_a(self, bench: Bench, runner: FakeRunner) -> None:
+        def again(tracks: Sequence[FakeTrack]) -> None:
+            if len(runner.started) == 1:
+                bench.tell(Cancel("a"), run("a"))
+                wait_until(lambda: len(runner.started) == 2)
+
+        runner.on_decode = again
+        bench.plans[5] = lambda: wait_until(lambda: bench.inbox.qsize() == 2)  # the first is done with
+        bench.work(run("a"))
+        assert list(bench.made) == [("a", 0)]
 
 
-def test_a_running_job_that_is_cancelled_stops_by_the_next_step(start: Start, runner: FakeRunner) -> None:
-    runner.steps = 50
-    engine = start()
-    job = hold(engine, runner)
-    engine.cancel(job)
-    runner.gate.set()
-    wait_until(lambda: runner.num_stopped)
-    assert runner.steps_done == 1
-    assert job.status == JobStatus.CANCELED
-    assert engine.submit(request()).outcome.result(10)
+class TestPreviews:
+    def test_are_spread_over_stage_c(self, bench: Bench, runner: FakeRunner) -> None:
+        asked_after = []
+
+        def step(tracks: Sequence[FakeTrack]) -> None:
+            wait_until(lambda: len(bench.of(Previewed)) >= tracks[0].step // 5)
+            asked_after.append(len(bench.of(Previewed)))
+
+        runner.on_step, runner.steps = step, (20, 5)
+        bench.work(run("a"), WantPreviews("a", 3))
+        assert asked_after == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 10
+        assert [message.preview for message in bench.of(Previewed)] == [0, 1, 2]
+
+    def test_are_made_for_those_who_watch(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (20, 5)
+        bench.plans[20] = lambda: wait_until(lambda: bool(bench.of(Previewed)))
+        bench.work(run("a"), run("b"), WantPreviews("b", 1), WantPreviews("zzz", 1))
+        assert [message.job for message in bench.of(Previewed)] == ["b"]
+
+    def test_need_a_previewer(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.has_previewer = False
+        bench.work(run("a"), WantPreviews("a", 3))
+        assert len(bench.made) == 1
+
+    def test_give_way_to_finished_pictures(self, bench: Bench, runner: FakeRunner) -> None:
+        is_showing = Event()
+
+        def show(track: FakeTrack) -> tuple[int, int, bytes]:
+            is_showing.set()
+            wait_until(lambda: len(bench.engine._finisher._drawn) == 2)
+            return (1, 1, b"rgb")
+
+        runner.preview = show  # type: ignore[method-assign]
+        bench.plans[2] = lambda: wait_until(is_showing.is_set)
+        bench.work(run("a"), run("b"), WantPreviews("a", 1), WantPreviews("b", 1))
+        assert len(bench.of(Previewed)) == 1
+        assert len(bench.made) == 2
+
+    def test_that_fail_spoil_no_picture(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.preview = lambda track: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        bench.work(run("a"), WantPreviews("a", 1))
+        assert len(bench.made) == 1
 
 
-def test_one_who_leaves_does_not_stop_the_others(start: Start, runner: FakeRunner) -> None:
-    engine = start()
-    hold(engine, runner)
-    leaving, staying = engine.submit(request("leaving")), engine.submit(request("staying"))
-    runner.steps = 3
-    runner.gate.set()
-    wait_until(lambda: len(runner.batches) == 2)
-    engine.cancel(leaving)
-    assert staying.outcome.result(10)
-    assert runner.num_stopped == 0
+def test_hanging_up_ends_it_after_the_step(bench: Bench, runner: FakeRunner) -> None:
+    bench.during(2, HungUp())
+    runner.steps = (10, 10)
+    bench.work(run("a"))
+    assert runner.steps_done == 2
 
 
-def test_only_the_culprit_fails(start: Start, runner: FakeRunner) -> None:
-    runner.broken = {"bad": RuntimeError("inner"), "poor": Overloaded("told", retry_after_seconds=1)}
-    engine = start()
-    hold(engine, runner)
-    jobs = {prompt: engine.submit(request(prompt)) for prompt in ("a", "bad", "poor", "b")}
-    runner.gate.set()
-    assert jobs["a"].outcome.result(10)
-    assert jobs["b"].outcome.result(10)
-    failure = jobs["bad"].outcome.exception(10)
-    assert isinstance(failure, GenerationFailed)
-    assert "inner" not in failure.message
-    assert jobs["poor"].outcome.exception(10) is runner.broken["poor"]
-    assert engine.submit(request()).outcome.result(10)
+def test_ticks_are_observed(bench: Bench) -> None:
+    bench.work(run("a"), run("b"))
+    tick = bench.ticks[0]
+    assert (tick.stage, tick.shape, tick.rows, tick.samples, tick.cap) == ("prior", "64x64", 2, 2, 16)
+    assert tick.seconds == pytest.approx(STEP_SECONDS)
 
 
-def test_nothing_is_accepted_without_a_model(runner: FakeRunner, start: Start) -> None:
-    runner.load_error = ValueError("no such folder")
-    engine = start()
-    with pytest.raises(ModelUnusable):
-        engine.submit(request())
-    assert str(engine.loaded.exception(0)) == "no such folder"
-    assert not engine.has_model
-    idle = Engine(FakeRunner(), max_queue=1, max_batch=1, metrics=Metrics(), logger=make_logger(Settings()))
-    with pytest.raises(ModelLoading):
-        idle.submit(request())
+orders = st.lists(
+    st.tuples(
+        st.sampled_from(["run", "cancel", "poison", "replay"]),
+        st.integers(0, 5),
+        st.integers(0, 2),
+        st.integers(1, 9),
+    ),
+    max_size=12,
+)
 
 
-def test_stopping_ends_every_job(start: Start, runner: FakeRunner) -> None:
-    runner.steps = 50
-    engine = start(max_batch=1)
-    running = hold(engine, runner)
-    waiting = engine.submit(request())
-    stopper = threading.Thread(target=engine.stop, args=(10,))
-    stopper.start()
-    assert isinstance(waiting.outcome.exception(10), ShuttingDown)
-    runner.gate.set()
-    stopper.join(10)
-    assert isinstance(running.outcome.exception(10), ShuttingDown)
-    assert runner.steps_done < 3
-    with pytest.raises(ShuttingDown):
-        engine.submit(request())
-
-
-def test_the_advice_to_come_back_follows_what_was_measured(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=1)
-    job = engine.submit(request())
-    job.outcome.result(10)
-    wait_until(lambda: not engine._running)
-    hold(engine, runner)
-    assert engine.retry_after_seconds() == 1
-    engine._cost.learn(engine._cost.units(request()), 1000.0)
-    assert engine.retry_after_seconds() == 59
-
-
-def test_every_error_of_the_tree_has_a_status_of_its_kind() -> None:
-    def family(kind: type[AppError]) -> list[type[AppError]]:
-        return [kind, *(deeper for child in kind.__subclasses__() for deeper in family(child))]
-
-    for kind in family(AppError):
-        assert 400 <= kind.status <= 599
-        assert kind.type.endswith("_error")
-        assert kind.code
-
-
-def test_a_closed_engine_fails_what_waits_and_finishes_what_runs(start: Start, runner: FakeRunner) -> None:
-    engine = start(max_batch=1)
-    running = hold(engine, runner)
-    waiting = engine.submit(request())
-    engine.close()
-    assert isinstance(waiting.outcome.exception(0), ShuttingDown)
-    assert not engine.is_accepting
-    with pytest.raises(ShuttingDown):
-        engine.submit(request())
-    runner.gate.set()
-    assert running.outcome.result(10)
-
-
-def test_an_abandoned_job_does_not_wait_for_the_end_of_its_step(start: Start, runner: FakeRunner) -> None:
-    engine = start()
-    running = hold(engine, runner)
-    engine.abandon()
-    assert isinstance(running.outcome.exception(0), ShuttingDown)
-
-
-def test_a_runner_that_makes_too_few_pictures_harms_its_job_only(
-    start: Start, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forgetful(_: object) -> Steps:
-        yield Progress("prior", 1, 1)
-        return [[]]
-
-    engine = start()
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "generate", forgetful)
-        assert isinstance(engine.submit(request()).outcome.exception(10), GenerationFailed)
-    assert engine.submit(request()).outcome.result(10)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_has_died_is_not_ready(start: Start, runner: FakeRunner) -> None:
-    runner.broken = {"fatal": SystemExit()}  # type: ignore[dict-item]
-    engine = start()
-    job = engine.submit(request("fatal"))
-    assert isinstance(job.outcome.exception(10), ShuttingDown), "nobody waits for the dead"
-    wait_until(lambda: not engine.has_model)
-    assert not engine.is_accepting
+@given(orders, st.integers(1, 16))
+def test_every_picture_ends_once(orders: list[tuple[str, int, int, int]], memory_rows: int) -> None:
+    bench = Bench(FakeRunner(steps=(3, 2)))
+    bench.runner.memory_rows = memory_rows
+    expected, canceled = set(), set()
+    for kind, number, index, step in orders:
+        job = f"job{number}"
+        if kind == "poison":
+            bench.runner.broken[job] = RuntimeError()
+        elif kind == "cancel":
+            canceled.add(job)
+            bench.during(step, Cancel(job))
+        else:
+            expected.add((job, index))
+            bench.tell(run(job, index, latents=b"" if kind == "replay" else None))
+    bench.work()
+    for job, index in expected:
+        is_made, is_failed = (job, index) in bench.made, job in bench.failed
+        assert not (is_made and is_failed and job not in canceled)
+        assert is_made or is_failed or job in canceled
+    assert bench.pulse.num_samples == 0

@@ -1,179 +1,345 @@
-"""The bridge with the real networks at tiny dimensions: what the server makes is what the library makes."""
+"""The bridge with the real networks at tiny dimensions: the engine gets what the library makes."""
 
-import asyncio
-import base64
-from dataclasses import replace
-from io import BytesIO
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from app.engine.engine import ModelFacts, Steps
-from app.engine.runner import CascadeRunner
-from app.errors import InvalidRequest, OutOfMemory
-from app.jobs.job import Picture, Progress
+from app.engine.contract import Decoded, Work
+from app.engine.protocol import Configure, Ready, Run
+from app.engine.runner import CascadeRunner, CascadeTrack
+from app.engine.scheduler import BatchKey
+from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.schemas import GenerationRequest
-from cascade import InvalidSetting
 from cascade.sizes import NativeSizes
-from tests.app.conftest import Serve
+from cascade.tasks.rehearsal import Rehearsal
 from tests.cascade.small_models import small_cascade
 
-PATH = "/v1/images/generations"
+NATIVE = NativeSizes(((128, 128), (192, 128)), resamples=True)
+PRIOR, DECODER = (3, 3), (32, 32)
+MEASURED: dict[str, float] = {"prior": 0.001, "decoder": 0.002, "decode": 0.003}
 
 
-class SmallRunner(CascadeRunner):
-    """The real runner on random weights."""
+@pytest.fixture(autouse=True)
+def _steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row takes its time, and a step something more, whatever this machine is busy with."""
+    monkeypatch.setattr(Rehearsal, "seconds", lambda _, stage, rows: MEASURED[stage] * (1 + rows))
 
-    native: ClassVar[NativeSizes] = NativeSizes(((128, 128), (192, 128)), resamples=True)
 
-    def load(self) -> ModelFacts:
-        return self.take(small_cascade(self.native, name="small"))
+def configure(**members: Any) -> Configure:
+    plain: dict[str, Any] = {"model": "small", "device": "cpu", "dtype": "float32", "max_rows": 16}
+    return Configure(**plain | members)
+
+
+def loaded(**members: Any) -> tuple[CascadeRunner, Ready]:
+    runner = CascadeRunner()
+    return runner, runner.take(small_cascade(NATIVE, name="small"), configure(**members))
 
 
 @pytest.fixture(scope="module")
-def small() -> SmallRunner:
-    runner = SmallRunner("small", "cpu", "float32")
-    runner.load()
-    return runner
+def runner() -> CascadeRunner:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rehearsal, "seconds", lambda _, stage, rows: MEASURED[stage] * (1 + rows))
+        return loaded()[0]
 
 
-def request(**members: Any) -> GenerationRequest:
+def run(seed: int = 7, latents: bytes | None = None, **members: Any) -> Run:
     steps = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 1}
     size = {"width": 128, "height": 128}
-    return GenerationRequest.model_validate(
-        {"prompt": "a red circle", "seeds": (7,), **steps, **size, **members}
+    request = GenerationRequest.model_validate(
+        {"prompt": "a red circle", "seeds": (seed,), **steps, **size, **members}
+    )
+    return Run(
+        job="job_1",
+        index=0,
+        seed=seed,
+        tenant="",
+        priority=0,
+        deadline=None,
+        waited=0.0,
+        request=request.model_dump_json().encode(),
+        latents=latents,
     )
 
 
-def finished(steps: Steps) -> tuple[list[Progress], list[list[Picture]]]:
-    reports = []
-    while True:
-        try:
-            reports.append(next(steps))
-        except StopIteration as end:
-            return reports, end.value
+def begun(runner: CascadeRunner, *args: Any, **members: Any) -> CascadeTrack:
+    track = runner.start(run(*args, **members))
+    runner.begin(track)
+    return track
 
 
-def test_what_is_known_of_the_model() -> None:
-    facts = SmallRunner("small", "cpu", "float32").load()
-    assert facts == ModelFacts("cpu", "float32", (128, 128))
+def finished(runner: CascadeRunner, *tracks: CascadeTrack) -> Sequence[Decoded]:
+    for stage in ("prior", "decoder"):
+        while active := [track for track in tracks if track.work[0].key.stage == stage]:
+            runner.step(active)
+            for track in active:
+                if track.work[0].key.stage != stage:
+                    runner.check(track)
+    return runner.decode(tracks)
 
 
-def test_a_request_is_what_the_library_makes_of_it(small: SmallRunner) -> None:
-    reports, [pictures] = finished(
-        small.generate(
-            [request(seeds=(7, 8), prior_guidance_scale=2.0, negative_prompt="blue", sampler="ddim")]
-        )
-    )
-    expected = small_cascade(SmallRunner.native).text_to_image(
-        "a red circle",
-        negative_prompt="blue",
-        seed=7,
-        num_images=2,
-        steps=2,
-        guidance_scale=2.0,
-        decoder_steps=1,
-        sampler="ddim",
-    )
-    for picture, image in zip(pictures, expected, strict=True):
-        assert picture.image.tobytes() == image.image.tobytes()
-        assert np.asarray(image.image).std() > 5, "a flat picture would prove nothing"
-    assert [picture.seed for picture in pictures] == [7, 8]
-    assert pictures[0].prompt_tokens == 3
-    stages = [(report.stage, report.step, report.steps) for report in reports]
-    assert stages[:3] == [("prior", 1, 2), ("prior", 2, 2), ("decoder", 1, 1)]
-
-
-def test_other_sizes_are_resampled_and_long_prompts_cut(small: SmallRunner) -> None:
-    _, [[picture]] = finished(small.generate([request(width=256, height=64, prompt="word " * 20)]))
-    assert picture.image.size == (256, 64)
-    assert picture.resampled_from == (192, 128)
-    assert picture.prompt_truncated
-    _, [[native]] = finished(small.generate([request()]))
-    assert native.resampled_from is None
-    assert not native.prompt_truncated
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected", "word"),
-    [
-        (InvalidSetting("steps", "must be a number"), InvalidRequest, "steps must be"),
-        (torch.OutOfMemoryError("CUDA out of memory: 0x7f"), OutOfMemory, "memory"),
-    ],
-)
-def test_errors_of_the_library_become_ours(
-    small: SmallRunner,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: Exception,
-    expected: type[Exception],
-    word: str,
-) -> None:
-    def broken(*_: object) -> None:
-        raise raised
-
-    monkeypatch.setattr("cascade.tasks.text_to_image.generate", broken)
-    with pytest.raises(expected, match=word) as caught:
-        finished(small.generate([request()]))
-    assert "0x7f" not in str(caught.value)
-
-
-def body(client: int) -> dict[str, Any]:
-    """Requests of several kinds, some of which can be made together."""
-    return {
-        "prompt": f"a circle number {client % 3}",
-        "seed": client,
-        "n": 1 + client % 2,
-        "size": ("auto", "192x128", "64x64")[client % 3],
-        "steps": 1 + client % 2,
-        "decoder_num_inference_steps": 1,
-        "guidance_scale": (1.0, 4.0)[client % 2],
+def test_what_is_told_when_the_model_is_ready() -> None:
+    _, ready = loaded()
+    assert (ready.device, ready.dtype) == ("cpu", "float32")
+    assert (ready.native_width, ready.native_height) == (128, 128)
+    assert ready.max_samples == 1000
+    assert ready.step_seconds == {
+        "prior:3x3": 0.001 * 17 / 16,
+        "decoder:32x32": 0.002 * 17 / 16,
+        "decode:32x32": 0.003 * 3 / 2,
     }
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(("max_batch", "tolerance"), [(None, 0), (8, 1)])
-async def test_eight_clients_get_what_each_gets_alone(
-    serve: Serve, max_batch: int | None, tolerance: int
-) -> None:
-    # Larger matrices are added up in another order: where pictures share a pass a rounding may move by 1/255.
-    async with serve(use=SmallRunner("small", "cpu", "float32"), max_batch=max_batch) as client:
-        together = await asyncio.gather(*(client.post(PATH, json=body(number)) for number in range(8)))
-        text = (await client.get("/metrics")).text
-        for number, answer in enumerate(together):
-            alone = await client.post(PATH, json=body(number))
-            for item, other in zip(answer.json()["data"], alone.json()["data"], strict=True):
-                assert np.abs(pixels(item) - pixels(other)).max() <= tolerance
-    assert ("cascade_batch_pictures_count 8.0" in text) == (max_batch is None), "made together, or not"
+def test_memory_bounds_the_pictures_aboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.tasks.rehearsal.limit_bytes", lambda _: 0)
+    runner, ready = loaded()
+    assert ready.max_samples == 1
+    assert runner.cap(BatchKey("prior", PRIOR)) == 1
 
 
-def pixels(item: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(base64.b64decode(item["b64_json"])))).astype(int)
+def test_a_track_lists_what_lies_ahead(runner: CascadeRunner) -> None:
+    decode = Work(BatchKey("decode", DECODER), 1, 1)
+    assert runner.start(run()).work == [
+        Work(BatchKey("prior", PRIOR), 2, 2),
+        Work(BatchKey("decoder", DECODER), 1, 1),
+        decode,
+    ]
+    wide = runner.start(run(width=384, height=256, prior_guidance_scale=1.0, decoder_guidance_scale=1.1))
+    assert wide.work[:2] == [
+        Work(BatchKey("prior", (3, 5)), 1, 2),
+        Work(BatchKey("decoder", (32, 48)), 2, 1),
+    ]
 
 
-def test_settings_of_a_request_survive_the_translation(
-    small: SmallRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
+def test_a_track_follows_its_steps(runner: CascadeRunner) -> None:
+    track = begun(runner)
+    seen = []
+    for _ in range(3):
+        runner.step([track])
+        seen.append((track.work[0].key.stage, track.work[0].steps, track.step, track.latents is None))
+    assert seen == [("prior", 1, 1, True), ("decoder", 1, 0, False), ("decode", 1, 0, False)]
+    assert track.latents is not None
+    assert len(track.latents) == 16 * 3 * 3 * 4
 
-    def spy(_: object, settings: Any) -> None:
-        seen.extend(settings)
-        raise InvalidSetting("enough", "seen")
 
-    monkeypatch.setattr("cascade.tasks.text_to_image.generate", spy)
-    members = {
+def test_the_picture_of_a_track_is_the_seeds(runner: CascadeRunner) -> None:
+    made = finished(runner, *(begun(runner, seed) for seed in (7, 8, 7)))
+    assert made[0] == made[2]
+    assert made[0] != made[1]
+
+
+def test_a_picture_is_what_the_library_makes(runner: CascadeRunner) -> None:
+    settings: dict[str, Any] = {"guidance_scale": 2.0, "negative_prompt": "blue", "sampler": "ddim"}
+    [expected] = small_cascade(NATIVE).text_to_image(
+        "a red circle", seed=7, steps=2, decoder_steps=1, **settings
+    )
+    track = begun(runner, prior_guidance_scale=2.0, negative_prompt="blue", sampler="ddim")
+    [made] = finished(runner, track)
+    difference = np.frombuffer(made.pixels, np.uint8) - np.asarray(expected.image).ravel().astype(np.int16)
+    assert np.abs(difference).max() <= 1
+    assert np.asarray(expected.image).std() > 5, "a flat picture would prove nothing"
+    assert (made.width, made.height, made.resampled_from) == (128, 128, None)
+    assert (made.prompt_tokens, made.prompt_truncated) == (3, False)
+
+
+def test_other_sizes_are_resampled_and_long_prompts_cut(runner: CascadeRunner) -> None:
+    [made] = finished(runner, begun(runner, width=256, height=64, prompt="word " * 20))
+    assert (made.width, made.height, made.resampled_from) == (256, 64, (192, 128))
+    assert len(made.pixels) == 256 * 64 * 3
+    assert made.prompt_truncated
+    assert made.prompt_tokens == 20
+
+
+def test_strict_pictures_are_the_same_in_any_company() -> None:
+    runner, _ = loaded(is_strict=True)
+    assert runner.cap(BatchKey("prior", PRIOR)) == 1
+    alone = [finished(runner, begun(runner, seed))[0].pixels for seed in range(4)]
+    together = finished(runner, *(begun(runner, seed) for seed in range(4)))
+    assert [made.pixels for made in together] == alone
+
+
+def test_a_picture_goes_on_from_kept_latents(runner: CascadeRunner) -> None:
+    whole = begun(runner)
+    [expected] = finished(runner, whole)
+    again = begun(runner, 7, whole.latents)
+    assert again.work[0].key.stage == "decoder"
+    assert again.latents == whole.latents
+    assert finished(runner, again)[0].pixels == expected.pixels
+
+
+def test_latents_kept_of_another_model_are_not_used(runner: CascadeRunner) -> None:
+    track = begun(runner, 7, bytes(8))
+    assert track.work[0].key.stage == "prior"
+    assert track.latents is None
+
+
+def test_the_settings_of_a_request_survive_the_translation(runner: CascadeRunner) -> None:
+    members: dict[str, Any] = {
         "negative_prompt": "blue", "width": 256, "height": 192, "prior_num_inference_steps": 3,
         "prior_guidance_scale": 2.5, "decoder_num_inference_steps": 4, "decoder_guidance_scale": 1.5,
-        "preset": "diffusers", "sampler": "lcm", "seeds": (3, 9),
+        "preset": "diffusers", "sampler": "lcm",
     }  # fmt: skip
-    with pytest.raises(InvalidRequest):
-        finished(small.generate([request(**members)]))
-    first, second = seen
-    assert second == replace(first, seed=9)
-    assert (first.seed, first.num_images, first.negative_prompt) == (3, 1, "blue")
-    assert (first.width, first.height) == (256, 192)
-    assert (first.steps, first.guidance_scale) == (3, 2.5)
-    assert (first.decoder_steps, first.decoder_guidance_scale) == (4, 1.5)
-    assert (first.preset, first.sampler) == ("diffusers", "lcm")
+    settings = runner.start(run(9, **members)).drawing.picture.settings
+    assert (settings.prompt, settings.negative_prompt, settings.seed) == ("a red circle", "blue", 9)
+    assert (settings.width, settings.height, settings.num_images) == (256, 192, 1)
+    assert (settings.steps, settings.guidance_scale) == (3, 2.5)
+    assert (settings.decoder_steps, settings.decoder_guidance_scale) == (4, 1.5)
+    assert (settings.preset, settings.sampler) == ("diffusers", "lcm")
+
+
+def test_an_impossible_picture_is_the_callers_error(runner: CascadeRunner) -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt must not be blank") as caught:
+        runner.start(run(prompt=" "))
+    assert caught.value.param == "prompt"
+
+
+def test_nan_fails_the_picture(runner: CascadeRunner) -> None:
+    track = begun(runner)
+    while track.work[0].key.stage == "prior":
+        runner.step([track])
+    runner.check(track)
+    track.drawing.semantic = torch.full((16, *PRIOR), float("nan"))
+    with pytest.raises(GenerationFailed, match="Stage C are not finite"):
+        runner.check(track)
+    assert not runner.retry_in_fp32(track), "it was made in fp32"
+    finished(runner, track := begun(runner))
+    track.drawing.latents = torch.zeros(4, *DECODER) / 0
+    with pytest.raises(GenerationFailed, match="pixels are not finite"):
+        runner.decode([track])
+
+
+def test_in_less_precision_a_failed_stage_is_made_again() -> None:
+    models = small_cascade(NATIVE, dtype=torch.bfloat16)
+    for network in (models.stage_a, models.stage_b, models.stage_c):
+        network.to(torch.bfloat16)
+    runner = CascadeRunner()
+    assert runner.take(models, configure()).dtype == "bfloat16"
+    track = begun(runner)
+    for _ in range(2):
+        runner.step([track])
+    assert track.work[0].key.stage == "decoder"
+    assert runner.retry_in_fp32(track)
+    assert track.work[0] == Work(BatchKey("prior", PRIOR, "fp32"), 2, 2)
+    assert track.step == 0
+    assert track.latents is None
+    finished(runner, track)
+    assert runner.retry_in_fp32(track) is False
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory: 0x7f"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_ends_is_told_as_such(
+    runner: CascadeRunner, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    track = begun(runner)
+    monkeypatch.setattr("cascade.tasks.drawing.Studio.step", fail)
+    with pytest.raises(OutOfMemory, match="not enough memory") as caught:
+        runner.step([track])
+    assert "0x7f" not in str(caught.value)
+    assert track.step == 0
+
+
+def test_other_errors_stay_what_they_are(runner: CascadeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("cascade.tasks.drawing.Studio.step", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runner.step([begun(runner)])
+
+
+def test_caps_are_lowered_by_halves(runner: CascadeRunner) -> None:
+    key = BatchKey("prior", PRIOR, "some adapter")
+    assert runner.cap(key) == 16
+    runner.halve(key)
+    assert runner.cap(key) == 8
+
+
+def test_previews_need_a_previewer(runner: CascadeRunner) -> None:
+    track = begun(runner)
+    runner.step([track])
+    assert runner.preview(track) is None
+    drawing = CascadeRunner()
+    drawing.take(small_cascade(NATIVE, previewer=lambda clean: torch.rand(1, 3, 24, 40)), configure())
+    drawing.step([track := begun(drawing)])
+    preview = drawing.preview(track)
+    assert preview is not None
+    assert preview[:2] == (40, 24)
+    assert len(preview[2]) == 40 * 24 * 3
+
+
+def test_the_encoding_of_texts_is_counted() -> None:
+    runner = CascadeRunner()
+    assert (runner.counts, runner.device_memory_bytes()) == ({}, 0)
+    runner.take(small_cascade(NATIVE), configure())
+    begun(runner)
+    begun(runner)
+    assert runner.counts["cache_misses"] == 2
+    assert runner.counts["cache_hits"] > 0
+    assert runner.device_memory_bytes() == 0
+
+
+class Rehearsals:
+    """Which steps were measured, and which only made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured: list[tuple[str, int]] = []
+        self.made: list[tuple[str, int]] = []
+
+        def seconds(_: Rehearsal, stage: str, rows: int) -> float:
+            self.measured.append((stage, rows))
+            return 0.001 * rows
+
+        monkeypatch.setattr(Rehearsal, "seconds", seconds)
+        monkeypatch.setattr(Rehearsal, "make", lambda _, stage, rows: self.made.append((stage, rows)))
+
+
+ONCE = [("prior", 1), ("decoder", 1), ("decode", 1)]
+TWICE = [("prior", 1), ("prior", 2), ("decoder", 1), ("decoder", 2), ("decode", 1), ("decode", 2)]
+
+
+def test_what_was_measured_is_remembered_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsals = Rehearsals(monkeypatch)
+    _, first = loaded(cache_dir=str(tmp_path))
+    assert (rehearsals.measured, rehearsals.made) == (TWICE, [])
+    _, second = loaded(cache_dir=str(tmp_path))
+    assert (rehearsals.measured, rehearsals.made) == (TWICE, ONCE)
+    assert first == second
+
+
+@pytest.mark.parametrize("change", [{"is_strict": True}, {"max_rows": 4}, {"compile": "graphs"}])
+def test_another_way_of_working_is_measured_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    rehearsals = Rehearsals(monkeypatch)
+    loaded(cache_dir=str(tmp_path))
+    loaded(cache_dir=str(tmp_path), **change)
+    assert len(rehearsals.measured) > len(TWICE)
+    assert rehearsals.made == []
+
+
+def test_graphs_of_all_measured_rows_are_recorded_before_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsals = Rehearsals(monkeypatch)
+    loaded(cache_dir=str(tmp_path), compile="graphs")
+    loaded(cache_dir=str(tmp_path), compile="graphs")
+    assert rehearsals.made == TWICE
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded()
+    assert list(tmp_path.iterdir()) == []

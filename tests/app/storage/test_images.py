@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import NotFound, StorageFull
+from app.errors import DamagedFile, NotFound, StorageFull
 from app.storage.images import ImageStore
 
 
@@ -25,6 +25,27 @@ def test_what_was_saved_is_read_back(store: ImageStore) -> None:
         assert file.read() == content
     assert stored.sha256 == hashlib.sha256(content).hexdigest()
     assert stored.size_bytes == len(content)
+
+
+def test_a_damaged_picture_is_named_and_never_served(store: ImageStore, tmp_path: Path) -> None:
+    content = os.urandom(1000)
+    name = store.save(content, "png")
+    assert store.read(name) == content
+    for damaged in (content[:-1], content[:500] + b"x" + content[501:], b""):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DamagedFile) as caught:
+            store.open(name)
+        found = hashlib.sha256(damaged).hexdigest()
+        assert name in caught.value.message
+        assert found in caught.value.message
+        assert hashlib.sha256(content).hexdigest()[:16] in caught.value.message
+
+
+def test_pictures_are_removed_by_name_and_nothing_else(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    kept, gone = store.save(b"kept", "png"), store.save(b"gone", "png")
+    assert store.remove([gone, gone, "secret", "../secret", "a" * 32 + ".png"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept, "secret"])
 
 
 def test_names_are_random(store: ImageStore) -> None:

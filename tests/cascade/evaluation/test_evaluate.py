@@ -22,7 +22,7 @@ from cascade.evaluation.reconstruction import Reconstruction
 from cascade.evaluation.sheet import save_sheet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.sizes import NativeSizes
-from cascade.tasks.text_to_image import TextToImage
+from cascade.tasks.settings import TextToImage
 from cascade.training.captions import Caption
 from cascade.training.encoder import TINY_EFFNET
 from cascade.training.scenes import Scene, Thing, render

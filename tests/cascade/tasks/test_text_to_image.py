@@ -14,7 +14,9 @@ from cascade.config import ScheduleConfig
 from cascade.errors import InvalidSetting
 from cascade.pipeline import Cascade
 from cascade.sizes import NativeSizes
-from cascade.tasks.text_to_image import GeneratedImage, Progress, TextToImage, generate, to_images
+from cascade.tasks.picture import to_images
+from cascade.tasks.settings import TextToImage
+from cascade.tasks.text_to_image import GeneratedImage, Progress, generate
 from tests.cascade.small_models import WordEncoder, small_cascade
 
 TINY = NativeSizes(((128, 128), (192, 128)), resamples=True)

@@ -1,0 +1,144 @@
+"""Answers about jobs, in the forms that all contracts share: the job itself, accepted, or one raw picture."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fastapi import Request, Response
+
+from app.api.deps import Services, public_base
+from app.api.gateway import Exchange
+from app.api.generation import read_images
+from app.api.prefer import Preference
+from app.api.views import ImageView, JobUrls, JobView, image_view, job_view, server_timing, size_text
+from app.errors import NotAcceptable
+from app.jobs.job import Job, JobStatus, Progress, StoredImage
+
+JOBS = "/api/v1/jobs"
+VARY = "Accept, Prefer"
+POLL_SECONDS = 1
+
+
+def file_url(image: StoredImage, services: Services, base: str) -> str:
+    """Where the picture can be had for a while, without a key."""
+    return f"{base}/files/{image.name}?{services.signer.sign(image.name)}"
+
+
+def events_path(job_id: str) -> str:
+    """The path of a job's events, which is also what its signature is for."""
+    return f"{JOBS}/{job_id}/events"
+
+
+def job_urls(job_id: str, services: Services) -> JobUrls:
+    """Where to ask about a job."""
+    events = events_path(job_id)
+    return JobUrls(
+        self=f"{JOBS}/{job_id}",
+        events=f"{events}?{services.signer.sign(events)}",
+        cancel=f"{JOBS}/{job_id}/cancel",
+    )
+
+
+async def view(
+    job: Job, services: Services, exchange: Exchange, base: str, *, as_base64: bool = False
+) -> JobView:
+    """The job as it stands, its pictures as URLs under `base` or in base64."""
+    images: list[ImageView]
+    if as_base64:
+        contents = await read_images(services, job.images)
+        images = [image_view(image, content=c) for image, c in zip(job.images, contents, strict=True)]
+    else:
+        images = [image_view(image, url=file_url(image, services, base)) for image in job.images]
+    progress, position = await _standing(job, services)
+    return job_view(
+        job,
+        progress=progress,
+        position=position,
+        images=images,
+        urls=job_urls(job.id, services),
+        request_id=exchange.request_id,
+        ttl_seconds=services.settings.job_ttl,
+    )
+
+
+async def _standing(job: Job, services: Services) -> tuple[Progress, int | None]:
+    """How far a job is, and how many are before it in the queue."""
+    progress = services.dispatcher.progress(job)
+    if job.status != JobStatus.QUEUED:
+        return progress, None
+    eta_seconds = await services.dispatcher.eta_seconds(job)
+    position = await services.store.position(job)
+    return replace(progress, eta_seconds=eta_seconds), position or 0  # None: it was taken just now
+
+
+async def json_response(
+    content: JobView, services: Services, headers: Mapping[str, str], status: int = 200
+) -> Response:
+    """A job as JSON, which may be long: it is written off the event loop."""
+    loop = asyncio.get_running_loop()
+    text = await loop.run_in_executor(services.encoders, lambda: content.model_dump_json().encode())
+    return Response(text, status, headers, media_type="application/json")
+
+
+async def accepted(
+    request: Request,
+    services: Services,
+    exchange: Exchange,
+    job: Job,
+    preference: Preference,
+    headers: Mapping[str, str],
+) -> Response:
+    """202: the job goes on, and where to ask for it."""
+    base = public_base(request, services.settings)
+    return await json_response(
+        await view(job, services, exchange, base),
+        services,
+        {
+            **headers,
+            "Location": f"{JOBS}/{job.id}",
+            "Retry-After": str(POLL_SECONDS),
+            "Preference-Applied": preference.applied,
+        },
+        202,
+    )
+
+
+async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
+    """The bytes of the one picture of an ended job."""
+    [image] = job.images
+    [content] = await read_images(services, job.images)
+    return Response(
+        content,
+        media_type=image.mime_type,
+        headers={
+            **headers,
+            "Content-Disposition": f'inline; filename="{job.id}.{image.name.rpartition(".")[2]}"',
+            "ETag": f'"{image.sha256}"',
+        },
+    )
+
+
+def require_one(num_images: int, param: str) -> None:
+    """Raw bytes hold one picture."""
+    if num_images > 1:
+        raise NotAcceptable(f"raw bytes hold one picture: ask for {param} = 1, or for JSON", param=param)
+
+
+def picture_headers(job: Job) -> dict[str, str]:
+    """What is told about the pictures of an ended job, in every form of answer."""
+    headers = {
+        "X-Job-Id": job.id,
+        "X-Seed": ", ".join(str(image.seed) for image in job.images),
+        "Vary": VARY,
+        "Server-Timing": server_timing(job),
+    }
+    if drawn := size_text(job.images[0].resampled_from):
+        headers["X-Resampled-From"] = drawn
+    if job.images[0].prompt_truncated:
+        headers["X-Prompt-Truncated"] = "true"
+    return headers
+
+
+def replayed(is_replay: bool) -> dict[str, str]:
+    """Says that the answer is that of an earlier request with the same key."""
+    return {"Idempotency-Replayed": "true"} if is_replay else {}

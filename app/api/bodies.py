@@ -1,0 +1,275 @@
+"""The bodies of the contracts, and how the first mistake in one becomes an error that names its place."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from app.errors import InvalidRequest, UnsupportedParameter
+from app.jobs.job import OnDisconnect
+from app.schemas import (
+    DecoderGuidance,
+    DecoderSteps,
+    Number,
+    NumImages,
+    OutputFormat,
+    Preset,
+    PriorGuidance,
+    PriorSteps,
+    Prompt,
+    Quality100,
+    Sampler,
+    Seed,
+    Side,
+)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+ResponseFormat = Literal["url", "b64_json"]
+NumPreviews = Annotated[int, Field(ge=0, le=3), Number]
+Priority = Annotated[int, Field(ge=-10, le=10), Number]
+DeadlineSeconds = Annotated[int, Field(ge=1, le=86_400), Number]
+MetadataText = Annotated[str, Field(max_length=512)]
+
+MAX_PLACES = 20  # mistakes that one answer lists
+
+# Members that are known to mean something, whose silent loss would give a wrong picture.
+NOT_YET = ("image", "mask", "strength", "image_prompts", "control", "loras", "webhook")
+_EMPTY: tuple[object, ...] = (None, False, "", "false", [], {})
+
+
+class GenerationMembers(BaseModel):
+    """What every contract's body has: the picture, and how the job of making it is treated."""
+
+    prompt: Prompt = Field(
+        description="What the picture shows; not blank",
+        examples=["a red circle on a blue background"],
+        json_schema_extra={"pattern": r"\S"},
+    )
+    model: str | None = Field(
+        None, description="A name of `/v1/models`, or an alias; absent: the model served"
+    )
+    negative_prompt: Prompt = Field("", description="What the picture does not show")
+    width: Side | None = Field(None, description="Absent: that of the model's native size")
+    height: Side | None = None
+    seed: Seed | None = Field(None, description="-1 or absent: random. Picture i uses seed + i")
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=10)] | None = Field(
+        None, description="Instead of `seed`: one for each picture"
+    )
+    prior_guidance_scale: PriorGuidance = Field(4.0, description="1 and less turn guidance off")
+    decoder_guidance_scale: DecoderGuidance = 0.0
+    preset: Preset = Field("official", description="Sampling as the official code does it, or as diffusers")
+    sampler: Sampler = "ddpm"
+    output_format: OutputFormat = "png"
+    embed_metadata: bool = Field(False, description="Write prompt, seed and settings into the file")
+    priority: Priority = Field(0, description="Among the jobs of one key; higher goes first")
+    deadline_seconds: DeadlineSeconds | None = Field(
+        None, description="Not finished by then: the job is `expired`"
+    )
+    on_disconnect: OnDisconnect = Field(
+        "cancel", description="What becomes of the work when the waiting caller leaves"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("should not be blank")
+        return prompt
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds is not None and -1 in seeds:
+            raise ValueError("should be given each, and not -1")
+        return seeds
+
+
+class ImageGenerationBody(GenerationMembers):
+    """Body of `POST /v1/images/generations`: OpenAI's members and the native ones. Others are ignored."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": True})
+
+    n: NumImages = Field(1, description="Number of pictures; also `num_images_per_prompt`")
+    size: str = Field(
+        "auto", description="`WIDTHxHEIGHT` or `auto`, the native size; `width` and `height` win"
+    )
+    quality: Literal["auto", "low", "medium", "standard", "high", "hd", "xhigh", "max"] = Field(
+        "auto", description="Chooses the steps; explicit steps win"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="When absent: `url` for models named `dall-e-*`, else `b64_json`"
+    )
+    output_compression: Annotated[int, Field(ge=0, le=100), Number] = Field(
+        100, description="Quality of JPEG and WebP; 100 is treated as 95"
+    )
+    background: Literal["auto", "opaque"] = "auto"
+    stream: bool = Field(False, description="Answer with server-sent events")
+    partial_images: NumPreviews = Field(0, description="Previews in a stream, at most")
+    prior_num_inference_steps: PriorSteps | None = Field(
+        None, description="Also `num_inference_steps`, `steps`"
+    )
+    prior_guidance_scale: PriorGuidance = Field(
+        4.0, description="Also `guidance_scale`, `cfg`; 1 and less turn guidance off"
+    )
+    decoder_num_inference_steps: DecoderSteps | None = None
+    output_quality: Quality100 | None = Field(None, description="Instead of `output_compression`")
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the members that mean nothing here."""
+        return sorted(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        _check_number_of_seeds(self.seed, self.seeds, self.n)
+        return self
+
+
+class NativeImageBody(GenerationMembers):
+    """Body of `POST /api/v1/images`. A member that is not listed is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_images_per_prompt: NumImages | None = Field(
+        None, description="Number of pictures; absent: that of `seeds`, or 1"
+    )
+    prior_num_inference_steps: PriorSteps = 20
+    decoder_num_inference_steps: DecoderSteps = 10
+    output_quality: Quality100 = Field(90, description="Of JPEG and WebP")
+    response_format: ResponseFormat | None = Field(
+        None, description="When absent: `b64_json` for callers that wait, else `url`"
+    )
+    previews: NumPreviews = Field(0, description="Previews in a stream, at most")
+    user: Annotated[str, Field(max_length=256)] = Field("", description="Not used")
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], MetadataText], Field(max_length=16)] = (
+        Field({}, description="Given back with the job")
+    )
+
+    @property
+    def num_images(self) -> int:
+        """Pictures to make."""
+        return self.num_images_per_prompt or len(self.seeds or [0])
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        _check_number_of_seeds(self.seed, self.seeds, self.num_images)
+        return self
+
+
+def _check_number_of_seeds(seed: int | None, seeds: list[int] | None, num_images: int) -> None:
+    if seeds is None:
+        return
+    if seed is not None:
+        raise PydanticCustomError("seeds", "seeds and seed should not both be given")
+    if len(seeds) != num_images:
+        raise PydanticCustomError(
+            "seeds", "seeds should be one for each of the {number} pictures", {"number": num_images}
+        )
+
+
+ALIASES = {
+    "num_images_per_prompt": "n",
+    "num_inference_steps": "prior_num_inference_steps",
+    "steps": "prior_num_inference_steps",
+    "guidance_scale": "prior_guidance_scale",
+    "cfg": "prior_guidance_scale",
+}
+
+
+def parse_image_generation(members: Mapping[str, Any]) -> ImageGenerationBody:
+    """Check the body of OpenAI's contract. None and an empty text count as absent."""
+    _refuse_what_cannot_be_served(members)
+    if members.get("background") == "transparent":
+        raise UnsupportedParameter("background must be auto or opaque", param="background")
+    given = {
+        name: value
+        for name, value in members.items()
+        if value is not None and value != "" and name not in NOT_YET and (name, value) != ("seeds", [])
+    }
+    if members.get("prompt") == "":
+        given["prompt"] = ""
+    sent_as = {name: name for name in given}
+    for alias, name in ALIASES.items():
+        if alias in given and name not in given:
+            given[name] = given.pop(alias)
+            sent_as[name] = alias
+    return _validated(ImageGenerationBody, given, sent_as)
+
+
+def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
+    """Check the body of the native contract. None counts as absent."""
+    _refuse_what_cannot_be_served(members)
+    given = {name: value for name, value in members.items() if value is not None and name not in NOT_YET}
+    return _validated(NativeImageBody, given, {})
+
+
+def _refuse_what_cannot_be_served(members: Mapping[str, Any]) -> None:
+    for name in NOT_YET:
+        if members.get(name) not in _EMPTY:
+            raise UnsupportedParameter(f"{name} is not supported by this version", param=name)
+
+
+_CODES = {
+    "not_a_number": "invalid_type",
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unsupported_parameter",
+    "string_type": "invalid_type",
+    "int_type": "invalid_type",
+    "int_parsing": "invalid_type",
+    "int_from_float": "invalid_type",
+    "float_type": "invalid_type",
+    "float_parsing": "invalid_type",
+    "bool_type": "invalid_type",
+    "bool_parsing": "invalid_type",
+    "list_type": "invalid_type",
+    "dict_type": "invalid_type",
+}
+
+
+def _validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, str]) -> Body:
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _invalid_request(error, sent_as) from None
+
+
+def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> InvalidRequest:
+    """The first mistake in words, under the name that the caller used, and the places of all."""
+    problems = error.errors(include_url=False, include_input=False)
+    places = [
+        (_pointer(_path(problem["loc"], sent_as)), _words(problem, _path(problem["loc"], sent_as)))
+        for problem in problems[:MAX_PLACES]
+    ]
+    first = problems[0]
+    code = _CODES.get(first["type"], "invalid_value")
+    bounds = first.get("ctx", {}).values()
+    is_bounded = first["type"] in ("greater_than_equal", "less_than_equal")
+    if is_bounded and all(isinstance(bound, int) for bound in bounds):
+        code = "integer_out_of_range"
+    param = _path(first["loc"], sent_as)[0]
+    return InvalidRequest(places[0][1], param=param, code=code, places=places)
+
+
+def _path(location: tuple[int | str, ...], sent_as: Mapping[str, str]) -> list[str]:
+    """Names from the body down to the mistake. What concerns several members is about the seeds."""
+    first, *rest = location or ("seeds",)
+    names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
+    return [name if name.isprintable() and len(name) <= 64 else ascii(name[:64]) for name in names]
+
+
+def _pointer(names: list[str]) -> str:
+    """A JSON pointer (RFC 6901)."""
+    return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
+
+
+def _words(problem: ErrorDetails, names: list[str]) -> str:
+    name = ".".join(names)
+    if problem["type"] == "missing":
+        return f"{name} is required"
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is no member of this request"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = message.replace("should", "must", 1)
+    return f"{name} {message}" if problem["loc"] else message

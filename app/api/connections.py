@@ -1,0 +1,106 @@
+"""uvicorn, made patient with the work and impatient with its callers.
+
+It waits for ever for the head of a request; here a connection that dawdles is closed. And when it is told to
+stop, it refuses connections at once; here it goes on answering while the work in hand is finished.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.api.deps import Services
+from app.jobs.fleet import LEAVE_SECONDS
+from app.settings import Settings
+
+DEFAULT_SECONDS = 10.0
+ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
+
+
+class HastyProtocol(H11Protocol):
+    """HTTP/1.1 in which the head of a request must come within a time, or the connection is closed."""
+
+    header_seconds = DEFAULT_SECONDS
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The head of the first request is awaited from now on."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Some more of a head, or of a body."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        is_awaited = self.conn.their_state is h11.IDLE
+        if not is_awaited:
+            self._stop_watching()
+        elif self._closing is None:
+            self._closing = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+
+
+def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn is to serve `app`."""
+    return uvicorn.Config(
+        app,
+        http=protocol(settings.header_timeout),
+        log_config=None,  # the app logs its own requests, one JSON line each
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the app decides which proxies it believes
+        timeout_graceful_shutdown=ANSWER_SECONDS,
+    )
+
+
+def protocol(header_seconds: float) -> type[HastyProtocol]:
+    """The protocol with that patience, as uvicorn wants it: a class."""
+    return type("Protocol", (HastyProtocol,), {"header_seconds": header_seconds})
+
+
+class DrainingServer(uvicorn.Server):
+    """On a signal: no more work is taken, what is in work is finished within the grace, then all ends.
+
+    Meanwhile everybody is answered, if only with 503. A second signal ends the grace.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace_seconds: float, on_stopping: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._grace_seconds = max(grace_seconds - ANSWER_SECONDS - LEAVE_SECONDS, 0.0)
+        self._on_stopping = on_stopping
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Also what uvicorn does on a second signal, for which it knows only Ctrl-C."""
+        if self.should_exit and self._draining is not None:
+            self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the work, then the connections, then the app."""
+        self._on_stopping()
+        services: Services = self.config.loaded_app.state.services
+        services.uploads.close()
+        self._draining = asyncio.create_task(services.dispatcher.drain(self._grace_seconds))
+        with suppress(asyncio.CancelledError):
+            await self._draining
+        services.dispatcher.abandon()
+        self.force_exit = False  # or the app would not be told to end
+        await super().shutdown(sockets)

@@ -1,0 +1,83 @@
+"""The events of one job in the native contract."""
+
+import asyncio
+import base64
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from app.api.answers import file_url, view
+from app.api.deps import Services
+from app.api.gateway import Exchange
+from app.api.generation import read_images
+from app.api.streams import sse
+from app.api.views import image_view, progress_view
+from app.jobs.events import NUMBERS_PER_CLAIM, Event, Preview, Queued
+from app.jobs.job import Job, Progress, StoredImage
+
+
+def last_number(job: Job) -> int:
+    """The number of a job's last event, larger than any before it."""
+    return (job.fence + 1) * NUMBERS_PER_CLAIM
+
+
+@dataclass(frozen=True, slots=True)
+class JobStream:
+    """How one caller is told of jobs."""
+
+    services: Services
+    exchange: Exchange
+    base: str  # of URLs
+    as_base64: bool = False  # pictures themselves instead of their URLs
+    num_previews: int = 0  # of each picture at most
+
+    async def events(self, job: Job, last_id: int = 0) -> AsyncGenerator[bytes, None]:
+        """What happened to `job` after `last_id`, what happens, how it ends. Of an ended one the end only.
+
+        The stream ends without the end when the server stops; callers come back with the number they have.
+        """
+        if job.is_finished:
+            yield await self._end(job)
+            return
+        async with aclosing(self.services.dispatcher.follow(job.id, last_id)) as news:
+            async for event in news:
+                if self.num_previews and event.kind == "progress":  # an engine has it
+                    self.services.dispatcher.want_previews(job.id, self.num_previews)
+                yield await self._told(event)
+
+    async def _told(self, event: Event) -> bytes:
+        match event.news:
+            case Queued(position):
+                return sse("job.queued", {"queue_position": position}, number=event.id)
+            case Progress():
+                return sse("job.progress", progress_view(event.news), number=event.id)
+            case Preview(index, preview, content):
+                shown = {
+                    "index": index,
+                    "preview": preview + 1,
+                    "mime_type": "image/webp",
+                    "b64_json": base64.b64encode(content).decode(),
+                }
+                return sse("job.preview", shown, number=event.id)
+            case StoredImage():
+                return await self._image(event.news, event.id)
+            case Job():
+                return await self._end(event.news)
+
+    async def _image(self, image: StoredImage, number: int) -> bytes:
+        if self.as_base64:
+            [content] = await read_images(self.services, (image,))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self.services.encoders,
+                lambda: sse("job.image", image_view(image, content=content), number=number),
+            )
+        url = file_url(image, self.services, self.base)
+        return sse("job.image", image_view(image, url=url), number=number)
+
+    async def _end(self, job: Job) -> bytes:
+        whole = await view(job, self.services, self.exchange, self.base, as_base64=self.as_base64)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self.services.encoders, lambda: sse(f"job.{job.status}", whole, number=last_number(job))
+        )

@@ -1,0 +1,56 @@
+"""How often a key may ask for pictures: so many requests in a minute, counted by this server alone."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from app.errors import RateLimited
+
+WINDOW_SECONDS = 60
+
+
+@dataclass(slots=True)
+class _Window:
+    began: float
+    num_requests: int = 0
+
+
+class RateLimit:
+    """A fixed window for each tenant, from its first request on."""
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._windows: dict[str, _Window] = {}
+
+    def take(self, tenant: str) -> dict[str, str]:
+        """Count a request; returns what its answer tells of the limit. Raises RateLimited over it."""
+        limit = self._per_minute
+        if limit is None:
+            return {}
+        now = self._clock()
+        window = self._windows.get(tenant)
+        if window is None or now - window.began >= WINDOW_SECONDS:
+            window = self._windows[tenant] = _Window(now)
+        seconds_left = max(1, round(window.began + WINDOW_SECONDS - now))
+        is_over = window.num_requests >= limit
+        window.num_requests += not is_over
+        headers = _headers(limit, limit - window.num_requests, seconds_left)
+        if is_over:
+            retry_after_seconds = min(seconds_left, WINDOW_SECONDS - 1)
+            raise RateLimited(
+                f"this key may ask {limit} times a minute; try again in {retry_after_seconds} seconds",
+                headers={**headers, "Retry-After": str(retry_after_seconds)},
+            )
+        return headers
+
+
+def _headers(limit: int, left: int, seconds: int) -> dict[str, str]:
+    """The limit in OpenAI's headers and in those of the IETF's draft."""
+    return {
+        "x-ratelimit-limit-requests": str(limit),
+        "x-ratelimit-remaining-requests": str(left),
+        "x-ratelimit-reset-requests": "1m0s" if seconds == WINDOW_SECONDS else f"{seconds}s",
+        "RateLimit-Policy": f'"images";q={limit};w={WINDOW_SECONDS}',
+        "RateLimit": f'"images";r={left};t={seconds}',
+    }

@@ -1,0 +1,126 @@
+"""The stream of OpenAI's contract: partial pictures, then `completed` for each picture, or `error`."""
+
+import asyncio
+import base64
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from app.api.deps import Services
+from app.api.failures import openai_error
+from app.api.generation import outcome_error, read_images
+from app.api.streams import sse
+from app.errors import AppError, ShuttingDown
+from app.jobs.events import News, Preview
+from app.jobs.job import Job, Progress, StoredImage
+from app.schemas import GenerationRequest
+from app.storage.encoding import encode
+
+RESTART_SECONDS = 5
+
+
+def usage(prompt_tokens: int) -> dict[str, Any]:
+    """Tokens, as OpenAI counts them."""
+    return {
+        "total_tokens": prompt_tokens,
+        "input_tokens": prompt_tokens,
+        "output_tokens": 0,
+        "input_tokens_details": {"text_tokens": prompt_tokens, "image_tokens": 0},
+    }
+
+
+@dataclass(slots=True)
+class ImageStream:
+    """What one caller is told of one job, and has been told already."""
+
+    services: Services
+    quality: str
+    num_previews: int  # of each picture at most; one at least, if only the picture itself
+    _previews: Counter[int] = field(default_factory=Counter)  # sent, by index of the picture
+    _completed: set[int] = field(default_factory=set)
+
+    async def events(self, job: Job) -> AsyncGenerator[bytes, None]:
+        """Everything up to the last picture, or to the error."""
+        ended = job if job.is_finished else None
+        if ended is None:
+            async with aclosing(self.services.dispatcher.follow(job.id)) as news:
+                async for event in news:
+                    for told in await self._news(job, event.news):
+                        yield told
+            ended = await self.services.store.get(job.id, job.tenant)
+        for image in ended.images if ended is not None else ():
+            for told in await self._picture(job, image):
+                yield told
+        if error := _error(ended):
+            yield sse("error", openai_error(error))
+
+    async def _news(self, job: Job, news: News) -> list[bytes]:
+        match news:
+            case Preview():
+                return await self._preview(job, news)
+            case StoredImage():
+                return await self._picture(job, news)
+            case Progress() if self.num_previews:  # an engine has it
+                self.services.dispatcher.want_previews(job.id, self.num_previews)
+        return []
+
+    async def _preview(self, job: Job, preview: Preview) -> list[bytes]:
+        index = preview.index
+        if self._previews[index] >= self.num_previews or index in self._completed:
+            return []
+        loop = asyncio.get_running_loop()
+        content = await loop.run_in_executor(self.services.encoders, _converted, preview.content, job.request)
+        return [await self._partial(job, index, content)]
+
+    async def _picture(self, job: Job, image: StoredImage) -> list[bytes]:
+        if image.index in self._completed:
+            return []
+        self._completed.add(image.index)
+        [content] = await read_images(self.services, (image,))
+        told = []
+        if self.num_previews and not self._previews[image.index]:
+            told.append(await self._partial(job, image.index, content))
+        more = {"usage": usage(image.prompt_tokens), "seed": image.seed}
+        return [*told, await self._told("completed", job, image.index, content, more)]
+
+    async def _partial(self, job: Job, index: int, content: bytes) -> bytes:
+        number = self._previews[index]
+        self._previews[index] += 1
+        return await self._told("partial_image", job, index, content, {"partial_image_index": number})
+
+    async def _told(self, name: str, job: Job, index: int, content: bytes, more: dict[str, Any]) -> bytes:
+        generation, kind = job.request, f"image_generation.{name}"
+        data = {
+            "type": kind,
+            "b64_json": "",
+            "created_at": int(self.services.clock()),
+            "size": f"{generation.width}x{generation.height}",
+            "quality": self.quality,
+            "background": "opaque",
+            "output_format": generation.output_format,
+            **more,
+            **({"image_index": index} if generation.num_images > 1 else {}),
+        }
+
+        def write() -> bytes:
+            return sse(kind, {**data, "b64_json": base64.b64encode(content).decode()})
+
+        return await asyncio.get_running_loop().run_in_executor(self.services.encoders, write)
+
+
+def _error(ended: Job | None) -> AppError | None:
+    """Why the stream ends without all pictures."""
+    if ended is None or not ended.is_finished:
+        return ShuttingDown("the server is stopping", retry_after_seconds=RESTART_SECONDS)
+    return outcome_error(ended)
+
+
+def _converted(preview: bytes, generation: GenerationRequest) -> bytes:
+    """A preview in the format of the pictures, with their mark."""
+    with Image.open(BytesIO(preview)) as image:
+        return encode(image.convert("RGB"), generation.output_format, generation.output_quality)

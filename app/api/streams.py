@@ -1,0 +1,61 @@
+"""Server-sent events: how they are written, and the stream of one job in the native contract."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic_core import to_json
+
+QUIET_SECONDS = 15.0  # then a comment, because proxies cut connections that seem dead
+RETRY_MILLISECONDS = 2000
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def sse(event: str, data: Mapping[str, Any] | Any, *, number: int | None = None) -> bytes:
+    """One event on the wire, its data one line of JSON."""
+    return format_sse_event(
+        event=event, data_str=to_json(data).decode(), id=None if number is None else str(number)
+    )
+
+
+def respond_with_events(
+    events: AsyncGenerator[bytes], headers: Mapping[str, str], *, retry: bool = False
+) -> EventSourceResponse:
+    """An answer that sends `events` as they come. When the caller leaves, they are closed."""
+    return EventSourceResponse(_kept_alive(events, retry=retry), headers={**_HEADERS, **headers})
+
+
+async def _kept_alive(events: AsyncGenerator[bytes], *, retry: bool) -> AsyncIterator[bytes]:
+    """`events`, with comments while there are none. The first bytes leave at once."""
+    ahead: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
+    pump = asyncio.create_task(_pump(events, ahead))
+    try:
+        yield format_sse_event(retry=RETRY_MILLISECONDS) if retry else KEEPALIVE_COMMENT
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_SECONDS):
+                    event = await ahead.get()
+            except TimeoutError:
+                event = KEEPALIVE_COMMENT
+            if event is None:
+                return
+            if isinstance(event, Exception):
+                raise event
+            yield event
+    finally:
+        pump.cancel()
+
+
+async def _pump(events: AsyncGenerator[bytes], ahead: "asyncio.Queue[bytes | Exception | None]") -> None:
+    """Runs the generator in a task of its own, so that it may wait for something while it is closed."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                await ahead.put(event)
+    except Exception as error:
+        await ahead.put(error)
+    else:
+        await ahead.put(None)

@@ -1,0 +1,163 @@
+"""What happens to pictures beside the loop, without holding up a step: Stage A, to the host, previews."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from app.engine.contract import AnyRunner, Decoded
+from app.engine.picture import Picture
+from app.engine.protocol import Message, Observation, Previewed
+from app.engine.pulse import Pulse
+from app.engine.stepping import raise_if_gone
+from app.logs import Logger
+
+AT_ONCE = 2  # pictures in a call of Stage A, whose activations are the largest of all
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A picture left the finisher, sent off already or in vain."""
+
+    picture: Picture
+    error: Exception | None = None
+
+
+class Finisher:
+    """A thread that decodes pictures and sends them. It reports each picture, each call, and its own end."""
+
+    def __init__(
+        self,
+        runner: AnyRunner,
+        send: Callable[[Message], None],
+        report: Callable[[Finished | Observation | Exception], None],
+        pulse: Pulse,
+        clock: Callable[[], float],
+        logger: Logger,
+    ) -> None:
+        self._runner = runner
+        self._send = send
+        self._report = report
+        self._pulse = pulse
+        self._clock = clock
+        self._logger = logger
+        self._drawn: deque[Picture] = deque()
+        self._previews: dict[Picture, int] = {}  # the latest wanted of each
+        self._is_working = False
+        self._is_closed = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="finisher", daemon=True).start()
+
+    def finish(self, picture: Picture) -> None:
+        """Decode and send a picture, soon."""
+        with self._changed:
+            self._previews.pop(picture, None)
+            self._drawn.append(picture)
+            self._changed.notify_all()
+
+    def preview(self, picture: Picture, number: int) -> None:
+        """Send a preview when nothing is to be finished; a newer one takes the place of one that waits."""
+        with self._changed:
+            self._previews[picture] = number
+            self._changed.notify_all()
+
+    def drop(self, picture: Picture) -> None:
+        """Spare what has not begun of the work on a picture that nobody wants any more."""
+        with self._changed:
+            picture.is_dropped = True
+            self._previews.pop(picture, None)
+            if picture in self._drawn:
+                self._drawn.remove(picture)
+                self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Return when nothing is being decoded or waits to be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or not (self._is_working or self._drawn))
+
+    def close(self) -> None:
+        """Let the thread end after what it works on."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while (work := self._take()) is not None:
+                work()
+        except Exception as error:  # the device is gone; the loop is to say so
+            self._report(error)
+        finally:
+            self.close()
+
+    def _take(self) -> Callable[[], None] | None:
+        """What to do next: pictures before previews; None when the thread is to end."""
+        with self._changed:
+            self._is_working = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._drawn or self._previews or self._is_closed)
+            if self._is_closed:
+                return None
+            self._is_working = True
+            if self._drawn:
+                return partial(self._finish, self._take_alike())
+            picture = next(iter(self._previews))
+            return partial(self._show, picture, self._previews.pop(picture))
+
+    def _take_alike(self) -> list[Picture]:
+        """The oldest and, when one call can decode both, the one behind it."""
+        pictures = [self._drawn.popleft()]
+        while self._drawn and self._drawn[0].key == pictures[0].key and len(pictures) < AT_ONCE:
+            pictures.append(self._drawn.popleft())
+        return pictures
+
+    def _finish(self, pictures: list[Picture]) -> None:
+        """Decode and send. When that fails for two, each is tried alone."""
+        try:
+            decoded = self._decode(pictures)
+        except Exception as error:
+            raise_if_gone(error)
+            if len(pictures) == 1:
+                self._report(Finished(pictures[0], error))
+            else:
+                for picture in pictures:
+                    self._finish([picture])
+        else:
+            for picture, made in zip(pictures, decoded, strict=True):
+                self._send_off(picture, made)
+
+    def _decode(self, pictures: list[Picture]) -> list[Decoded]:
+        with self._pulse.busy(sum(picture.entry.cost_left for picture in pictures)):
+            began = self._clock()
+            decoded = self._runner.decode([picture.track for picture in pictures])
+            seconds = self._clock() - began
+        rows = len(pictures)
+        tick = self._pulse.observe(
+            pictures[0].key,
+            rows=rows,
+            samples=rows,
+            seconds=seconds,
+            cap=AT_ONCE,
+            is_backlogged=bool(self._drawn),
+        )
+        self._report(tick)
+        return decoded
+
+    def _send_off(self, picture: Picture, decoded: Decoded) -> None:
+        picture.end_stage("decode", self._clock())
+        if not picture.is_dropped:
+            self._send(picture.pixels(decoded))
+        self._report(Finished(picture))
+
+    def _show(self, picture: Picture, number: int) -> None:
+        try:
+            with self._pulse.busy(0.0):
+                made = self._runner.preview(picture.track)
+        except Exception as error:
+            raise_if_gone(error)
+            self._logger.warning("a preview failed", job=picture.run.job, exc_info=error)
+            return
+        if made is not None and not picture.is_dropped:
+            width, height, pixels = made
+            self._send(Previewed(picture.run.job, picture.run.index, number, width, height, pixels))

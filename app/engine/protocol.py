@@ -1,0 +1,208 @@
+"""What the API process and an engine process say to each other, over one local stream socket.
+
+A message is a tagged msgspec structure in MessagePack behind its length, four bytes, big endian. Pixels and
+latents are plain bytes in it. No message can carry code.
+"""
+
+import struct
+from typing import Literal
+
+import msgspec
+
+MAX_MESSAGE_BYTES = 256 * 1024**2  # pixels of the largest picture are 12.6 MB
+
+_LENGTH = struct.Struct(">I")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=False, omit_defaults=True):
+    """The root of all messages."""
+
+
+class ToEngine(Message):
+    """From the API process."""
+
+
+class Configure(ToEngine, tag="configure"):
+    """The first message: which model to load, and how to work."""
+
+    model: str
+    device: str
+    dtype: str
+    compile: Literal["off", "graphs", "full"] = "off"
+    is_strict: bool = False  # one row per network call: equal to the last bit in any company
+    max_rows: int | None = None  # bound on the rows of a batch; None: as profiled
+    cache_dir: str | None = None  # remembers profiles
+    weights: dict[str, float] = {}  # of tenants, 1 when absent
+    faults: tuple[str, ...] = ()  # armed fault points; tests only
+
+
+class Run(ToEngine, tag="run"):
+    """Make one picture of a job."""
+
+    job: str
+    index: int  # of the picture in the job
+    seed: int
+    tenant: str
+    priority: int
+    deadline: float | None  # seconds from now
+    waited: float  # seconds since the job was accepted
+    request: bytes  # GenerationRequest as JSON
+    latents: bytes | None = None  # of Stage C, fp32, from before a crash; None: begin at the beginning
+    is_alone: bool = False  # quarantined: nothing else may be in work beside it
+
+
+class Cancel(ToEngine, tag="cancel"):
+    """Stop the work on a job; no more is said of it."""
+
+    job: str
+
+
+class WantPreviews(ToEngine, tag="previews"):
+    """Somebody watches a picture: send so many previews of it, spread over Stage C."""
+
+    job: str
+    count: int
+
+
+class Drain(ToEngine, tag="drain"):
+    """Finish what is aboard, then exit with 0."""
+
+
+class FromEngine(Message):
+    """To the API process."""
+
+
+class Ready(FromEngine, tag="ready"):
+    """The model is loaded, profiled and warm."""
+
+    device: str
+    dtype: str
+    native_width: int
+    native_height: int
+    max_samples: int  # pictures that fit into memory together
+    step_seconds: dict[str, float]  # per row, by "stage:HxW" of profiled shapes; see cost.py
+
+
+class Unusable(FromEngine, tag="unusable"):
+    """The model cannot be loaded; the engine exits with 2, and starting it again would not help."""
+
+    reason: str
+
+
+class Stepped(FromEngine, tag="stepped"):
+    """Where pictures stand; at most ten times a second per job."""
+
+    job: str
+    index: int
+    stage: Literal["prior", "decoder", "encode"]
+    step: int
+    steps: int
+    remaining: float  # seconds that its work is predicted to take from here, alone
+
+
+class Previewed(FromEngine, tag="previewed"):
+    """A small picture of what Stage C has in mind."""
+
+    job: str
+    index: int
+    preview: int
+    width: int
+    height: int
+    pixels: bytes  # RGB, 8 bits, rows from the top
+
+
+class Latents(FromEngine, tag="latents"):
+    """Stage C is done; with these, Stage B can be repeated alone."""
+
+    job: str
+    index: int
+    latents: bytes
+
+
+class Pixels(FromEngine, tag="pixels"):
+    """A finished picture."""
+
+    job: str
+    index: int
+    width: int
+    height: int
+    pixels: bytes  # RGB, 8 bits, rows from the top
+    resampled_from: tuple[int, int] | None
+    prompt_truncated: bool
+    prompt_tokens: int
+    prior_seconds: float
+    decoder_seconds: float
+    decode_seconds: float
+
+
+class Failed(FromEngine, tag="failed"):
+    """A picture cannot be made; the others of its job are dropped too."""
+
+    job: str
+    index: int
+    code: str  # of an AppError
+    message: str
+
+
+class Observation(msgspec.Struct, frozen=True):
+    """One tick, for metrics and the cost model of the API process."""
+
+    stage: str
+    shape: str  # "HxW" of the latents
+    rows: int
+    samples: int
+    seconds: float
+    cap: int
+    is_backlogged: bool  # whether the batch left rows of its own kind behind
+
+
+class Heartbeat(FromEngine, tag="heartbeat"):
+    """The engine lives. Sent every second by a thread of its own, with what the loop is busy with."""
+
+    busy_seconds: float  # since the step in work began; 0 when idle
+    predicted_seconds: float  # of that step
+    num_samples: int  # aboard
+    memory_bytes: int  # resident
+    device_memory_bytes: int
+    ticks: tuple[Observation, ...] = ()  # since the last heartbeat
+    events: dict[str, int] = {}  # halvings, bisections, cache hits and misses since the last heartbeat
+
+
+class DeviceLost(FromEngine, tag="device_lost"):
+    """The device answers nothing but errors; the engine exits with 3, to be replaced."""
+
+    reason: str
+
+
+AnyToEngine = Configure | Run | Cancel | WantPreviews | Drain
+AnyFromEngine = (
+    Ready | Unusable | Stepped | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(AnyToEngine)
+_from_engine = msgspec.msgpack.Decoder(AnyFromEngine)
+
+
+def pack(message: Message) -> bytes:
+    """A frame: length and body."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def frame_length(head: bytes) -> int:
+    """Bytes of the body that follow a frame's first four; raises ValueError beyond MAX_MESSAGE_BYTES."""
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return int(length)
+
+
+def to_engine(body: bytes) -> AnyToEngine:
+    """Decode a message to an engine; raises msgspec.DecodeError for anything else."""
+    return _to_engine.decode(body)
+
+
+def from_engine(body: bytes) -> AnyFromEngine:
+    """Decode a message from an engine; raises msgspec.DecodeError for anything else."""
+    return _from_engine.decode(body)

@@ -1,0 +1,124 @@
+"""A step of a batch, come what may: with less memory, and without the picture that is to blame."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from app.engine.contract import AnyRunner, Track
+from app.engine.picture import Picture
+from app.errors import DeviceGone, GenerationFailed, OutOfMemory
+
+# What CUDA and its libraries say once a context is lost: every later call fails too.
+_LAST_WORDS = (
+    "device-side assert",
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "invalid program counter",
+    "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ecc",
+    "context is destroyed",
+    "device unavailable",
+    "no longer available",
+    "fallen off the bus",
+    "cublas_status_execution_failed",
+    "cudnn_status_execution_failed",
+    "cudnn_status_internal_error",
+)
+
+
+def raise_if_gone(error: Exception) -> None:
+    """Raise DeviceGone when the device will answer nothing but errors from now on."""
+    words = str(error).lower()
+    if isinstance(error, DeviceGone):
+        raise error
+    if any(last in words for last in _LAST_WORDS):
+        raise DeviceGone(str(error).splitlines()[0]) from error
+
+
+class Stepper:
+    """Has pictures stepped by a runner, and finds out who is to blame when that fails. Raises DeviceGone."""
+
+    def __init__(self, runner: AnyRunner, events: Counter[str], make_room: Callable[[], None]) -> None:
+        self._runner = runner
+        self._events = events
+        self._make_room = make_room
+
+    def begin(self, pictures: Sequence[Picture], now: float) -> dict[Picture, Exception]:
+        """Prepare those that are to take their first step; returns those that cannot be, and why."""
+        failed: dict[Picture, Exception] = {}
+        for picture in pictures:
+            if picture.began_stage_at is not None:
+                continue
+            picture.began_stage_at = now
+            try:
+                self._runner.begin(picture.track)
+            except OutOfMemory:
+                failed |= self._with_room(picture, self._runner.begin)
+            except Exception as error:
+                raise_if_gone(error)
+                failed[picture] = error
+        return failed
+
+    def step(self, pictures: Sequence[Picture]) -> dict[Picture, Exception]:
+        """Advance all by one step; returns those that cannot be, and why."""
+        if not pictures:
+            return {}
+        try:
+            self._runner.step([picture.track for picture in pictures])
+        except OutOfMemory:
+            return self._step_in_less_memory(pictures)
+        except Exception as error:
+            raise_if_gone(error)
+            if len(pictures) == 1:
+                return {pictures[0]: error}
+            self._events["bisections"] += 1
+            return self._step_halves(pictures)
+        return {}
+
+    def is_repeated(self, picture: Picture) -> bool:
+        """Look at what came of a stage: True when it is to be done again, in fp32. Raises if in vain."""
+        try:
+            self._runner.check(picture.track)
+        except GenerationFailed:
+            if not self._runner.retry_in_fp32(picture.track):
+                raise
+            self._events["fp32_retries"] += 1
+            return True
+        return False
+
+    def _step_in_less_memory(self, pictures: Sequence[Picture]) -> dict[Picture, Exception]:
+        """Lower the cap below what was tried, and take the same step in parts."""
+        is_lowered = self._lower_cap(pictures)
+        if len(pictures) > 1:
+            return self._step_halves(pictures)
+        if is_lowered:
+            return self.step(pictures)  # a guided picture, now row by row
+        return self._with_room(pictures[0], lambda track: self._runner.step([track]))
+
+    def _lower_cap(self, pictures: Sequence[Picture]) -> bool:
+        key = pictures[0].key
+        rows = sum(picture.track.work[0].rows for picture in pictures)
+        is_lowered = False
+        while self._runner.cap(key) >= rows > 1:
+            self._runner.halve(key)
+            self._events["halvings"] += 1
+            is_lowered = True
+        return is_lowered
+
+    def _step_halves(self, pictures: Sequence[Picture]) -> dict[Picture, Exception]:
+        middle = len(pictures) // 2
+        return self.step(pictures[:middle]) | self.step(pictures[middle:])
+
+    def _with_room(self, picture: Picture, act: Callable[[Track], None]) -> dict[Picture, Exception]:
+        """Once more, when Stage A has given back its share of the memory."""
+        self._events["memory_waits"] += 1
+        self._make_room()
+        try:
+            act(picture.track)
+        except Exception as error:
+            raise_if_gone(error)
+            return {picture: error}
+        return {}

@@ -1,0 +1,133 @@
+"""What has to be done now and then: renew, expire, claim, look after others' jobs, count.
+
+One task does it in rounds, and claims between them when it is told of jobs or of room.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from app.jobs.events import Queued
+from app.jobs.fleet import Fleet
+from app.jobs.forecast import Forecast
+from app.jobs.job import Job, JobStatus
+from app.jobs.keeping import Means
+
+ROUND_SECONDS = 0.5
+RENEW_SECONDS = 2.0  # at least so often, because a renewal also brings what callers of other servers canceled
+OTHERS_ROUNDS = 10  # a job in nobody's hands that we know of is looked up in one round of so many
+IDLE_ROUNDS = 60  # the same, when nobody here waits for it
+
+
+class Chores:
+    """The rounds. Whatever fails is tried again in the next one: a database that is away comes back."""
+
+    def __init__(
+        self, fleet: Fleet, forecast: Forecast, means: Means, *, lease_seconds: float, is_sole: bool
+    ) -> None:
+        self._has_news = asyncio.Event()
+        self._fleet = fleet
+        self._forecast = forecast
+        self._means = means
+        self._lease_seconds = lease_seconds
+        self._is_sole = is_sole
+        self._may_claim = True  # the queue may hold jobs
+        self._is_closed = False
+        self._is_over = False
+        self._renewed_at = 0.0
+        self._round = 0
+
+    def wake(self, *, is_queued: bool = False) -> None:
+        """There is room now, or a job when `is_queued`."""
+        self._may_claim |= is_queued
+        self._has_news.set()
+
+    def close(self) -> None:
+        """Claim no more."""
+        self._is_closed = True
+
+    def end(self) -> None:
+        """Let `run` return soon."""
+        self._is_over = True
+        self.wake()
+
+    async def run(self) -> None:
+        """Do the rounds until the end."""
+        loop = asyncio.get_running_loop()
+        next_round = loop.time()
+        while not self._is_over:
+            self._has_news.clear()
+            if loop.time() >= next_round:
+                next_round = loop.time() + ROUND_SECONDS
+                await self._try(self._renew, self._expire, self._claim, self._look_around, self._count)
+            else:
+                await self._try(self._claim)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(next_round):
+                    await self._has_news.wait()
+
+    async def look_at(self, job: Job, *, is_watched: bool) -> None:
+        """Tell of a job what only the database knows."""
+        events = self._means.events
+        for image in job.images:
+            events.publish(job.id, image)
+        if job.is_finished:
+            self._fleet.keeper.tell(job, is_ours=False)
+        elif is_watched and job.status == JobStatus.QUEUED:
+            position = await self._means.store.position(job)
+            if position is not None:
+                events.publish(job.id, Queued(position))
+
+    async def _try(self, *chores: Callable[[], Awaitable[None]]) -> None:
+        for chore in chores:
+            try:
+                await chore()
+            except Exception as error:
+                name = chore.__name__.strip("_")
+                self._means.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
+
+    async def _renew(self) -> None:
+        """Before anything is claimed: after a long pause of ours nobody must take our jobs for lost."""
+        now = asyncio.get_running_loop().time()
+        if now - self._renewed_at >= min(self._lease_seconds / 3, RENEW_SECONDS):
+            await self._fleet.renew(self._lease_seconds)
+            self._renewed_at = now
+
+    async def _expire(self) -> None:
+        await self._fleet.expire()
+        for job in await self._means.store.expire(self._means.clock()):
+            self._fleet.keeper.tell(job, is_ours=True)
+
+    async def _claim(self) -> None:
+        if not self._may_claim or self._is_closed:
+            return
+        self._may_claim = False  # until there is news, unless the engines are full
+        try:
+            self._may_claim |= await self._fleet.claim(self._lease_seconds)
+        except Exception:
+            self._may_claim = True
+            raise
+
+    async def _look_around(self) -> None:
+        """See to the jobs that are in nobody's hands here: others may have them done, or end them."""
+        self._round += 1
+        self._may_claim = True  # what others put into the queue
+        for job_id, is_awaited, is_watched in self._means.events.unended():
+            is_due = is_watched or self._round % IDLE_ROUNDS == 0
+            is_due |= is_awaited and (not self._is_sole or self._round % OTHERS_ROUNDS == 0)
+            if not is_due or self._fleet.flight(job_id) is not None:
+                continue
+            job = await self._means.store.get(job_id, None)
+            if job is None:
+                self._means.events.forget(job_id)
+            elif self._fleet.flight(job_id) is None:
+                await self.look_at(job, is_watched=is_watched)
+
+    async def _count(self) -> None:
+        counts = self._forecast.counts = await self._means.store.counts()
+        metrics, oldest = self._means.metrics, counts.oldest_created_at
+        metrics.queue_jobs.set(counts.queued)
+        metrics.running_jobs.set(len(self._fleet.flights))
+        metrics.queue_cost_seconds.set(counts.queued_cost_seconds)
+        metrics.queue_age_seconds.set(0 if oldest is None else max(self._means.clock() - oldest, 0))
+        metrics.model_loaded.set(any(slot.engine.is_ready for slot in self._fleet.slots))

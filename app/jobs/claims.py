@@ -1,0 +1,103 @@
+"""Jobs in the hands of workers: taken, kept, written to and given back, each as part of one transaction.
+
+A worker holds a job by its lease, and the fence tells this hold from every earlier one: what a worker writes
+is taken only while the row has the fence that it knows.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from sqlalchemy import ColumnElement, Connection, func, select, update
+
+from app.jobs import rows
+from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
+from app.jobs.queue import IS_QUEUED, IS_RUNNING, claim_order
+from app.jobs.tables import jobs, pictures
+
+TOO_MANY_CRASHES = Failure(
+    500,
+    "generation_failed",
+    f"the engine died {MAX_CRASHES} times with this job aboard; it is not tried again",
+)
+
+
+def claim(connection: Connection, worker: str, limit: int, lease_seconds: float, now: float) -> list[Job]:
+    """Take up to `limit` of the jobs that are next."""
+    order = claim_order(now)
+    query = select(jobs).join(order, jobs.c.number == order.c.number).where(IS_QUEUED)
+    query = query.order_by(order.c.turn, jobs.c.number).limit(limit)
+    found = rows.lock(connection, query, skip_locked=True)
+    return [rows.put(connection, job.claimed(worker, now, lease_seconds)) for job in found]
+
+
+def renew(connection: Connection, worker: str, lease_seconds: float, now: float) -> list[str]:
+    """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
+    query = select(jobs.c.id, jobs.c.cancel_requested).where(_is_held_by(worker)).order_by(jobs.c.number)
+    found = connection.execute(query.with_for_update()).all()
+    connection.execute(update(jobs).where(_is_held_by(worker)).values(lease_until=now + lease_seconds))
+    return [row.id for row in found if row.cancel_requested]
+
+
+def save_picture(connection: Connection, job: Job, index: int, columns: Mapping[str, object]) -> bool:
+    """Write what became of a picture; False when the job is not held under this fence any more."""
+    held = select(jobs.c.id).where(jobs.c.id == job.id, jobs.c.fence == job.fence, IS_RUNNING)
+    if connection.scalar(held.with_for_update()) is None:
+        return False
+    picture = (pictures.c.job_id == job.id) & (pictures.c.idx == index)
+    return connection.execute(update(pictures).where(picture).values(columns)).rowcount == 1
+
+
+def load_latents(connection: Connection, job_id: str) -> dict[int, bytes]:
+    """What is kept of the pictures that are not finished, by index."""
+    kept = (pictures.c.job_id == job_id) & pictures.c.latents.is_not(None)
+    found = connection.execute(select(pictures.c.idx, pictures.c.latents).where(kept))
+    return {row.idx: row.latents for row in found}
+
+
+def move(connection: Connection, before: Job, after: Job, now: float) -> bool:
+    """Write a moved job; False when it is not what it was moved from any more, by status or fence."""
+    unmoved = (jobs.c.id == before.id) & (jobs.c.fence == before.fence) & (jobs.c.status == before.status)
+    found = rows.lock(connection, select(jobs).where(unmoved))
+    for current in found:
+        rows.put(connection, _sensible(after, current, now))
+    return bool(found)
+
+
+def release(connection: Connection, worker: str, crashed: Collection[str], now: float) -> list[Job]:
+    """Put all jobs of a worker back into the queue; returns where each of them is now."""
+    return _requeue(connection, _lock_held(connection, worker), crashed, now)
+
+
+def leases(connection: Connection, worker: str) -> dict[str, float]:
+    """The latest lease of each other worker that holds jobs."""
+    query = select(jobs.c.worker, func.max(jobs.c.lease_until)).where(IS_RUNNING, jobs.c.worker != worker)
+    return {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.worker))}
+
+
+def release_lost(connection: Connection, worker: str, lease_until: float, now: float) -> list[Job]:
+    """Put back the jobs of a worker that is silent since `lease_until`, as such that may have ended it."""
+    held = _lock_held(connection, worker)
+    if max((job.lease_until or 0.0 for job in held), default=0.0) != lease_until:
+        return []
+    return _requeue(connection, held, {job.id for job in held}, now)
+
+
+def _is_held_by(worker: str) -> ColumnElement[bool]:
+    return (jobs.c.worker == worker) & IS_RUNNING
+
+
+def _lock_held(connection: Connection, worker: str) -> list[Job]:
+    return rows.lock(connection, select(jobs).where(_is_held_by(worker)).order_by(jobs.c.number))
+
+
+def _requeue(connection: Connection, held: Iterable[Job], crashed: Collection[str], now: float) -> list[Job]:
+    moved = [_sensible(job.released(crashed=job.id in crashed), job, now) for job in held]
+    return [rows.put(connection, job) for job in moved]
+
+
+def _sensible(after: Job, current: Job, now: float) -> Job:
+    """`after`, or its end when queueing it again makes no sense."""
+    if after.status == JobStatus.QUEUED and current.cancel_requested:
+        return after.canceled(now)
+    if after.status == JobStatus.QUEUED and after.crashes >= MAX_CRASHES:
+        return after.failed(TOO_MANY_CRASHES, now)
+    return after

@@ -1,0 +1,225 @@
+"""The database behind the jobs, SQLite in a file or PostgreSQL, each with what makes a commit a promise.
+
+A transaction is a function of a connection, the same one for both. For SQLite it runs in a thread: in the
+only one that writes, so that writers queue here and not for its lock, or in one of a few that read beside it.
+A caller who is canceled meanwhile cannot leave it half done. For PostgreSQL it runs on asyncpg.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+
+from alembic.util import CommandError
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from app.errors import StorageFull
+from app.jobs.faults import Faults
+from app.jobs.migrations import migrate
+from app.settings import SettingsError
+
+BUSY_SECONDS = 30  # another process holds the lock of SQLite only as a tool of the operator
+CONNECT_SECONDS = 10
+NUM_READERS = 2  # of SQLite
+NUM_CONNECTIONS = 8  # to PostgreSQL
+ANSWER_SECONDS = 30  # a connection that is silent for so long is broken
+QUEUE_LOCK, SCHEMA_LOCK = 0x63617363_01, 0x63617363_02  # advisory locks; any two numbers would do
+
+_HAS_WRITTEN = "has_written"  # whether the transaction of a connection did; idle looks pass no fault point
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Access(Protocol):
+    """A way to run transactions."""
+
+    async def run(self, transaction: Callable[[Connection], T]) -> T:
+        """Commit what `transaction` does, or nothing of it when it raises."""
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+
+
+class Database:
+    """Runs transactions. One object per process and database."""
+
+    def __init__(self, reader: Access, writer: Access, faults: Faults) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._faults = faults
+
+    @classmethod
+    async def open(cls, url: str, faults: Faults) -> Self:
+        """Connect and bring the schema up to date. Raises SettingsError when that is not possible."""
+        target = _parse(url)
+        is_sqlite = target.get_backend_name() == "sqlite"
+        database = cls(*(_open_sqlite(target) if is_sqlite else _open_postgresql(target)), faults)
+        try:
+            if is_sqlite:
+                await asyncio.to_thread(_make_file, target)
+            await database._writer.run(_prepare)
+        except (DBAPIError, OSError, CommandError) as error:
+            await database.close()
+            reason = error.orig if isinstance(error, DBAPIError) else error
+            raise SettingsError(f"the database {target!r} cannot be used: {reason}") from error
+        return database
+
+    async def close(self) -> None:
+        """Let go of all connections, after the transactions that are under way."""
+        await self._reader.close()
+        await self._writer.close()
+
+    async def read(
+        self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `body` reads, all of one moment."""
+        return await self._reader.run(lambda connection: body(connection, *args, **kwargs))
+
+    async def write(
+        self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Do what `body` does, whole or not at all. Raises StorageFull when there is no room."""
+
+        def transaction(connection: Connection) -> tuple[T, bool]:
+            connection.info[_HAS_WRITTEN] = False
+            result = body(connection, *args, **kwargs)
+            if has_written := connection.info[_HAS_WRITTEN]:
+                self._faults.hit("before_commit")
+            return result, has_written
+
+        try:
+            result, has_written = await self._writer.run(transaction)
+        except DBAPIError as error:
+            if _is_full(error):
+                raise StorageFull("there is no room to keep the job; try again later") from error
+            raise
+        if has_written:
+            self._faults.hit("after_commit")
+        return result
+
+
+def lock_queue(connection: Connection) -> None:
+    """Until the transaction ends, nobody else gets past here, on any server."""
+    if connection.dialect.name == "postgresql":  # SQLite lets one write at a time anyway
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({QUEUE_LOCK})")
+
+
+class _Threads:
+    """SQLite: as many threads as connections."""
+
+    def __init__(self, engine: Engine, num_threads: int) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="database")
+
+    async def run(self, transaction: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, transaction)
+
+    def _run(self, transaction: Callable[[Connection], T]) -> T:
+        with self._engine.begin() as connection:
+            return transaction(connection)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        self._engine.dispose()
+
+
+class _Loop:
+    """PostgreSQL: transactions in the event loop, where each waits for its own answers."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def run(self, transaction: Callable[[Connection], T]) -> T:
+        async with self._engine.begin() as connection:
+            return await connection.run_sync(transaction)
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+def _parse(url: str) -> URL:
+    try:
+        target = make_url(url)
+    except ArgumentError:
+        raise SettingsError(
+            "the URL of a database must be like postgresql+asyncpg://USER@HOST/NAME"
+        ) from None
+    match target.get_backend_name():
+        case "postgresql":
+            return target.set(drivername="postgresql+asyncpg")
+        case "sqlite" if target.database not in (None, "", ":memory:"):
+            return target.set(drivername="sqlite")
+        case _:
+            raise SettingsError(f"jobs are kept in PostgreSQL or in a file of SQLite, not in {target!r}")
+
+
+def _open_sqlite(target: URL) -> tuple[Access, Access]:
+    readers = _sqlite_engine(target, NUM_READERS, begin="DEFERRED", query_only="ON")
+    writer = _sqlite_engine(target, 1, begin="IMMEDIATE", query_only="OFF")
+    _note_writing(writer)
+    return _Threads(readers, NUM_READERS), _Threads(writer, 1)
+
+
+def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only: str) -> Engine:
+    pragmas = {
+        "busy_timeout": BUSY_SECONDS * 1000,
+        "journal_mode": "WAL",
+        "synchronous": "FULL",  # what is committed is on the disk
+        "foreign_keys": "ON",
+        "query_only": query_only,
+    }
+    engine = create_engine(target, poolclass=QueuePool, pool_size=num_connections, max_overflow=0)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # sqlite3 itself would begin late, and deferred
+        for name, value in pragmas.items():
+            connection.execute(f"PRAGMA {name} = {value}")
+
+    @event.listens_for(engine, "begin")
+    def start(connection: Connection) -> None:
+        connection.exec_driver_sql(f"BEGIN {begin}")
+
+    return engine
+
+
+def _open_postgresql(target: URL) -> tuple[Access, Access]:
+    engine = create_async_engine(
+        target,
+        pool_size=NUM_CONNECTIONS,
+        max_overflow=0,
+        pool_pre_ping=True,  # outlives a restart of the database
+        connect_args={"timeout": CONNECT_SECONDS, "command_timeout": ANSWER_SECONDS},
+    )
+    _note_writing(engine.sync_engine)
+    snapshots = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    return _Loop(snapshots), _Loop(engine)
+
+
+def _note_writing(engine: Engine) -> None:
+    @event.listens_for(engine, "after_cursor_execute")
+    def note(connection: Connection, cursor: Any, _: str, __: Any, context: Any, ___: bool) -> None:
+        if (context.isinsert or context.isupdate or context.isdelete) and cursor.rowcount != 0:
+            connection.info[_HAS_WRITTEN] = True
+
+
+def _make_file(target: URL) -> None:
+    """Prompts are nobody else's business."""
+    path = Path(target.database or "")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
+
+
+def _prepare(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
+    migrate(connection)
+
+
+def _is_full(error: DBAPIError) -> bool:
+    full = {"SQLITE_FULL", "53100"}  # 53100: disk_full of PostgreSQL
+    return bool({getattr(error.orig, "sqlite_errorname", None), getattr(error.orig, "sqlstate", None)} & full)

@@ -1,0 +1,329 @@
+"""The door between callers and engines: accepts jobs, has them done, tells what becomes of them.
+
+Accepted is what the database has committed, and nobody is told before. One task tends to all that has to be
+done now and then; it is woken when something can be claimed.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from app.engine.cost import CostModel
+from app.engine.protocol import Ready
+from app.errors import ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
+from app.jobs.callers import Callers
+from app.jobs.chores import Chores
+from app.jobs.events import Event, EventHub
+from app.jobs.faults import NO_FAULTS, Faults
+from app.jobs.fleet import LEAVE_SECONDS, Fleet
+from app.jobs.flights import Slot
+from app.jobs.forecast import Forecast
+from app.jobs.job import Job, JobStatus, Progress
+from app.jobs.keeping import Means
+from app.jobs.keys import Idempotency
+from app.jobs.notes import Notes
+from app.jobs.seat import Seat
+from app.jobs.store import JobStore, Submitted
+from app.jobs.supervisor import EngineState, Supervisor
+from app.logs import Logger
+from app.metrics import Metrics
+from app.settings import Settings
+from app.storage.images import ImageStore
+
+LOADING_RETRY_SECONDS = 5
+
+T = TypeVar("T")
+
+
+class Dispatcher:
+    """Has jobs done. For one event loop."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        engines: Sequence[Supervisor],
+        *,
+        seat: Seat,
+        images: ImageStore,
+        encoders: Executor,
+        cost: CostModel,
+        settings: Settings,
+        metrics: Metrics,
+        logger: Logger,
+        faults: Faults = NO_FAULTS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.events = EventHub()
+        self.engines = engines
+        self._store = store
+        self._seat = seat
+        self._cost = cost
+        self._settings = settings
+        self._metrics = metrics
+        self._logger = logger
+        means = Means(
+            store=store,
+            images=images,
+            encoders=encoders,
+            events=self.events,
+            cost=cost,
+            metrics=metrics,
+            logger=logger,
+            faults=faults,
+            notes=Notes(),
+            model_name=settings.model_name,
+            clock=clock,
+            on_change=self._look_up,
+            on_queued=lambda: self._chores.wake(is_queued=True),
+            on_end=self._take_leave,
+        )
+        self._notes = means.notes
+        self._callers = Callers(means.notes, self._give_up)
+        self._fleet = Fleet(
+            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)], means
+        )
+        self._forecast = Forecast(store, self._fleet, self.events, cost)
+        self._chores = Chores(
+            self._fleet,
+            self._forecast,
+            means,
+            lease_seconds=settings.lease_seconds,
+            is_sole=seat.is_sole,
+        )
+        self._changed = asyncio.Event()
+        self._decided = asyncio.Event()  # the model is loaded, or never will be
+        self._is_closed = False
+        self._canceling = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Life
+
+    async def start(self) -> None:
+        """Take up what was in work when this server was last killed, and start the engines."""
+        await self._fleet.recover()
+        for engine in self.engines:
+            engine.start(self._fleet)
+        self._spawn(self._chores.run())
+
+    def close(self) -> None:
+        """Take no more work, from callers or from the queue."""
+        self._is_closed = True
+        self._chores.close()
+        self._look_up()
+        if self._seat.is_sole:  # nobody will have the queued jobs done in time
+            for job_id, _, _ in self.events.unended():
+                if self._fleet.flight(job_id) is None:
+                    self.events.forget(job_id)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no more work, finish what is in work, and after the grace put back the rest."""
+        self.close()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_seconds
+        while self._fleet.flights and loop.time() < end:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(end):
+                    await self._changed.wait()
+        await self.stop()
+
+    def abandon(self) -> None:
+        """Let go of all who wait. Their jobs stay accepted."""
+        self.close()
+        self.events.close()
+
+    async def stop(self) -> None:
+        """End at once: what is not done stays in the queue."""
+        self.abandon()
+        self._chores.end()
+        if self._tasks:  # a claim that is being committed should be known, to be put back
+            await asyncio.wait(self._tasks, timeout=LEAVE_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await self._fleet.leave()
+
+    # The model
+
+    @property
+    def model(self) -> Ready:
+        """What the first engine said that was ready. Raises ModelUnusable, ShuttingDown or ModelLoading."""
+        if self._is_closed:
+            raise ShuttingDown("the server is about to stop", retry_after_seconds=LOADING_RETRY_SECONDS)
+        usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
+        if not usable:
+            raise ModelUnusable("the model could not be loaded; the server's log says why")
+        for engine in usable:
+            if engine.ready is not None:
+                return engine.ready
+        raise ModelLoading(
+            "the model is being loaded; try again soon", retry_after_seconds=LOADING_RETRY_SECONDS
+        )
+
+    async def wait_loaded(self, timeout_seconds: float) -> None:
+        """Return when it is decided whether there is a model, or after this time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._decided.wait()
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether a job would be taken now."""
+        has_model = any(engine.ready and engine.state is not EngineState.UNUSABLE for engine in self.engines)
+        counts, limit = self._forecast.counts, self._settings.max_queue
+        has_room = counts.queued < limit or limit == counts.queued + counts.running == 0
+        return has_model and has_room and not self._is_closed
+
+    # For callers
+
+    async def submit(self, job: Job, idempotency: Idempotency | None = None) -> Submitted:
+        """Accept a job. Enter `waiting` directly after it.
+
+        Raises Overloaded, KeyReused, ShuttingDown, ModelLoading and ModelUnusable.
+        """
+        _ = self.model
+        priced = replace(job, cost_seconds=self._cost.price(job.request))
+        async with self._canceling:  # or who joins could find a job that is just given up
+            submitted = await self._submit(priced, idempotency)
+        if not submitted.is_replay:
+            self._notes.of(job.id).promised_seconds = self._forecast.promise(priced)
+            self._chores.wake(is_queued=True)
+        return submitted
+
+    def waiting(self, job: Job) -> AbstractContextManager[None]:
+        """Wait for a job inside. When the last caller has left, it is canceled, if it is not to finish."""
+        return self._callers.waiting(job)
+
+    def detach(self, job_id: str) -> None:
+        """The job finishes, whoever leaves."""
+        self._notes.of(job_id).is_detached = True
+
+    async def wait(self, job_id: str) -> Job:
+        """The job, when it has ended. Raises NotFound, and ShuttingDown when we end first."""
+        job = await self._get(job_id)
+        if job.is_finished:
+            return job
+        if self._seat.is_sole and self._is_closed and self._fleet.flight(job_id) is None:
+            raise self._leaving()
+        ended = await self.events.final(job_id)
+        if ended is not None:
+            return ended
+        job = await self._get(job_id)
+        if job.is_finished:
+            return job
+        raise self._leaving()
+
+    async def follow(self, job_id: str, last_id: int = 0) -> AsyncGenerator[Event, None]:
+        """News of a job after the event `last_id`, up to its end. Raises NotFound.
+
+        Of a job that has ended at least the end is told, even to those who know it.
+        """
+        job = await self._get(job_id)
+        await self._chores.look_at(job, is_watched=True)
+        last = None
+        async for event in self.events.subscribe(job_id, last_id):
+            last = event
+            if job.is_finished and last_id == 0 and event.kind != "final":
+                continue
+            yield event
+        if last is None and job.is_finished:
+            yield Event(last_id, job)
+
+    async def cancel(self, job_id: str, tenant: str | None = None) -> Job | None:
+        """End a job, unless it has ended. None when there is no such job of the tenant."""
+        return await asyncio.shield(self._spawn(self._cancel(job_id, tenant)))
+
+    def want_previews(self, job_id: str, count: int) -> None:
+        """Have so many previews made of each picture of a job that has not ended, if it is done here."""
+        self._fleet.want_previews(job_id, count)
+
+    def progress(self, job: Job) -> Progress:
+        """How far a job is, as far as it is known here."""
+        return self._forecast.progress(job)
+
+    def retry_after_seconds(self) -> int:
+        """When there should be room in the queue, 1 to 59."""
+        return self._forecast.retry_after_seconds()
+
+    async def eta_seconds(self, job: Job | None = None) -> float:
+        """Seconds until a job is done, or all there is."""
+        return await self._forecast.eta_seconds(job)
+
+    # Comings and goings
+
+    async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
+        try:
+            return await self._store.submit(job, max_queue=self._settings.max_queue, idempotency=idempotency)
+        except QueueFull as full:
+            self._metrics.refused.labels(Overloaded.code).inc()
+            raise Overloaded(
+                f"{full}; try again later", retry_after_seconds=self.retry_after_seconds()
+            ) from None
+
+    async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        before = await self._store.get(job_id, tenant)
+        if before is None or before.is_finished:
+            return before
+        job = await self._store.request_cancel(job_id, tenant)
+        if job is None or job.is_finished:
+            if job is not None:
+                self._fleet.keeper.tell(job, is_ours=True)
+            return job
+        await self._fleet.cancel(job_id)
+        return await self._store.get(job_id, tenant)
+
+    def _give_up(self, job: Job) -> None:
+        """Nobody waits any more. When we send them away, the job is still theirs to ask for."""
+        if not (self._is_closed or job.is_finished or self.events.has_ended(job.id)):
+            self._spawn(self._cancel_unless_wanted(job.id))
+
+    async def _cancel_unless_wanted(self, job_id: str) -> None:
+        async with self._canceling:
+            if not self._callers.num_waiting(job_id):
+                await self._cancel(job_id, None)
+
+    def _take_leave(self, job: Job, is_ours: bool) -> None:
+        """A job ended."""
+        promised = self._notes.take(job.id).promised_seconds
+        if not is_ours:
+            return
+        seconds = (job.completed_at or job.created_at) - job.created_at
+        phases: dict[str, float] = {}
+        if job.status == JobStatus.SUCCEEDED:
+            phases = {**asdict(job.timings), "total": seconds}
+            if promised is not None:
+                self._metrics.predicted(promised, seconds)
+        reason = None if job.failure is None else job.failure.code
+        self._metrics.ended(job.status, reason, phases)
+        self._logger.info(
+            "job ended", job=job.id, status=job.status, reason=reason, seconds=round(seconds, 3)
+        )
+
+    def _look_up(self) -> None:
+        """There may be room, or nothing left to do, or another engine."""
+        self._chores.wake()
+        self._changed.set()
+        usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
+        if self._is_closed or not usable or any(engine.ready for engine in usable):
+            self._decided.set()
+
+    async def _get(self, job_id: str) -> Job:
+        job = await self._store.get(job_id, None)
+        if job is None:
+            raise NotFound("there is no such job")
+        return job
+
+    def _leaving(self) -> ShuttingDown:
+        return ShuttingDown(
+            "the server is about to stop; the job goes on when it is back",
+            retry_after_seconds=LOADING_RETRY_SECONDS,
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

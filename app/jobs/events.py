@@ -1,0 +1,203 @@
+"""What happens to jobs, for those who wait or watch.
+
+A job's log keeps the latest of each kind of news, so that a slow reader sees fewer events and costs no more
+memory than a quick one: a reader is nothing but a place in it. What was read can be read again by its number.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from app.jobs.job import Job, Progress, StoredImage
+
+KEPT_SECONDS = 10.0  # after its end, for those who come back with the number of their last event
+MAX_ENDED = 100  # logs of ended jobs that are kept at most; the end itself is in the database
+NUMBERS_PER_CLAIM = (
+    1_000_000  # so numbers rise when another server, or this one started anew, goes on with a job
+)
+
+Kind = Literal["queued", "progress", "preview", "image", "final"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """It waits."""
+
+    position: int  # jobs before it
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A small picture of what is coming."""
+
+    index: int
+    preview: int  # counts from 0
+    content: bytes  # WebP, with the mark
+
+
+News = Queued | Progress | Preview | StoredImage | Job
+
+_KINDS: dict[type[News], Kind] = {
+    Queued: "queued",
+    Progress: "progress",
+    Preview: "preview",
+    StoredImage: "image",
+    Job: "final",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """News of a job. Numbers rise; those that nobody needs any more are missing."""
+
+    id: int
+    news: News
+
+    @property
+    def kind(self) -> Kind:
+        """What the news is."""
+        return _KINDS[type(self.news)]
+
+
+@dataclass(slots=True)
+class _Log:
+    events: dict[object, Event] = field(
+        default_factory=dict
+    )  # by what a newer one would replace, oldest first
+    last_id: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_streams: int = 0
+    num_waiting: int = 0
+    is_over: bool = False  # nothing more will come, be it that the job ended or that we do
+
+    def add(self, news: News) -> bool:
+        """Write down news; returns whether they are the last."""
+        self.last_id += 1
+        event = Event(self.last_id, news)
+        self.events.pop(_place(news), None)
+        self.events[_place(news)] = event
+        self.is_over = event.kind == "final"
+        self.wake()
+        return self.is_over
+
+    def after(self, last_id: int) -> list[Event]:
+        """Later events. A number that was never given out is of another server, which knew other ones."""
+        known = last_id if last_id <= self.last_id else 0
+        return [event for event in self.events.values() if event.id > known]
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class EventHub:
+    """The logs of the jobs that somebody of this process works on or asks about. For one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._logs: dict[str, _Log] = {}
+        self._ended: deque[tuple[float, str]] = deque()
+        self._is_closed = False
+
+    def publish(self, job_id: str, news: News) -> None:
+        """Tell all who wait. After the end of a job nothing is taken any more."""
+        self._forget_old()
+        log = self._logs.setdefault(job_id, _Log())
+        if log.is_over or self._is_known(log, news):
+            return
+        if log.add(news):
+            self._ended.append((self._clock(), job_id))
+
+    def begin_claim(self, job: Job) -> None:
+        """Continue with numbers that no earlier claim has given out, here or elsewhere."""
+        log = self._logs.setdefault(job.id, _Log())
+        log.last_id = max(log.last_id, job.fence * NUMBERS_PER_CLAIM)
+
+    def has_ended(self, job_id: str) -> bool:
+        """Whether the end of a job was told here, not long ago."""
+        return job_id in self._logs and self._logs[job_id].is_over
+
+    def progress(self, job_id: str) -> Progress | None:
+        """The latest that was said of how far a job is."""
+        event = self._logs.get(job_id, _Log()).events.get("progress")
+        return event.news if event is not None and isinstance(event.news, Progress) else None
+
+    async def subscribe(self, job_id: str, last_id: int = 0) -> AsyncGenerator[Event, None]:
+        """What is kept of a job after `last_id`, then what comes, up to its end or ours."""
+        log = self._logs.setdefault(job_id, _Log())
+        log.num_streams += 1
+        try:
+            while True:
+                changed = log.changed
+                for event in log.after(last_id):
+                    last_id = event.id
+                    yield event
+                if changed.is_set():
+                    continue  # by what came while the reader was busy
+                if log.is_over or self._is_closed:
+                    return
+                await changed.wait()
+        finally:
+            log.num_streams -= 1
+            self._forget_idle(job_id)
+
+    async def final(self, job_id: str) -> Job | None:
+        """Wait for the end of a job. None when it, or we, are gone before that."""
+        log = self._logs.setdefault(job_id, _Log())
+        log.num_waiting += 1
+        try:
+            while not log.is_over and not self._is_closed:
+                await log.changed.wait()
+        finally:
+            log.num_waiting -= 1
+            self._forget_idle(job_id)
+        event = log.events.get("final")
+        return event.news if event is not None and isinstance(event.news, Job) else None
+
+    def unended(self) -> Iterator[tuple[str, bool, bool]]:
+        """Jobs that may still have news: id, whether anybody waits or watches, whether anybody watches."""
+        for job_id, log in list(self._logs.items()):
+            if not log.is_over:
+                yield job_id, bool(log.num_streams or log.num_waiting), bool(log.num_streams)
+
+    def forget(self, job_id: str) -> None:
+        """Nothing more will be known of this job: let go of whoever waits for it."""
+        log = self._logs.pop(job_id, None)
+        if log is not None:
+            log.is_over = True
+            log.wake()
+
+    def close(self) -> None:
+        """Let go of everybody, after they have read what there is."""
+        self._is_closed = True
+        for log in self._logs.values():
+            log.wake()
+
+    def _is_known(self, log: _Log, news: News) -> bool:
+        event = log.events.get(_place(news))
+        return event is not None and event.news == news
+
+    def _forget_idle(self, job_id: str) -> None:
+        log = self._logs.get(job_id)
+        if log is not None and not (log.events or log.num_streams or log.num_waiting):
+            del self._logs[job_id]
+
+    def _forget_old(self) -> None:
+        """Whoever still reads an old log does so to its end."""
+        oldest = self._clock() - KEPT_SECONDS
+        while self._ended and (self._ended[0][0] < oldest or len(self._ended) > MAX_ENDED):
+            self._logs.pop(self._ended.popleft()[1], None)
+
+
+def _place(news: News) -> object:
+    """Newer news take the place of older ones of the same."""
+    match news:
+        case Preview(index, preview):
+            return ("preview", index, preview)
+        case StoredImage(index):
+            return ("image", index)
+        case _:
+            return _KINDS[type(news)]

@@ -1,0 +1,67 @@
+"""Fault points: named places at which a test lets the process die or an error appear, at the n-th passage.
+
+Nothing is armed but by a setting. Every transaction that writes passes `before_commit` and `after_commit`, so
+counting passages reaches each write; the other points name what has been done already and what not yet.
+"""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from app.settings import SettingsError
+
+Point = Literal[
+    "before_commit",  # of any write: written, not committed
+    "after_commit",  # of any write: committed, nobody told
+    "after_submit",  # the job is accepted, its caller does not know
+    "after_claim",  # the job is ours, no engine knows
+    "after_latents",  # the latents of Stage C are in the row, Stage B goes on
+    "after_image_before_commit",  # the file is there, no row names it
+    "after_image",  # the picture is in its row, the job has not ended
+    "after_commit_before_event",  # the job has ended, nobody who waits knows
+    "engine_before_step",  # a batch is chosen, not stepped
+]
+POINTS: tuple[Point, ...] = get_args(Point)
+
+
+class InjectedFault(Exception):
+    """What an armed point raises: an error that nobody could expect."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    action: str  # kill or raise
+    passage: int  # at which it happens, counted from 1
+    passages: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # safe between threads
+
+
+class Faults:
+    """The points armed in this process, each as `POINT:kill@3` or `POINT:raise@1`."""
+
+    def __init__(self, armed: Iterable[str] = ()) -> None:
+        self._faults = dict(_parse(text) for text in armed)
+
+    def hit(self, point: Point) -> None:
+        """Pass a point, and perhaps do not come back from it."""
+        fault = self._faults.get(point)
+        if fault is None or next(fault.passages) != fault.passage:
+            return
+        if fault.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InjectedFault(f"{point}, passage {fault.passage}")
+
+
+NO_FAULTS = Faults()
+
+
+def _parse(text: str) -> tuple[str, _Fault]:
+    point, _, rest = text.partition(":")
+    action, _, passage = rest.partition("@")
+    if point not in POINTS:
+        raise SettingsError(f"{point!r} is no fault point; there are {', '.join(POINTS)}")
+    if action not in ("kill", "raise") or not passage.isdecimal() or int(passage) < 1:
+        raise SettingsError(f"a fault must be written POINT:kill@3 or POINT:raise@1, not {text!r}")
+    return point, _Fault(action, int(passage))

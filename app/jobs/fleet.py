@@ -1,0 +1,189 @@
+"""All engines of this server and the jobs in their hands: claims them, sends them, and survives deaths.
+
+Whatever dies, here or there, at whatever moment: what is missing is made again, and comes out the same.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+from app.engine.cost import work_of
+from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Stepped
+from app.jobs.flights import MAX_IMAGES, Flight, Slot
+from app.jobs.job import Job
+from app.jobs.keeping import Keeper, Means
+from app.jobs.supervisor import Supervisor
+
+CLAIMED_AT_ONCE = 16  # jobs; boarding more would hold up the event loop
+LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines
+
+
+class Fleet:
+    """Does the work of the queue, as far as there is room."""
+
+    def __init__(self, slots: Sequence[Slot], means: Means) -> None:
+        self.slots = slots
+        self.keeper = Keeper(means)
+        self._means = means
+        self._store = means.store
+        self._events = means.events
+        self._boarding = asyncio.Lock()  # who holds it may claim, and settle what a death left
+
+    def flight(self, job_id: str) -> Flight | None:
+        """The job, if it is in our hands."""
+        return next((slot.flights[job_id] for slot in self.slots if job_id in slot.flights), None)
+
+    @property
+    def flights(self) -> list[Flight]:
+        """All jobs in our hands."""
+        return [flight for slot in self.slots for flight in slot.flights.values()]
+
+    def want_previews(self, job_id: str, count: int) -> None:
+        """Have so many made of each picture, be the job here already or not."""
+        note = self._means.notes.of(job_id)
+        note.num_previews = max(count, note.num_previews)
+        flight = self.flight(job_id)
+        if flight is not None:
+            flight.slot.want_previews(flight, count)
+
+    async def recover(self) -> None:
+        """Take back what was in work when the last server in our seat died. No job is blamed for that."""
+        for slot in self.slots:
+            for job in await self._store.release(slot.worker):
+                self._means.logger.info("a job is resumed", job=job.id, status=job.status)
+
+    async def claim(self, lease_seconds: float) -> bool:
+        """Fill the engines, the one with the least to do first. True when there may be more than fits."""
+        async with self._boarding:
+            await self._return_strays()
+            while not self.keeper.is_leaving and (slot := self._emptiest()) is not None:
+                fitting = min(max(slot.room // MAX_IMAGES, 1), CLAIMED_AT_ONCE)
+                limit = fitting if len(self.slots) == 1 else 1
+                slot.may_hold_strays = True  # until all that was claimed is known here
+                jobs = await self._store.claim(slot.worker, limit=limit, lease_seconds=lease_seconds)
+                for job in jobs:
+                    await self._board(slot, job)
+                slot.may_hold_strays = False
+                if len(jobs) < limit:
+                    return False
+        return True
+
+    async def renew(self, lease_seconds: float) -> None:
+        """Stay the holder of the jobs in our hands, and end those that somebody wants ended."""
+        for slot in self.slots:
+            if slot.flights:
+                for job_id in await self._store.renew(slot.worker, lease_seconds):
+                    await self.cancel(job_id)
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job that is in our hands. One that is being claimed in this moment is waited for."""
+        async with self._boarding:
+            flight = self.flight(job_id)
+        if flight is not None:
+            await self.keeper.end(flight, lambda job: job.canceled(self._means.clock()))
+
+    async def expire(self) -> None:
+        """End the jobs in our hands that are not done in time."""
+        now = asyncio.get_running_loop().time()
+        for flight in self.flights:
+            if flight.expires_at is not None and flight.expires_at <= now:
+                await self.keeper.end(flight, lambda job: job.expired(self._means.clock()))
+
+    async def leave(self) -> None:
+        """Put back into the queue what is not done, and end the engines."""
+        self.keeper.is_leaving = True
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS), self._boarding:
+                await self._put_back()
+        except Exception as error:  # then the next holder of our seat does it
+            self._means.logger.error("jobs could not be put back", exc_info=error)
+        for flight in self.flights:
+            self.keeper.drop(flight)
+        await asyncio.gather(*(slot.engine.stop(LEAVE_SECONDS) for slot in self.slots))
+
+    async def _put_back(self) -> None:
+        if writes := self._writes(self.slots):
+            await asyncio.wait(writes, timeout=LEAVE_SECONDS / 2)  # of pictures that are made already
+        for write in self._writes(self.slots):
+            write.cancel()
+        for flight in self.flights:
+            self.keeper.drop(flight)
+        for slot in self.slots:
+            await self.keeper.release(slot, set())
+
+    # What supervisors tell
+
+    async def engine_ready(self, engine: Supervisor) -> None:
+        """Work can begin."""
+        if engine.ready is not None:
+            self._means.cost.learn_profile(engine.ready.step_seconds)
+        self._means.on_change()
+
+    async def engine_said(self, engine: Supervisor, message: AnyFromEngine) -> None:
+        """Something of a job. What is said of jobs that are not aboard any more is old."""
+        if isinstance(message, Heartbeat):
+            for tick in message.ticks:
+                self._means.cost.learn(tick)
+            self._means.metrics.cost_error.set(self._means.cost.error)
+        elif isinstance(message, Stepped | Previewed | Latents | Pixels | Failed):
+            flight = self._slot(engine).flights.get(message.job)
+            if flight is not None:
+                await self.keeper.hear(flight, message)
+
+    async def engine_lost(self, engine: Supervisor) -> None:
+        """Keep what the dead engine had said, and put the rest back into the queue."""
+        slot = self._slot(engine)
+        async with self._boarding:
+            while writes := self._writes([slot]):
+                await asyncio.wait(writes)
+            aboard = {flight.job.id for flight in slot.flights.values() if flight.is_aboard}
+            for flight in list(slot.flights.values()):
+                self.keeper.drop(flight)
+            await self.keeper.release(slot, aboard)
+        self._means.on_change()
+
+    # Boarding
+
+    def _slot(self, engine: Supervisor) -> Slot:
+        return next(slot for slot in self.slots if slot.engine is engine)
+
+    def _emptiest(self) -> Slot | None:
+        roomy = [slot for slot in self.slots if slot.room > 0]
+        return min(roomy, key=lambda slot: slot.seconds_left, default=None)
+
+    async def _return_strays(self) -> None:
+        """Jobs that a failed claim left under our name, unknown to us, go back when nothing else is there."""
+        for slot in self.slots:
+            if slot.may_hold_strays and not slot.flights:
+                await self.keeper.release(slot, set())
+                slot.may_hold_strays = False
+
+    async def _board(self, slot: Slot, job: Job) -> None:
+        """Take charge of a job that was claimed, wherever it had got to before."""
+        now = asyncio.get_running_loop().time()
+        is_replay = job.fence > 1
+        latents = await self.keeper.persist(partial(self._store.load_latents, job.id)) if is_replay else {}
+        age = self._means.clock() - job.created_at
+        flight = Flight(
+            job,
+            slot,
+            latents,
+            picture_seconds=self._means.cost.alone(work_of(job.request, self._means.cost.drawn)),
+            arrived_at=now - max(age, 0.0),
+            num_previews=self._means.notes.of(job.id).num_previews,
+            expires_at=None if job.deadline_at is None else now + job.deadline_at - self._means.clock(),
+        )
+        if is_replay:
+            self._means.metrics.replays.labels("decoder" if latents else "prior").inc()
+        self._events.begin_claim(job)
+        said = self._events.progress(job.id)
+        flight.fraction = said.fraction if said is not None else 0.0
+        for image in job.images:
+            self._events.publish(job.id, image)
+        slot.add(flight, now)
+        self._events.publish(job.id, flight.progress())
+        if not flight.missing:
+            self.keeper.finish(flight)
+
+    def _writes(self, slots: Sequence[Slot]) -> list["asyncio.Task[None]"]:
+        return [write for slot in slots for flight in slot.flights.values() for write in flight.writes]

@@ -1,0 +1,217 @@
+"""Jobs in the hands of engines: which pictures are aboard, what is missing, how far all is.
+
+Nothing here is written down. When this process dies, the database knows what there is to do.
+"""
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from app.engine.protocol import Cancel, Pixels, Run, Stepped, WantPreviews
+from app.jobs.job import Job, Progress, StoredImage, Timings
+from app.jobs.supervisor import Supervisor
+
+ALMOST_DONE = 0.99  # what a fraction is at most before the job has ended
+MAX_IMAGES = 10  # of a job
+LOAD_SECONDS = 0.2  # between two sums of what is left to do
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One job on its way through an engine."""
+
+    job: Job  # as it is in the database
+    slot: "Slot"
+    latents: dict[int, bytes]  # of Stage C, from before a crash
+    picture_seconds: float  # of one picture alone, as predicted
+    arrived_at: float  # on the clock of the event loop, as all times here
+    expires_at: float | None = None
+    fraction: float = 0.0  # said last
+    num_previews: int = 0  # wanted of each picture
+    is_over: bool = False  # the job has ended, or is not ours any more
+    missing: set[int] = field(init=False)  # pictures whose pixels have not come
+    sent: set[int] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # who holds it writes to the job's row
+    writes: set["asyncio.Task[None]"] = field(default_factory=set)
+    _steps: dict[int, Stepped] = field(default_factory=dict)
+    _longest: dict[int, float] = field(default_factory=dict)  # seconds that were left of each, at the most
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.missing = set(range(self.job.num_images)) - {image.index for image in self.job.images}
+
+    @property
+    def is_aboard(self) -> bool:
+        """Whether the engine works on it."""
+        return bool(self.sent & self.missing)
+
+    def run(self, index: int, now: float) -> Run:
+        """What the engine is told of a picture."""
+        job = self.job
+        return Run(
+            job=job.id,
+            index=index,
+            seed=job.request.seeds[index],
+            tenant=job.tenant,
+            priority=job.priority,
+            deadline=None if self.expires_at is None else self.expires_at - now,
+            waited=max(0.0, now - self.arrived_at),
+            request=job.request.model_dump_json().encode(),
+            latents=self.latents.pop(index, None),
+            is_alone=job.is_quarantined,
+        )
+
+    def stepped(self, step: Stepped) -> None:
+        """Take note of where a picture stands."""
+        if step.index in self.missing:
+            self._steps[step.index] = step
+            self._longest[step.index] = max(
+                self._longest.get(step.index, 0.0), step.remaining, self.picture_seconds
+            )
+
+    def keep(self, image: StoredImage) -> None:
+        """A picture is in the database."""
+        images = sorted([*self.job.images, image], key=lambda image: image.index)
+        self.job = replace(self.job, images=tuple(images))
+
+    def arrived(self, made: Pixels, encode_seconds: float) -> None:
+        """Take note of what a picture took; of several, which share the device, the longest counts."""
+        phases = {
+            "prior": made.prior_seconds,
+            "decoder": made.decoder_seconds,
+            "encode": made.decode_seconds + encode_seconds,
+        }
+        for phase, seconds in phases.items():
+            self._seconds[phase] = max(self._seconds.get(phase, 0.0), seconds)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went."""
+        return Timings(queued=self.job.timings.queued, **self._seconds)
+
+    def share_left(self) -> float:
+        """Of the work, 0 to 1."""
+        return sum(self._share_left(index) for index in self.missing) / self.job.num_images
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the device, with company."""
+        return self.job.cost_seconds * self.share_left()
+
+    @property
+    def longest_left(self) -> float:
+        """Seconds that its last picture takes at least."""
+        left = [self._share_left(index) * self.picture_seconds for index in self.missing]
+        return max(left, default=0.0)
+
+    def progress(self) -> Progress:
+        """How far it is: the fraction of the whole, which never falls, and the steps of the last picture."""
+        self.fraction = max(self.fraction, ALMOST_DONE * (1 - self.share_left()))
+        eta = self.slot.eta_seconds(self)
+        if not self.missing:
+            return Progress("encode", 1, 1, self.fraction, eta)
+        step = self._steps.get(max(self.missing, key=lambda index: (self._share_left(index), index)))
+        if step is None:
+            steps = self.job.request.prior_num_inference_steps
+            return Progress("prior", 0, steps, self.fraction, eta)
+        return Progress(step.stage, step.step, step.steps, self.fraction, eta)
+
+    def _share_left(self, index: int) -> float:
+        step = self._steps.get(index)
+        if step is None or not self._longest[index]:
+            return 1.0
+        return min(step.remaining / self._longest[index], 1.0)
+
+
+class Slot:
+    """One device: its engine, the jobs in its hands, and who of them may board.
+
+    A job that two engines died of flies alone: if the third one dies, it is known of what.
+    """
+
+    def __init__(self, engine: Supervisor, worker: str) -> None:
+        self.engine = engine
+        self.worker = worker  # the name under which its jobs are claimed
+        self.flights: dict[str, Flight] = {}
+        self.may_hold_strays = False  # a claim failed, perhaps after it was committed
+        self._waiting: deque[tuple[Flight, int]] = deque()
+        self._load = 0.0  # seconds left of all its flights, when that was last summed up
+        self._load_known_until = 0.0
+
+    @property
+    def num_aboard(self) -> int:
+        """Pictures that the engine works on."""
+        return sum(len(flight.sent & flight.missing) for flight in self.flights.values())
+
+    @property
+    def room(self) -> int:
+        """Pictures that could be sent at once."""
+        ready = self.engine.ready
+        if ready is None or not self.engine.is_ready or self.may_hold_strays or self._waiting:
+            return 0
+        if any(flight.job.is_quarantined for flight in self.flights.values()):
+            return 0
+        return max(ready.max_samples - self.num_aboard, int(not self.flights))
+
+    @property
+    def seconds_left(self) -> float:
+        """Of work in its hands. Summed up now and then, for it is asked for with every step of every job."""
+        now = time.monotonic()
+        if now >= self._load_known_until:
+            self._load = sum(flight.seconds_left for flight in self.flights.values())
+            self._load_known_until = now + LOAD_SECONDS
+        return self._load
+
+    def eta_seconds(self, flight: Flight) -> float:
+        """Until a flight is done, when all share the device alike, and those with less to do leave earlier."""
+        shared = min(self.seconds_left, flight.seconds_left * len(self.flights))
+        return max(shared, flight.longest_left)
+
+    def add(self, flight: Flight, now: float) -> None:
+        """Take a job: its pictures board as soon as they may."""
+        self.flights[flight.job.id] = flight
+        self._load_known_until = 0.0
+        self._waiting.extend((flight, index) for index in sorted(flight.missing))
+        self.board(now)
+
+    def board(self, now: float) -> None:
+        """Send those who may go, in their order."""
+        num_aboard = self.num_aboard
+        while self._waiting and self._may_board(self._waiting[0][0], num_aboard):
+            flight, index = self._waiting.popleft()
+            num_aboard += 1
+            self.engine.send(flight.run(index, now))
+            if not flight.sent and flight.num_previews:
+                self.engine.send(WantPreviews(flight.job.id, flight.num_previews))
+            flight.sent.add(index)
+
+    def remove(self, flight: Flight) -> None:
+        """Forget a job, and let the engine forget it."""
+        if self.flights.pop(flight.job.id, None) is None:
+            return
+        self._load_known_until = 0.0
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not flight)
+        if flight.is_aboard:
+            self.engine.send(Cancel(flight.job.id))
+
+    def want_previews(self, flight: Flight, count: int) -> None:
+        """Have so many previews made of each picture, if not more are wanted already."""
+        if count > flight.num_previews:
+            flight.num_previews = count
+            if flight.is_aboard:
+                self.engine.send(WantPreviews(flight.job.id, count))
+
+    def _may_board(self, flight: Flight, num_aboard: int) -> bool:
+        ready = self.engine.ready
+        if ready is None or not self.engine.is_ready:
+            return False
+        if flight.job.is_quarantined or self._is_taken:
+            return num_aboard == len(flight.sent & flight.missing)
+        return num_aboard < max(ready.max_samples, 1)
+
+    @property
+    def _is_taken(self) -> bool:
+        """Whether a job that must be alone is aboard. Then it is the only one."""
+        first = next((flight for flight in self.flights.values() if flight.is_aboard), None)
+        return first is not None and first.job.is_quarantined

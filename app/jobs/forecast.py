@@ -1,0 +1,63 @@
+"""How far jobs are, and when they will be done: from the steps that are left and what lies before them."""
+
+from app.engine.cost import CostModel, retry_after_seconds
+from app.jobs.events import EventHub
+from app.jobs.fleet import Fleet
+from app.jobs.job import Job, Progress
+from app.jobs.queue import QueueCounts
+from app.jobs.store import JobStore
+from app.jobs.supervisor import EngineState
+
+
+class Forecast:
+    """Looks ahead. `counts` is how the queue was when it was last counted, not long ago."""
+
+    def __init__(self, store: JobStore, fleet: Fleet, events: EventHub, cost: CostModel) -> None:
+        self.counts = QueueCounts(0, 0, 0.0, None)
+        self._store = store
+        self._fleet = fleet
+        self._events = events
+        self._cost = cost
+
+    def progress(self, job: Job) -> Progress:
+        """How far a job is, as far as it is known here."""
+        if job.is_finished:
+            return Progress("done", 1, 1, 1.0, 0.0)
+        flight = self._fleet.flight(job.id)
+        if flight is not None:
+            return flight.progress()
+        return self._events.progress(job.id) or Progress()
+
+    def retry_after_seconds(self) -> int:
+        """When there should be room, 1 to 59."""
+        ahead = self.counts.queued_cost_seconds + self._aboard_seconds
+        return retry_after_seconds(ahead, self._num_devices)
+
+    def promise(self, job: Job) -> float:
+        """Seconds until a job is done that comes last now."""
+        return self._eta_seconds(job, self.counts.queued_cost_seconds)
+
+    async def eta_seconds(self, job: Job | None) -> float:
+        """Seconds until a job is done, or all there is."""
+        if job is None:
+            counts = await self._store.counts()
+            return (self._aboard_seconds + counts.queued_cost_seconds) / self._num_devices
+        if job.is_finished:
+            return 0.0
+        flight = self._fleet.flight(job.id)
+        if flight is not None:
+            return flight.slot.eta_seconds(flight)
+        counts, position = await self._store.counts(), await self._store.position(job) or 0
+        return self._eta_seconds(job, counts.queued_cost_seconds * position / max(counts.queued, 1))
+
+    def _eta_seconds(self, job: Job, queued_seconds: float) -> float:
+        ahead = self._aboard_seconds + queued_seconds
+        return self._cost.eta_seconds(job.request, ahead_seconds=ahead, num_devices=self._num_devices)
+
+    @property
+    def _aboard_seconds(self) -> float:
+        return sum(slot.seconds_left for slot in self._fleet.slots)
+
+    @property
+    def _num_devices(self) -> int:
+        return max(sum(slot.engine.state is not EngineState.UNUSABLE for slot in self._fleet.slots), 1)

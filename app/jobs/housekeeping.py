@@ -1,0 +1,37 @@
+"""What a server throws away now and then: old jobs, their pictures, and what crashes left."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.jobs.store import JobStore
+from app.logs import Logger
+from app.settings import Settings
+from app.storage.images import ImageStore
+
+ROUND_SECONDS = 60.0
+
+
+async def keep_house(
+    store: JobStore,
+    images: ImageStore,
+    encoders: Executor,
+    settings: Settings,
+    logger: Logger,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Tidy up, again and again. What fails, because disk or database are away, is done in the next round."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            names = await store.prune(clock() - settings.job_ttl)
+            removed = await loop.run_in_executor(encoders, images.remove, names)
+            removed += await loop.run_in_executor(encoders, images.sweep)
+            if removed:
+                logger.info("old pictures removed", files=removed)
+        except (OSError, SQLAlchemyError) as error:
+            logger.warning("old jobs and pictures could not be removed", reason=str(error))
+        await asyncio.sleep(min(ROUND_SECONDS, settings.job_ttl, settings.file_ttl))

@@ -1,0 +1,236 @@
+"""What engines say becomes files, rows and events, in this order; if it does not, it is said again.
+
+The database decides. What is known here of a job may be late, so every write names the fence that it was
+claimed with, and one that is not taken means: not ours any more, whoever it belongs to now.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from app.engine.cost import CostModel
+from app.engine.protocol import Failed, Latents, Pixels, Previewed, Stepped
+from app.errors import AppError, InvalidRequest, UnsupportedParameter
+from app.jobs.events import EventHub, Preview
+from app.jobs.faults import Faults
+from app.jobs.flights import Flight, Slot
+from app.jobs.job import Failure, Job, JobStatus, StoredImage
+from app.jobs.notes import Notes
+from app.jobs.pictures import encode_preview, keep_picture
+from app.jobs.store import JobStore
+from app.logs import Logger
+from app.metrics import Metrics
+from app.storage.images import ImageStore
+
+MAX_PIXELS_WAITING = 8  # finished pictures that wait to be encoded, before engines have to
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # between two tries to write
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What it takes to have jobs done, beside engines."""
+
+    store: JobStore
+    images: ImageStore
+    encoders: Executor
+    events: EventHub
+    cost: CostModel
+    metrics: Metrics
+    logger: Logger
+    faults: Faults
+    notes: Notes
+    model_name: str
+    clock: Callable[[], float]  # time of day
+    on_change: Callable[[], None]  # room, or an engine, came or went
+    on_queued: Callable[[], None]  # a job is in the queue again
+    on_end: Callable[[Job, bool], None]  # a job ended; True when we ended it
+
+
+class Keeper:
+    """Keeps what comes of the jobs in our hands."""
+
+    def __init__(self, means: Means) -> None:
+        self.is_leaving = False  # what cannot be written at once is left to the next holder of our seat
+        self._means = means
+        self._store = means.store
+        self._events = means.events
+        self._logger = means.logger
+        self._pixels = asyncio.Semaphore(MAX_PIXELS_WAITING)
+
+    async def hear(self, flight: Flight, message: Stepped | Previewed | Latents | Pixels | Failed) -> None:
+        """Deal with what an engine says of a job. Returns late when much waits to be encoded."""
+        match message:
+            case Stepped():
+                flight.stepped(message)
+                self._events.publish(flight.job.id, flight.progress())
+            case Previewed():
+                self._spawn(flight, self._show(flight, message))
+            case Latents():
+                self._spawn(flight, self._keep_latents(flight, message))
+            case Pixels() if message.index in flight.missing:
+                await self._pixels.acquire()
+                flight.missing.discard(message.index)
+                self._spawn(flight, self._keep_picture(flight, message))
+                self._make_room(flight.slot)
+            case Failed():
+                self._spawn(flight, self.end(flight, partial(self._failed, _blame(message))))
+
+    def finish(self, flight: Flight) -> None:
+        """All pictures are there already: the last server died when only the end was to be written."""
+        self._spawn(flight, self.end(flight, lambda job: job.succeeded(self._means.clock())))
+
+    async def end(self, flight: Flight, moved: Callable[[Job], Job]) -> None:
+        """End a job, unless it just ended otherwise."""
+        async with flight.lock:
+            if not flight.is_over:
+                await self._end(flight, moved(flight.job))
+
+    def drop(self, flight: Flight) -> None:
+        """Have a job out of our hands."""
+        flight.is_over = True
+        flight.slot.remove(flight)
+        self._make_room(flight.slot)
+
+    def _make_room(self, slot: Slot) -> None:
+        slot.board(asyncio.get_running_loop().time())
+        self._means.on_change()
+
+    async def release(self, slot: Slot, crashed: set[str]) -> None:
+        """Put back all jobs of a slot; those `crashed` were aboard when its engine died."""
+        released = await self.persist(partial(self._store.release, slot.worker, crashed_jobs=crashed))
+        for job in released:
+            self._logger.warning(
+                "a job goes back", job=job.id, status=job.status, crashes=job.crashes, worker=slot.worker
+            )
+            self.tell(job, is_ours=True)
+
+    def tell(self, job: Job, *, is_ours: bool) -> None:
+        """Tell those who wait where a job is now; `is_ours` when we brought it there."""
+        if job.is_finished:
+            self._means.on_end(job, is_ours)
+            self._events.publish(job.id, job)
+        elif job.status == JobStatus.QUEUED:
+            self._means.on_queued()
+
+    async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Do it until it is done. Everything that is tried twice comes out as if it were done once.
+
+        A database that is away comes back, and a full disk is emptied; until then nobody is told anything.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await write()
+            except Exception as error:
+                if self.is_leaving:
+                    raise
+                self._logger.error("the database does not answer", seconds=pause, exc_info=error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _spawn(self, flight: Flight, work: Coroutine[Any, Any, None]) -> None:
+        write = asyncio.create_task(self._guard(flight, work))
+        flight.writes.add(write)
+        write.add_done_callback(flight.writes.discard)
+
+    async def _guard(self, flight: Flight, work: Coroutine[Any, Any, None]) -> None:
+        """Whatever goes wrong, the job is not forgotten: it goes back, and fails if that happens again."""
+        try:
+            await work
+        except Exception as error:
+            self._logger.error("a job goes back after a mistake", job=flight.job.id, exc_info=error)
+            await self.end(flight, lambda job: job.released(crashed=True))
+
+    async def _show(self, flight: Flight, message: Previewed) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            content = await loop.run_in_executor(self._means.encoders, encode_preview, message)
+        except (OSError, ValueError) as error:
+            self._logger.warning("a preview could not be encoded", job=flight.job.id, exc_info=error)
+        else:
+            self._events.publish(flight.job.id, Preview(message.index, message.preview, content))
+
+    async def _keep_latents(self, flight: Flight, message: Latents) -> None:
+        async with flight.lock:
+            if flight.is_over or message.index not in flight.missing:
+                return
+            save = partial(self._store.save_latents, flight.job, message.index, message.latents)
+            if not await self.persist(save):
+                await self._let_go(flight)
+
+    async def _keep_picture(self, flight: Flight, message: Pixels) -> None:
+        """File, row, event, in this order: whoever is told of a picture can fetch it, for ever after."""
+        began = time.monotonic()
+        try:
+            if flight.is_over:
+                return
+            keep = partial(keep_picture, message, flight.job, self._means.images, self._means.model_name)
+            image = await asyncio.get_running_loop().run_in_executor(self._means.encoders, keep)
+        except (AppError, OSError) as error:
+            self._logger.error("a picture could not be kept", job=flight.job.id, exc_info=error)
+            await self.end(flight, partial(self._failed, _failure(error)))
+            return
+        finally:
+            self._pixels.release()
+        flight.arrived(message, time.monotonic() - began)
+        if image.resampled_from is not None:
+            self._means.cost.drawn = image.resampled_from
+        async with flight.lock:
+            if not flight.is_over:
+                await self._add_picture(flight, image)
+
+    async def _add_picture(self, flight: Flight, image: StoredImage) -> None:
+        if not await self.persist(partial(self._store.save_image, flight.job, image)):
+            await self._let_go(flight)
+            return
+        flight.keep(image)
+        self._means.metrics.pictures.inc()
+        self._events.publish(flight.job.id, image)
+        self._events.publish(flight.job.id, flight.progress())
+        if len(flight.job.images) == flight.job.num_images:
+            await self._end(flight, flight.job.succeeded(self._means.clock(), flight.timings))
+
+    def _failed(self, failure: Failure, job: Job) -> Job:
+        return job.failed(failure, self._means.clock())
+
+    # Endings. Whoever calls these holds the lock of the flight.
+
+    async def _end(self, flight: Flight, after: Job) -> None:
+        """Write the end of a flight, then tell of it. If the job moved on without us, tell where it is."""
+        is_ours = await self.persist(partial(self._store.move, flight.job, after))
+        self._means.faults.hit("after_commit_before_event")
+        if is_ours and after.is_finished:
+            self.drop(flight)
+            self.tell(after, is_ours=True)
+        else:
+            await self._let_go(flight, is_ours=is_ours)
+
+    async def _let_go(self, flight: Flight, *, is_ours: bool = False) -> None:
+        """The job is not in our hands any more."""
+        now = await self.persist(partial(self._store.get, flight.job.id, None))
+        self.drop(flight)
+        if now is None:
+            self._events.forget(flight.job.id)
+        else:
+            self.tell(now, is_ours=is_ours)
+
+
+def _blame(message: Failed) -> Failure:
+    """What an engine said, with the status that its code has."""
+    return Failure(_STATUSES.get(message.code, 500), message.code, message.message)
+
+
+def _failure(error: AppError | OSError) -> Failure:
+    if isinstance(error, AppError):
+        return Failure.of(error)
+    return Failure(500, "internal_error", "the picture could not be kept; the server's log says why")
+
+
+# What engines blame on the request; all else they say is our failure.
+_STATUSES = {kind.code: kind.status for kind in (InvalidRequest, UnsupportedParameter)}

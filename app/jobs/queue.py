@@ -1,0 +1,74 @@
+"""The jobs that wait: how many, in which order they are taken, and whether there is room for one more.
+
+The order is fair: of each tenant the oldest job of the highest priority comes next, and among tenants the one
+that has fewest jobs in work or before it. So who queues a thousand jobs delays nobody else by them.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Subquery, func, or_, select
+
+from app.errors import QueueFull
+from app.jobs.job import JobStatus
+from app.jobs.tables import jobs
+
+IS_QUEUED = jobs.c.status == JobStatus.QUEUED
+IS_RUNNING = jobs.c.status == JobStatus.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class QueueCounts:
+    """How much there is to do, on all servers."""
+
+    queued: int
+    running: int
+    queued_cost_seconds: float
+    oldest_created_at: float | None  # of those queued
+
+
+def count(connection: Connection) -> QueueCounts:
+    """How much there is to do now."""
+    query = select(
+        func.count().filter(IS_QUEUED),
+        func.count().filter(IS_RUNNING),
+        func.coalesce(func.sum(jobs.c.cost_seconds).filter(IS_QUEUED), 0.0),
+        func.min(jobs.c.created_at).filter(IS_QUEUED),
+    ).where(IS_QUEUED | IS_RUNNING)
+    return QueueCounts(*connection.execute(query).one())
+
+
+def require_room(connection: Connection, max_queue: int) -> None:
+    """Raises QueueFull when `max_queue` jobs wait; of 0, when there is anything to do at all."""
+    counts = count(connection)
+    is_idle = counts.queued == counts.running == 0
+    if counts.queued >= max_queue and not (max_queue == 0 and is_idle):
+        raise QueueFull(counts.queued)
+
+
+def position(connection: Connection, job_id: str, now: float) -> int | None:
+    """How many jobs are to be taken before this one; None when it is not to be taken."""
+    order = claim_order(now)
+    place = func.row_number().over(order_by=(order.c.turn, order.c.number)) - 1
+    places = select(order.c.id, place.label("place")).subquery()
+    return connection.scalar(select(places.c.place).where(places.c.id == job_id))
+
+
+def claim_order(now: float) -> Subquery:
+    """`number`, `id` and `turn` of the jobs that wait and are not late; to be ordered by turn, number."""
+    at_work = jobs.alias()
+    shares = (
+        select(at_work.c.tenant, func.count().label("num_running"))
+        .where(at_work.c.status == JobStatus.RUNNING)
+        .group_by(at_work.c.tenant)
+        .subquery()
+    )
+    place = func.row_number().over(
+        partition_by=jobs.c.tenant, order_by=(jobs.c.priority.desc(), jobs.c.number)
+    )
+    turn = place + func.coalesce(shares.c.num_running, 0)
+    return (
+        select(jobs.c.number, jobs.c.id, turn.label("turn"))
+        .outerjoin(shares, shares.c.tenant == jobs.c.tenant)
+        .where(IS_QUEUED, or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now))
+        .subquery()
+    )

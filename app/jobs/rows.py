@@ -1,0 +1,133 @@
+"""Between a `Job` and its rows: how one is written, and how many are read or locked at once."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, Select, insert, select, update
+
+from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
+from app.jobs.tables import jobs, pictures
+from app.schemas import GenerationRequest
+
+
+def add(connection: Connection, job: Job) -> None:
+    """Write a new job and a row for each of its pictures."""
+    connection.execute(insert(jobs).values(_columns(job)))
+    rows = [{"job_id": job.id, "idx": index, "seed": seed} for index, seed in enumerate(job.request.seeds)]
+    connection.execute(insert(pictures), rows)
+
+
+def read(connection: Connection, query: Select[Any]) -> list[Job]:
+    """The jobs of a query for whole rows of `jobs`, in its order, each with its finished pictures."""
+    rows = connection.execute(query).all()
+    images = _images(connection, [row.id for row in rows])
+    return [_job(row, images[row.id]) for row in rows]
+
+
+def lock(connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> list[Job]:
+    """Like `read`, and nobody else changes these jobs before the transaction ends.
+
+    Whoever locks many jobs takes them in one order, that of `number` for all but claims, which never wait.
+    """
+    return read(connection, query.with_for_update(of=jobs, skip_locked=skip_locked))
+
+
+def find(connection: Connection, job_id: str, tenant: str | None, *, is_locked: bool = False) -> Job | None:
+    """The job of that id, if it belongs to `tenant`; None stands for all of them."""
+    if not may_be_id(job_id):
+        return None
+    query = select(jobs).where(jobs.c.id == job_id)
+    if tenant is not None:
+        query = query.where(jobs.c.tenant == tenant)
+    found = lock(connection, query) if is_locked else read(connection, query)
+    return found[0] if found else None
+
+
+def may_be_id(text: str) -> bool:
+    """Whether an id can look like this. Others may hold what no text in a database can."""
+    return text.isascii() and text.isprintable()
+
+
+def put(connection: Connection, job: Job) -> Job:
+    """Write a job that was moved and return it; its row is locked. An ended one needs no latents any more."""
+    connection.execute(update(jobs).where(jobs.c.id == job.id).values(_moved(job)))
+    if job.is_finished:
+        begun = (pictures.c.job_id == job.id) & pictures.c.latents.is_not(None)
+        connection.execute(update(pictures).where(begun).values(latents=None))
+    return job
+
+
+def _images(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[StoredImage, ...]]:
+    images: defaultdict[str, tuple[StoredImage, ...]] = defaultdict(tuple)
+    if ids:
+        finished = pictures.c.job_id.in_(ids) & pictures.c.image.is_not(None)
+        query = select(pictures.c.job_id, pictures.c.image).where(finished).order_by(pictures.c.idx)
+        for job_id, image in connection.execute(query).all():
+            images[job_id] += (msgspec.json.decode(image, type=StoredImage),)
+    return images
+
+
+def _columns(job: Job) -> dict[str, object]:
+    return {
+        "id": job.id,
+        "tenant": job.tenant,
+        "priority": job.priority,
+        "created_at": job.created_at,
+        "deadline_at": job.deadline_at,
+        "cost_seconds": job.cost_seconds,
+        "on_disconnect": job.on_disconnect,
+        "cancel_requested": job.cancel_requested,
+        "request": job.request.model_dump_json(),
+        "metadata": to_json(job.metadata),
+        **_moved(job),
+    }
+
+
+def _moved(job: Job) -> dict[str, object]:
+    """What the moves of a job change.
+
+    Not `cancel_requested`, which others write: a move made from an older copy of the job must not undo it.
+    """
+    return {
+        "status": job.status.value,
+        "started_at": job.started_at,
+        "completed_at": job.completed_at,
+        "fence": job.fence,
+        "worker": job.worker,
+        "lease_until": job.lease_until,
+        "crashes": job.crashes,
+        "timings": to_json(job.timings),
+        "failure": None if job.failure is None else to_json(job.failure),
+    }
+
+
+def _job(row: Row[Any], images: tuple[StoredImage, ...]) -> Job:
+    return Job(
+        id=row.id,
+        tenant=row.tenant,
+        request=GenerationRequest.model_validate_json(row.request),
+        status=JobStatus(row.status),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        completed_at=row.completed_at,
+        priority=row.priority,
+        deadline_at=row.deadline_at,
+        on_disconnect=row.on_disconnect,
+        metadata=msgspec.json.decode(row.metadata, type=dict[str, str]),
+        cost_seconds=row.cost_seconds,
+        fence=row.fence,
+        worker=row.worker,
+        lease_until=row.lease_until,
+        crashes=row.crashes,
+        cancel_requested=row.cancel_requested,
+        images=images,
+        failure=None if row.failure is None else msgspec.json.decode(row.failure, type=Failure),
+        timings=msgspec.json.decode(row.timings, type=Timings),
+    )
+
+
+def to_json(value: object) -> str:
+    """Text of a dictionary or dataclass that msgspec reads back."""
+    return msgspec.json.encode(value).decode()

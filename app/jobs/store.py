@@ -1,0 +1,217 @@
+"""Jobs in a database: what was accepted is there after any crash, and nobody overwrites what is not his.
+
+Each method of the store is one transaction, committed when it returns.
+"""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from sqlalchemy import Connection, delete, select, update
+
+from app.errors import Conflict
+from app.jobs import claims, keys, pages, queue, rows
+from app.jobs.database import Database, lock_queue
+from app.jobs.faults import NO_FAULTS, Faults
+from app.jobs.job import Job, JobStatus, StoredImage
+from app.jobs.keys import Idempotency
+from app.jobs.leases import LeaseWatch
+from app.jobs.queue import IS_QUEUED, QueueCounts
+from app.jobs.tables import jobs
+
+__all__ = ["Idempotency", "JobStore", "QueueCounts", "Submitted"]  # all that others need of the database
+
+PRUNED_AT_ONCE = 200  # others write between two such transactions
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is in the database."""
+
+    job: Job
+    is_replay: bool  # it was there before, submitted with the same idempotency key
+
+
+class JobStore:
+    """All jobs of all servers that share the database."""
+
+    def __init__(
+        self, database: Database, clock: Callable[[], float], steady: Callable[[], float], faults: Faults
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._watch = LeaseWatch(steady)
+        self._faults = faults
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+        faults: Faults = NO_FAULTS,
+    ) -> Self:
+        """Connect and bring the schema up to date; `clock` tells the time of day, `steady` never jumps.
+
+        Raises SettingsError when the database cannot be used.
+        """
+        return cls(await Database.open(url, faults), clock, steady, faults)
+
+    async def close(self) -> None:
+        """Let go of the database."""
+        await self._database.close()
+
+    # What callers do
+
+    async def submit(self, job: Job, *, max_queue: int, idempotency: Idempotency | None = None) -> Submitted:
+        """Accept a job, or find the one that came with the same idempotency key.
+
+        Raises KeyReused for another request with that key, and QueueFull when `max_queue` jobs wait already;
+        with a `max_queue` of 0 a job is accepted only when there is nothing else to do.
+        """
+        submitted = await self._database.write(_submit, job, max_queue, idempotency, self._clock())
+        if not submitted.is_replay:
+            self._faults.hit("after_submit")
+        return submitted
+
+    async def get(self, job_id: str, tenant: str | None) -> Job | None:
+        """The job, if it belongs to `tenant`; None stands for all of them."""
+        return await self._database.read(rows.find, job_id, tenant)
+
+    async def list(
+        self, tenant: str, *, limit: int, cursor: str | None = None, status: JobStatus | None = None
+    ) -> tuple[Sequence[Job], str | None]:
+        """Up to `limit` jobs, newest first, and the cursor that continues; None when these were the last.
+
+        Raises InvalidRequest for a cursor that was not given out.
+        """
+        after = None if cursor is None else pages.from_cursor(cursor)
+        return await self._database.read(pages.page, tenant, limit, after, status)
+
+    async def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        """End a queued job at once and tell the worker of a running one; an ended one stays as it is."""
+        return await self._database.write(_request_cancel, job_id, tenant, self._clock())
+
+    async def delete(self, job_id: str, tenant: str | None) -> Job | None:
+        """Forget an ended job; its files are the caller's to remove. Raises Conflict for one that goes on."""
+        return await self._database.write(_delete, job_id, tenant)
+
+    async def counts(self) -> QueueCounts:
+        """How much there is to do."""
+        return await self._database.read(queue.count)
+
+    async def position(self, job: Job) -> int | None:
+        """How many queued jobs are to be claimed before this one; None when it is not queued."""
+        return await self._database.read(queue.position, job.id, self._clock())
+
+    # What workers do
+
+    async def claim(self, worker: str, *, limit: int, lease_seconds: float) -> Sequence[Job]:
+        """Take up to `limit` queued jobs whose deadline is not over, also those that lost their worker."""
+        leases = await self._database.read(claims.leases, worker)
+        for silent in self._watch.silent(leases, lease_seconds):
+            await self._database.write(claims.release_lost, silent, leases[silent], self._clock())
+        claimed = await self._database.write(claims.claim, worker, limit, lease_seconds, self._clock())
+        if claimed:
+            self._faults.hit("after_claim")
+        return claimed
+
+    async def renew(self, worker: str, lease_seconds: float) -> Sequence[str]:
+        """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
+        return await self._database.write(claims.renew, worker, lease_seconds, self._clock())
+
+    async def save_latents(self, job: Job, index: int, latents: bytes) -> bool:
+        """Keep what Stage C made of a picture; False when the job is not held under this fence any more."""
+        is_saved = await self._database.write(claims.save_picture, job, index, {"latents": latents})
+        if is_saved:
+            self._faults.hit("after_latents")
+        return is_saved
+
+    async def load_latents(self, job_id: str) -> dict[int, bytes]:
+        """What is kept of the pictures that are not finished, by index."""
+        return await self._database.read(claims.load_latents, job_id)
+
+    async def save_image(self, job: Job, image: StoredImage) -> bool:
+        """Keep a finished picture; False when the job is not held under this fence any more."""
+        self._faults.hit("after_image_before_commit")
+        columns = {"image": rows.to_json(image), "latents": None}
+        is_saved = await self._database.write(claims.save_picture, job, image.index, columns)
+        if is_saved:
+            self._faults.hit("after_image")
+        return is_saved
+
+    async def move(self, before: Job, after: Job) -> bool:
+        """Write a moved job; False when it is not what it was moved from any more, by status or fence.
+
+        One that would be queued again although somebody wants it ended, or that crashed too often, is ended.
+        """
+        return await self._database.write(claims.move, before, after, self._clock())
+
+    async def release(self, worker: str, *, crashed_jobs: Collection[str] = ()) -> Sequence[Job]:
+        """Put all jobs of a worker back into the queue; returns where each of them is now.
+
+        Those that were aboard an engine when it died are counted so, and fail when that was too often.
+        """
+        return await self._database.write(claims.release, worker, crashed_jobs, self._clock())
+
+    # What keeps the house
+
+    async def expire(self, now: float) -> Sequence[Job]:
+        """End the queued jobs whose deadline is over."""
+        return await self._database.write(_expire, now)
+
+    async def prune(self, ended_before: float) -> Sequence[str]:
+        """Forget the jobs that ended before a time; returns the names of their files, to be removed."""
+        await self._database.write(keys.forget_old, self._clock())
+        pruned = [await self._database.write(_prune_some, ended_before)]
+        while pruned[-1]:
+            pruned.append(await self._database.write(_prune_some, ended_before))
+        return [image.name for some in pruned for job in some for image in job.images]
+
+
+def _submit(
+    connection: Connection, job: Job, max_queue: int, idempotency: Idempotency | None, now: float
+) -> Submitted:
+    lock_queue(connection)
+    if idempotency is not None:
+        known = keys.replayed(connection, job.tenant, idempotency, now)
+        if known is not None:
+            return Submitted(known, is_replay=True)
+    queue.require_room(connection, max_queue)
+    rows.add(connection, job)
+    if idempotency is not None:
+        keys.remember(connection, job, idempotency, now)
+    return Submitted(job, is_replay=False)
+
+
+def _request_cancel(connection: Connection, job_id: str, tenant: str | None, now: float) -> Job | None:
+    job = rows.find(connection, job_id, tenant, is_locked=True)
+    if job is None or job.is_finished:
+        return job
+    if job.status == JobStatus.QUEUED:
+        return rows.put(connection, job.canceled(now))
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True))
+    return replace(job, cancel_requested=True)
+
+
+def _delete(connection: Connection, job_id: str, tenant: str | None) -> Job | None:
+    job = rows.find(connection, job_id, tenant, is_locked=True)
+    if job is not None:
+        if not job.is_finished:
+            raise Conflict(f"the job is {job.status}; it can be deleted when it has ended")
+        connection.execute(delete(jobs).where(jobs.c.id == job_id))
+    return job
+
+
+def _expire(connection: Connection, now: float) -> list[Job]:
+    late = select(jobs).where(IS_QUEUED, jobs.c.deadline_at <= now).order_by(jobs.c.number)
+    return [rows.put(connection, job.expired(now)) for job in rows.lock(connection, late)]
+
+
+def _prune_some(connection: Connection, ended_before: float) -> list[Job]:
+    ended = select(jobs).where(jobs.c.completed_at < ended_before).order_by(jobs.c.number)
+    pruned = rows.lock(connection, ended.limit(PRUNED_AT_ONCE))
+    connection.execute(delete(jobs).where(jobs.c.id.in_([job.id for job in pruned])))
+    return pruned

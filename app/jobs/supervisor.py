@@ -1,0 +1,301 @@
+"""Keeps one device in work: starts its engine, watches it, ends it when it hangs, starts it again.
+
+Time is counted in looks at the clock, each worth two periods at most: when this process itself was held up,
+no engine is blamed for it.
+"""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from msgspec.structs import asdict
+
+from app.engine.protocol import (
+    AnyFromEngine,
+    Configure,
+    DeviceLost,
+    Drain,
+    Heartbeat,
+    Latents,
+    Pixels,
+    Ready,
+    Stepped,
+    ToEngine,
+    Unusable,
+)
+from app.jobs.links import Launch, Link
+from app.logs import Logger
+from app.metrics import Metrics
+
+UNUSABLE_STATUS = 2  # of an engine process that need not be started again
+
+
+class EngineState(StrEnum):
+    """What is known of an engine."""
+
+    STARTING = "starting"
+    READY = "ready"
+    HUNG = "hung"
+    DEAD = "dead"
+    UNUSABLE = "unusable"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds after which a supervisor acts."""
+
+    look: float = 0.5  # between two looks
+    first_words: float = 300.0  # until a new process says anything: it may read gigabytes of libraries
+    silence: float = 15.0  # without a heartbeat, which comes every second
+    step: float = 30.0  # of a step, if it was not predicted to take long
+    step_factor: float = 5.0  # of a step, against its prediction
+    last_words: float = 0.5  # for what a dead engine left in the socket
+    first_pause: float = 0.2  # before it is started again; doubles
+    longest_pause: float = 30.0
+    health: float = 60.0  # after which earlier deaths are forgotten; work done makes forget them, too
+
+
+class Crew(Protocol):
+    """Whoever has work for engines. While a call lasts, its engine is neither heard nor started again."""
+
+    async def engine_ready(self, engine: "Supervisor") -> None:
+        """It can be given work."""
+
+    async def engine_said(self, engine: "Supervisor", message: AnyFromEngine) -> None:
+        """It tells of its work."""
+
+    async def engine_lost(self, engine: "Supervisor") -> None:
+        """It is gone, and all that was aboard."""
+
+
+class Supervisor:
+    """The engine of one device, over all its lives."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        configure: Configure,
+        *,
+        metrics: Metrics,
+        logger: Logger,
+        patience: Patience = Patience(),
+    ) -> None:
+        self.device = configure.device
+        self.state = EngineState.DEAD
+        self.ready: Ready | None = None  # what it said when it was ready last, in whichever life
+        self.reason = ""  # why it is unusable
+        self.num_deaths = 0
+        self._launch = launch
+        self._configure = configure
+        self._metrics = metrics
+        self._logger = logger.bind(device=self.device)
+        self._patience = patience
+        self._link: Link | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._num_failures = 0  # deaths in a row without work done
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether work can be given to it."""
+        return self.state is EngineState.READY
+
+    def start(self, crew: Crew) -> None:
+        """Begin to keep an engine alive."""
+        self._life = asyncio.create_task(self._live(crew), name=f"engine {self.device}")
+
+    def send(self, message: ToEngine) -> None:
+        """Tell the engine. One that has died, unnoticed yet, hears nothing."""
+        if self._link is not None:
+            self._link.send(message)
+
+    async def stop(self, seconds: float) -> None:
+        """Let the engine end what it has aboard for so long, then end the engine."""
+        self._stopping.set()
+        if self._life is None:
+            return
+        if self.is_ready:
+            self.send(Drain())
+            await asyncio.wait({self._life}, timeout=seconds)
+        if self._link is not None:
+            self._link.kill()
+        await self._life
+
+    async def _live(self, crew: Crew) -> None:
+        """One life after the other."""
+        while not self._stopping.is_set():
+            cause = await self._live_once(crew)
+            if self.state is EngineState.UNUSABLE or self._stopping.is_set():
+                return
+            self.num_deaths += 1
+            self._metrics.restarted(self.device, cause)
+            pause = min(self._patience.first_pause * 2**self._num_failures, self._patience.longest_pause)
+            self._num_failures += 1
+            self._logger.warning("the engine died and is started again", cause=cause, seconds=pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
+
+    async def _live_once(self, crew: Crew) -> str:
+        """Start the engine and stay until its end; returns the cause in a word."""
+        self.state = EngineState.STARTING
+        try:
+            link = await self._launch()
+        except OSError as error:
+            self._logger.error("the engine cannot be started", reason=str(error))
+            self.state = EngineState.DEAD
+            return "exit"
+        self._link = link
+        link.send(self._configure)
+        if self._stopping.is_set():
+            link.kill()
+        talk = _Conversation(self, link, crew, self._patience, self._metrics, self._logger)
+        try:
+            cause = await talk.until_the_end()
+        finally:
+            self._link = None
+            self._metrics.engine_up.labels(self.device).set(0)
+        self._logger.info("the engine ended", cause=cause, status=talk.status)
+        if talk.reason or talk.status == UNUSABLE_STATUS:
+            self.reason = talk.reason or f"the engine left with status {talk.status}; its log says why"
+            self.state = EngineState.UNUSABLE
+            self._logger.error("the model cannot be used", reason=self.reason)
+        else:
+            self.state = EngineState.DEAD
+        await self._mourn(crew)
+        return cause
+
+    async def _mourn(self, crew: Crew) -> None:
+        try:
+            await crew.engine_lost(self)
+        except Exception as error:  # whatever is wrong with the crew, the device goes on
+            self._logger.error("the death of the engine was not dealt with", exc_info=error)
+
+    def came_up(self, ready: Ready) -> None:
+        """It has loaded the model."""
+        self.ready = ready
+        self.state = EngineState.READY
+        self._metrics.engine_up.labels(self.device).set(1)
+        self._logger.info("the engine is ready", dtype=ready.dtype, max_samples=ready.max_samples)
+
+    def proved_well(self) -> None:
+        """It works: earlier deaths say nothing about the next."""
+        self._num_failures = 0
+
+
+class _Conversation:
+    """One life of an engine: what it says, what it does not say, and how it ends."""
+
+    def __init__(
+        self,
+        engine: Supervisor,
+        link: Link,
+        crew: Crew,
+        patience: Patience,
+        metrics: Metrics,
+        logger: Logger,
+    ) -> None:
+        self.status: int | None = None
+        self.reason = ""
+        self._engine = engine
+        self._link = link
+        self._crew = crew
+        self._patience = patience
+        self._metrics = metrics
+        self._logger = logger
+        self._cause = "exit"
+        self._silence = 0.0
+        self._age = 0.0  # since it was ready
+        self._has_spoken = False
+        self._is_heard = True  # False while the crew is busy with what it said
+        self._num_overdue = 0  # heartbeats in a row that tell of a step that takes too long
+
+    async def until_the_end(self) -> str:
+        """Listen and watch until the engine is gone, by itself or by us; returns the cause."""
+        listening = asyncio.create_task(self._listen())
+        watching = asyncio.create_task(self._watch())
+        ending = asyncio.create_task(self._end())
+        try:
+            await asyncio.wait({listening, watching, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                self._engine.state, self._cause = EngineState.HUNG, "hang"
+            elif ending.done():
+                await asyncio.wait({listening}, timeout=self._patience.last_words)
+            else:
+                await asyncio.wait({ending}, timeout=self._patience.last_words)
+        finally:
+            self._link.kill()
+            for task in (listening, watching):
+                task.cancel()
+            await asyncio.wait({listening, watching, ending})
+        return self._cause
+
+    async def _end(self) -> None:
+        self.status = await self._link.ended()
+
+    async def _listen(self) -> None:
+        try:
+            while (message := await self._link.receive()) is not None:
+                self._silence, self._has_spoken = 0.0, True
+                self._is_heard = False
+                await self._hear(message)
+                self._is_heard = True
+        except ValueError as error:  # and what msgspec raises, which is one
+            self._logger.error("the engine says what cannot be understood", reason=str(error))
+        except Exception as error:  # a mistake of ours costs a life of the engine, and is seen
+            self._logger.error("what the engine said was not dealt with", exc_info=error)
+
+    async def _hear(self, message: AnyFromEngine) -> None:
+        match message:
+            case Ready():
+                self._engine.came_up(message)
+                await self._crew.engine_ready(self._engine)
+                return
+            case Unusable(reason):
+                self.reason = reason
+                return
+            case DeviceLost(reason):
+                self._cause = "device_lost"
+                self._logger.error("the device is lost", reason=reason)
+                return
+            case Heartbeat():
+                self._feel(message)
+            case Stepped() | Latents() | Pixels():
+                self._engine.proved_well()
+        await self._crew.engine_said(self._engine, message)
+
+    def _feel(self, beat: Heartbeat) -> None:
+        """The figures of a heartbeat. A step is late when two in a row say so: the first after a pause of the
+        whole machine does not count."""
+        limit = max(self._patience.step, self._patience.step_factor * beat.predicted_seconds)
+        self._num_overdue = self._num_overdue + 1 if beat.busy_seconds > limit else 0
+        self._metrics.beat(
+            self._engine.device,
+            num_samples=beat.num_samples,
+            memory_bytes=beat.memory_bytes,
+            device_memory_bytes=beat.device_memory_bytes,
+        )
+        for tick in beat.ticks:
+            self._metrics.ticked(**asdict(tick))
+        for event, times in beat.events.items():
+            self._metrics.happened(event, times)
+
+    async def _watch(self) -> None:
+        """Returns when the engine hangs."""
+        loop, look = asyncio.get_running_loop(), self._patience.look
+        seen = loop.time()
+        while not self._is_hung():
+            await asyncio.sleep(look)
+            passed, seen = min(loop.time() - seen, 2 * look), loop.time()
+            if self._is_heard:
+                self._silence += passed
+            if self._engine.is_ready:
+                self._age += passed
+            if self._age >= self._patience.health:
+                self._engine.proved_well()
+
+    def _is_hung(self) -> bool:
+        limit = self._patience.silence if self._has_spoken else self._patience.first_words
+        return self._silence > limit or self._num_overdue >= 2

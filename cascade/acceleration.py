@@ -1,0 +1,131 @@
+"""Networks that start faster on a GPU: CUDA graphs for usual numbers of rows, and compiled blocks.
+
+A step of many small operators waits for the host to start each of them. A graph is the whole step, recorded
+once for a shape and a number of rows, and started as one. Eager is always there: for other devices, and for
+rows beyond the largest graph.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cascade.networks.unet import Condition, UNet
+from cascade.sampling.denoise import Network
+
+Compile = Literal["off", "graphs", "full"]
+GRAPH_ROWS = (1, 2, 4, 8, 16)
+
+_KINDS = 64  # of blocks by width, skip and size of the map: more are not compiled
+
+# Records what a function does to the tensors it reads, and returns what does the same again
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+class Denoiser(Protocol):
+    """Stage B or C."""
+
+    def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
+        """Predict the noise."""
+
+
+def accelerate(network: UNet, mode: Compile, device: torch.device) -> Network[Condition]:
+    """The network as fast as `mode` allows. Graphs are CUDA's; compiled blocks work on a CPU, too."""
+    if mode == "full":
+        torch._dynamo.config.recompile_limit = _KINDS  # noqa: SLF001  # blocks share code, so all count as one
+        for block in repeated_blocks(network):
+            block.compile(dynamic=True)  # code for any number of rows, not one for each
+    if mode == "off" or device.type != "cuda":
+        return network
+    return Graphs(network, record_cuda_graph)
+
+
+def repeated_blocks(network: UNet) -> list[nn.Module]:
+    """The blocks of all levels. Those of one kind and width share their compiled code."""
+    levels = [*network.down_blocks, *network.up_blocks]
+    return [block for level in levels for block in level.children()]
+
+
+def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A CUDA graph of `run`, which must have been warmed up by the recorder: the first call may allocate."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # The other thread that decodes and copies meanwhile must not break the recording.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A recorded step and the tensors that it reads."""
+
+    latents: Tensor
+    ratio: Tensor
+    condition: Condition
+    replay: Callable[[], Tensor]
+    holds: Condition | None = None  # the condition whose rows were copied in last
+
+
+class Graphs:
+    """A network whose calls of up to 16 rows replay a graph; missing rows are filled with zeros.
+
+    The graph of a shape is recorded when it is first called, so whoever cannot wait calls it before.
+    """
+
+    def __init__(self, network: Denoiser, record: Recorder) -> None:
+        self._network = network
+        self._record = record
+        self._graphs: dict[tuple[torch.Size, int], _Graph] = {}
+
+    def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
+        """Predict the noise, as the network does."""
+        size = next((size for size in GRAPH_ROWS if size >= len(latents)), None)
+        if size is None:
+            return self._network(latents, ratio, condition)
+        place = (latents.shape[1:], size)
+        if place not in self._graphs:
+            self._graphs[place] = self._recorded(latents, condition, size)
+        graph, rows = self._graphs[place], len(latents)
+        graph.latents[:rows] = latents
+        graph.ratio[:rows] = ratio
+        if graph.holds is not condition:
+            _fill(graph.condition, condition)
+            graph.holds = condition
+        return graph.replay()[:rows].clone()  # the next replay writes where this one wrote
+
+    def _recorded(self, latents: Tensor, condition: Condition, size: int) -> _Graph:
+        """A graph for `size` rows, with buffers of its own."""
+        still = latents.new_zeros(size, *latents.shape[1:])
+        ratio = latents.new_zeros(size, dtype=torch.float32)
+        room = Condition(
+            keys_values=tuple(_room(each, size) for each in condition.keys_values),
+            time_weight=condition.time_weight,
+            time_bias=condition.time_bias,
+            features=None if condition.features is None else _room(condition.features, size),
+        )
+        replay = self._record(lambda: self._network(still, ratio, room))
+        return _Graph(still, ratio, room, replay)
+
+
+def _room(like: Tensor, rows: int) -> Tensor:
+    return like.new_zeros(rows, *like.shape[1:])
+
+
+def _fill(room: Condition, condition: Condition) -> None:
+    for place, rows in zip(room.keys_values, condition.keys_values, strict=True):
+        place[: len(rows)] = rows
+    if room.features is not None and condition.features is not None:
+        room.features[: len(condition.features)] = condition.features

@@ -1,0 +1,35 @@
+"""A bounded memory of what was computed last, which counts how often it helped."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """The values of the keys asked for last; the one that was not asked for longest is forgotten first."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, key: K, make: Callable[[K], V]) -> V:
+        """The value of a key, made if it is not remembered. What `make` raises leaves no trace."""
+        if key in self._values:
+            self.hits += 1
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = make(key)
+        self.misses += 1
+        self._values[key] = value
+        if len(self._values) > self._size:
+            self._values.popitem(last=False)
+        return value
+
+    def clear(self) -> None:
+        """Forget everything; the counts go on."""
+        self._values.clear()

@@ -1,0 +1,100 @@
+"""Steps of a made-up picture: how long they take, and all is warm before somebody waits for a real one."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cascade.conditioning import encode_texts
+from cascade.devices import limit_bytes, peak_bytes, used_bytes
+from cascade.models import Models
+from cascade.networks.unet import Condition
+from cascade.sampling.denoise import Batch, Network, Sample
+from cascade.tasks.picture import begin_decoder, begin_prior, decode, plan_pictures, prior_condition
+from cascade.tasks.settings import TextToImage
+
+Step = Literal["prior", "decoder", "decode"]
+
+_REPEATS = 3
+_PATIENCE_SECONDS = 0.5  # in which a step is repeated
+
+
+class Rehearsal:
+    """A picture of a size (width, height), without guidance: one row, as often as one likes."""
+
+    def __init__(
+        self, models: Models, networks: Mapping[str, Network[Condition]], size: tuple[int, int]
+    ) -> None:
+        self._models = models
+        self._networks = networks
+        settings = TextToImage(prompt="a rehearsal", width=size[0], height=size[1], seed=0, guidance_scale=0)
+        [self._picture] = plan_pictures(models, settings)
+        self._bytes_before = used_bytes(models.device)
+        self._limit_bytes = limit_bytes(models.device)
+
+    def shape(self, step: Step) -> tuple[int, int]:
+        """Height and width of the latents."""
+        plan = self._picture.plan
+        return plan.prior_grid if step == "prior" else plan.decoder_grid
+
+    @torch.inference_mode()
+    def seconds(self, step: Step, rows: int) -> float:
+        """The least time that a step took, once it was warm.
+
+        On one thread of a CPU it is the time of that thread: others that want the core make nothing slower.
+        """
+        device = self._models.device
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        work = self._work(step, rows)
+        work()
+        taken: list[float] = []
+        while len(taken) < _REPEATS and sum(taken) < _PATIENCE_SECONDS:
+            _wait_for(device)
+            started = clock()
+            work()
+            _wait_for(device)
+            taken.append(clock() - started)
+        return min(taken)
+
+    @torch.inference_mode()
+    def make(self, step: Step, rows: int) -> None:
+        """Make a step once."""
+        self._work(step, rows)()
+
+    def has_room_for_twice(self) -> bool:
+        """Whether a step of twice the rows of the largest so far should fit into memory."""
+        grown = peak_bytes(self._models.device) - self._bytes_before
+        return self._bytes_before + 2 * grown <= self._limit_bytes
+
+    @torch.inference_mode()
+    def num_pictures(self) -> int:
+        """How many may be on their way at once: half of the free memory is theirs, the rest is for steps."""
+        samples = (self._prior(), self._decoder())
+        largest = max(2 * sample.condition.num_bytes + 3 * sample.latents.nbytes for sample in samples)
+        return max(1, (self._limit_bytes - used_bytes(self._models.device)) // 2 // largest)
+
+    def _work(self, step: Step, rows: int) -> Callable[[], Tensor]:
+        if step == "decode":
+            latents = torch.zeros(self._picture.decoder_shape, device=self._models.device)
+            return lambda: decode(self._models, [self._picture] * rows, [latents] * rows)
+        sample = self._prior() if step == "prior" else self._decoder()
+        batch = Batch([sample] * rows, Condition.cat)
+        return lambda: batch.advanced(self._networks[step])[0]
+
+    def _prior(self) -> Sample[Condition]:
+        texts = encode_texts(self._models.text_encoder, self._picture.settings.texts)
+        conditions = {text: prior_condition(self._models, row) for text, row in texts.items()}
+        return begin_prior(self._models, self._picture, conditions)
+
+    def _decoder(self) -> Sample[Condition]:
+        texts = encode_texts(self._models.decoder_text_encoder, self._picture.settings.texts)
+        semantic = torch.zeros(self._picture.prior_shape, device=self._models.device)
+        return begin_decoder(self._models, self._picture, semantic, texts)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

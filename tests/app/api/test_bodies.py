@@ -1,0 +1,81 @@
+"""The bodies of the contracts: what is a mistake, and where it is said to be."""
+
+from typing import Any
+
+import pytest
+
+from app.api.bodies import parse_image_generation, parse_native
+from app.errors import InvalidRequest
+
+
+def refused(members: dict[str, Any]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_native({"prompt": "x", **members})
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("members", "pointer", "code"),
+    [
+        ({"prompt": None}, "/prompt", "missing_required_parameter"),
+        ({"prompt": ""}, "/prompt", "invalid_value"),
+        ({"n": 2}, "/n", "unsupported_parameter"),
+        ({"a/b~": 2}, "/a~1b~0", "unsupported_parameter"),
+        ({"a\nb": 2}, "/'a\\nb'", "unsupported_parameter"),
+        ({"num_images_per_prompt": 11}, "/num_images_per_prompt", "integer_out_of_range"),
+        ({"width": 99_999}, "/width", "invalid_value"),
+        ({"seeds": [1, -1], "num_images_per_prompt": 2}, "/seeds", "invalid_value"),
+        ({"seeds": [1, "x"]}, "/seeds/1", "invalid_type"),
+        ({"seeds": [1, 2], "num_images_per_prompt": 3}, "/seeds", "invalid_value"),
+        ({"seeds": [1], "seed": 1}, "/seeds", "invalid_value"),
+        ({"seeds": []}, "/seeds", "invalid_value"),
+        ({"seeds": 5}, "/seeds", "invalid_type"),
+        ({"metadata": {"a": 1}}, "/metadata/a", "invalid_type"),
+        ({"metadata": {"k" * 65: "v"}}, "/metadata/'" + "k" * 64 + "'", "invalid_value"),
+        ({"metadata": {str(i): "v" for i in range(17)}}, "/metadata", "invalid_value"),
+        ({"metadata": {"a": "v" * 513}}, "/metadata/a", "invalid_value"),
+        ({"previews": 4}, "/previews", "integer_out_of_range"),
+        ({"priority": 11}, "/priority", "integer_out_of_range"),
+        ({"deadline_seconds": 0}, "/deadline_seconds", "integer_out_of_range"),
+        ({"on_disconnect": "stay"}, "/on_disconnect", "invalid_value"),
+        ({"image": "data:"}, "/image", "unsupported_parameter"),
+        ({"webhook": {"url": "http://x"}}, "/webhook", "unsupported_parameter"),
+    ],
+)
+def test_a_mistake_is_pointed_at(members: dict[str, Any], pointer: str, code: str) -> None:
+    error = refused(members)
+    places = error.places or [(f"/{error.param}", error.message)]
+    assert (places[0][0], error.code) == (pointer, code)
+    assert places[0][1] == error.message
+    assert "should" not in error.message
+    assert "\n" not in error.message
+
+
+def test_all_mistakes_are_listed_but_no_flood() -> None:
+    error = refused({"width": 1, "height": 2, "priority": 99})
+    assert [pointer for pointer, _ in error.places] == ["/width", "/height", "/priority"]
+    assert len(refused({f"x{i}": i for i in range(150)}).places) == 20
+
+
+def test_the_number_of_pictures_follows_the_seeds() -> None:
+    assert parse_native({"prompt": "x"}).num_images == 1
+    assert parse_native({"prompt": "x", "seeds": [4, 9, 2]}).num_images == 3
+    assert parse_native({"prompt": "x", "num_images_per_prompt": 2, "seeds": [1, 2]}).num_images == 2
+
+
+def test_null_is_absent_and_what_is_empty_asks_for_nothing() -> None:
+    body = parse_native({"prompt": "x", "seed": None, "loras": [], "image": None, "strength": None})
+    assert body.seed is None
+    assert parse_image_generation({"prompt": "x", "seeds": [], "stream": "", "mask": ""}).seeds is None
+
+
+def test_members_of_both_contracts_mean_the_same() -> None:
+    members = {"prompt": "x", "seeds": [3], "priority": -2, "deadline_seconds": 9, "on_disconnect": "finish"}
+    native, openai = parse_native(members), parse_image_generation(members)
+    for name in members:
+        assert getattr(native, name) == getattr(openai, name)
+
+
+def test_a_stream_may_be_asked_for_in_words() -> None:
+    body = parse_image_generation({"prompt": "x", "stream": "true", "partial_images": "2"})
+    assert (body.stream, body.partial_images) == (True, 2)

@@ -1,0 +1,66 @@
+"""Slow clients hurt only themselves."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+
+from app.api.connections import protocol
+
+pytestmark = pytest.mark.anyio
+
+
+HEAD_SECONDS = 0.05
+
+
+async def hello(scope: dict[str, object], receive: object, send: object) -> None:
+    if scope["path"] == "/slow":
+        await asyncio.sleep(4 * HEAD_SECONDS)
+    await send({"type": "http.response.start", "status": 204, "headers": []})  # type: ignore[operator]
+    await send({"type": "http.response.body"})  # type: ignore[operator]
+
+
+@asynccontextmanager
+async def connected(
+    header_seconds: float,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    config = uvicorn.Config(hello, http=protocol(header_seconds), lifespan="off", log_config=None, port=0)
+    server = uvicorn.Server(config)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await server.shutdown()
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nSlow: "])
+async def test_a_head_that_does_not_come_closes_the_connection(begun: bytes) -> None:
+    async with connected(HEAD_SECONDS) as (reader, writer):
+        writer.write(begun)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+
+
+async def test_every_head_has_its_time_and_no_more() -> None:
+    async with connected(0.3) as (reader, writer):
+        for _ in range(3):
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(5):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+        writer.write(b"GET / HT")
+        async with asyncio.timeout(3):
+            assert await reader.read() == b""
+
+
+async def test_once_the_head_is_there_the_rest_may_take_its_time() -> None:
+    async with connected(HEAD_SECONDS) as (reader, writer):
+        writer.write(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")

@@ -1,0 +1,231 @@
+"""Errors and kills at every point, databases that go away, other servers: one result each, none lost."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.engine.protocol import Ready
+from app.jobs.faults import Faults, InjectedFault
+from app.jobs.fleet import Fleet
+from app.jobs.job import Failure, Job, JobStatus
+from app.jobs.store import JobStore
+from tests.app.jobs.dispatcher.conftest import Serve
+from tests.app.jobs.servers import Server, eventually, job, latents_of, until
+
+pytestmark = pytest.mark.anyio
+
+
+# Everything that is passed while one picture is made, and how often.
+PASSAGES = [
+    ("before_commit", 1),  # release at the start
+    ("before_commit", 2),
+    ("before_commit", 3),
+    ("before_commit", 4),
+    ("before_commit", 5),
+    ("before_commit", 6),
+    ("after_commit", 1),
+    ("after_commit", 2),
+    ("after_commit", 3),
+    ("after_commit", 4),
+    ("after_commit", 5),
+    ("after_commit", 6),
+    ("after_claim", 1),
+    ("after_latents", 1),
+    ("after_image_before_commit", 1),
+    ("after_image", 1),
+    ("after_commit_before_event", 1),
+]
+
+
+class Diligent:
+    """Does whatever an engine of `server` is told, as long as this lasts."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._done: set[int] = set()
+        self._task = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            for engines in self._server.engines:
+                for engine in engines:
+                    for run in engine.runs:
+                        if id(run) not in self._done:
+                            self._done.add(id(run))
+                            engine.end_prior(run)
+                            engine.finish(run)
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+
+@pytest.mark.parametrize(("point", "passage"), PASSAGES)
+async def test_an_error_at_any_point_loses_nothing(
+    folder: Path, url: str, serve: Serve, point: str, passage: int
+) -> None:
+    """The server lives on. Whoever waits gets one result, and every picture is there."""
+    faults = Faults()
+    store = await JobStore.open(url, faults=faults)
+    server = await serve(store=store, faults=faults)
+    diligent = Diligent(server)
+    accepted = await server.submit(5, 6)
+    faults._faults |= Faults([f"{point}:raise@{passage}"])._faults
+    another = job(7)
+    try:
+        await server.dispatcher.submit(another)
+    except InjectedFault:
+        await server.dispatcher.submit(another := job(7))
+    for wanted in (accepted, another):
+        done = await server.ended(wanted)
+        assert done.status == JobStatus.SUCCEEDED
+        assert await store.get(wanted.id, None) == done
+        for image in done.images:
+            assert (server.files / image.name).exists()
+    await until(lambda: server.dispatcher._fleet.flights == [])
+    diligent.stop()
+    await server.dispatcher.stop()
+    counts = await store.counts()
+    assert (counts.running, counts.queued) == (0, 0)
+    await store.close()
+
+
+@pytest.mark.parametrize("moment", ["submitted", "claimed", "latents", "one picture", "all but the end"])
+async def test_a_killed_server_resumes_where_it_was(
+    folder: Path, url: str, store: JobStore, serve: Serve, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    first = Server(folder, await JobStore.open(url))
+    await first.start()
+    if moment == "submitted":
+        monkeypatch.setattr(Fleet, "claim", _nothing)
+    accepted = await first.submit(5, 6)
+    runs = [] if moment == "submitted" else await first.runs(2)
+    if moment in ("latents", "one picture"):
+        first.engine.end_prior(runs[0])
+        await eventually(lambda: store.load_latents(accepted.id))
+    if moment == "one picture":
+        first.engine.finish(runs[1])
+        await eventually(lambda: _images(store, accepted, 1))
+    if moment == "all but the end":
+        monkeypatch.setattr(first.store, "move", _never)
+        first.engine.finish(*runs)
+        await eventually(lambda: _images(store, accepted, 2))
+    await first.crash()
+    await first.store.close()
+    monkeypatch.undo()
+
+    second = await serve()
+    assert second.seat.name == first.seat.name
+    left = {"one picture": 1, "all but the end": 0}.get(moment, 2)
+    again = await second.runs(left)
+    kept = latents_of(5) if moment in ("latents", "one picture") else None
+    assert [run.latents for run in again] == [kept, None][:left]
+    second.engine.finish(*again)
+    done = await second.ended(accepted)
+    assert (done.status, done.crashes) == (JobStatus.SUCCEEDED, 0)
+    assert [image.seed for image in done.images] == [5, 6]
+    assert len(list(second.files.iterdir())) == 2
+
+
+async def _nothing(*_: object) -> bool:
+    return False
+
+
+async def _never(*_: object) -> bool:
+    await asyncio.Event().wait()
+    return False
+
+
+async def _images(store: JobStore, job: Job, count: int) -> bool:
+    found = await store.get(job.id, None)
+    return found is not None and len(found.images) == count
+
+
+async def test_a_server_that_hung_too_long_cannot_overwrite(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease ran out, and another one has its job."""
+    server = await serve()
+    accepted = await server.submit(5, 6)
+    runs = await server.runs(2)
+    monkeypatch.setattr(Fleet, "claim", _nothing)
+    (released,) = await store.release(server.dispatcher._fleet.slots[0].worker)
+    (stolen,) = await store.claim("another", limit=1, lease_seconds=30)
+    assert (released.id, stolen.fence) == (accepted.id, 2)
+    server.engine.finish(runs[0])
+    await until(lambda: server.engine.canceled == [accepted.id])
+    assert server.dispatcher._fleet.flights == []
+    assert await store.get(accepted.id, None) == stolen
+    failed = stolen.failed(Failure(500, "odd", "the other one says"), 1.0)
+    await store.move(stolen, failed)
+    assert (await server.ended(accepted)).status == JobStatus.FAILED
+
+
+async def test_what_another_server_ends_is_told_here(folder: Path, url: str, serve: Serve) -> None:
+    here = Server(folder, await JobStore.open(url), is_sole=False, max_samples=0)
+    here.dispatcher.engines[0].ready = Ready("cpu", "float32", 64, 64, 1, {})  # and not any more
+    await here.dispatcher.start()
+    there = await serve(is_sole=False, store=await JobStore.open(url))
+    accepted = await here.submit(5, 6)
+    waiting = asyncio.create_task(here.ended(accepted))
+    reading = asyncio.create_task(here.read(accepted))
+    there.engine.finish(*await there.runs(2))
+    done = await waiting
+    assert done.status == JobStatus.SUCCEEDED
+    events = await reading
+    assert [news for _, news in events][-3:] == [*done.images, done]
+    canceled = await here.submit(7)
+    await there.runs(3)
+    await here.dispatcher.cancel(canceled.id)
+    assert (await there.ended(canceled)).status == JobStatus.CANCELED
+    assert there.engine.canceled == [canceled.id]
+    assert (await here.ended(canceled)).status == JobStatus.CANCELED
+    await here.stop()
+    await there.dispatcher.stop()
+    await here.store.close()
+    await there.store.close()
+
+
+async def test_a_database_that_goes_away_comes_back(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    diligent = Diligent(server)
+    is_away = True
+    refused = 0
+
+    def losing(name: str) -> None:
+        method = getattr(store, name)
+
+        async def call(*args: Any, **options: Any) -> Any:
+            nonlocal refused
+            if is_away:
+                refused += 1
+                raise OSError("connection refused")
+            return await method(*args, **options)
+
+        monkeypatch.setattr(store, name, call)
+
+    jobs = [await server.submit(seed, seed + 10) for seed in range(3)]
+    names = (
+        "claim",
+        "renew",
+        "expire",
+        "counts",
+        "save_latents",
+        "save_image",
+        "move",
+        "load_latents",
+        "release",
+    )
+    for name in names:
+        losing(name)
+    await until(lambda: refused > 5)
+    server.engine.die(-9)
+    await until(lambda: refused > 10)
+    is_away = False
+    assert {(await server.ended(job)).status for job in jobs} == {JobStatus.SUCCEEDED}
+    assert "the database does not answer" in server.log.getvalue()
+    diligent.stop()

@@ -1,0 +1,85 @@
+"""How a server ends."""
+
+import asyncio
+
+import pytest
+
+from app.errors import ShuttingDown
+from app.jobs.job import JobStatus
+from app.jobs.store import JobStore
+from tests.app.jobs.dispatcher.conftest import Serve
+from tests.app.jobs.servers import until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_draining_finishes_what_is_in_work(serve: Serve) -> None:
+    server = await serve(max_samples=1)
+    working, queued = await server.submit(1), await server.submit(2)
+    (run,) = await server.runs(1)
+    waiting = [asyncio.create_task(server.dispatcher.wait(job.id)) for job in (working, queued)]
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(server.dispatcher.drain(10))
+    await until(lambda: not server.dispatcher.is_accepting)
+    with pytest.raises(ShuttingDown):
+        await server.submit(3)
+    with pytest.raises(ShuttingDown):
+        _ = server.dispatcher.model
+    with pytest.raises(ShuttingDown):
+        await waiting[1]
+    with pytest.raises(ShuttingDown):
+        await server.dispatcher.wait(queued.id)
+    assert not draining.done()
+    server.engine.finish(run)
+    assert (await waiting[0]).status == JobStatus.SUCCEEDED
+    await draining
+    left = await server.store.get(queued.id, None)
+    assert left is not None
+    assert (left.status, left.crashes, left.fence) == (JobStatus.QUEUED, 0, 0)
+
+
+async def test_what_is_not_done_in_time_stays_accepted(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(1)
+    await server.runs(1)
+    with server.dispatcher.waiting(accepted):
+        waiting = asyncio.create_task(server.dispatcher.wait(accepted.id))
+        reading = asyncio.create_task(server.read(accepted))
+        await asyncio.sleep(0)
+        await server.dispatcher.drain(0.01)
+        with pytest.raises(ShuttingDown):
+            await waiting
+    assert "final" not in [kind for kind, _ in await reading]
+    left = await server.store.get(accepted.id, None)
+    assert left is not None
+    assert (left.status, left.crashes, left.worker) == (JobStatus.QUEUED, 0, None)
+    assert server.engine.canceled == [accepted.id]
+    assert server.engine.status.result() == 0
+
+
+async def test_no_task_is_left(serve: Serve) -> None:
+    before = asyncio.all_tasks()
+    server = await serve()
+    await server.submit(1)
+    await server.runs(1)
+    await server.dispatcher.stop()
+    assert asyncio.all_tasks() - before <= {server.engine.beating}
+
+
+async def test_it_ends_although_the_database_is_away(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    accepted = await server.submit(1)
+    await server.runs(1)
+
+    async def away(*_: object, **__: object) -> None:
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "release", away)
+        await server.dispatcher.stop()
+    server.leave()
+    again = await serve()
+    again.engine.finish(*await again.runs(1))
+    assert (await again.ended(accepted)).status == JobStatus.SUCCEEDED

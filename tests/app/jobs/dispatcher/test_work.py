@@ -1,0 +1,232 @@
+"""From an accepted job to its pictures, when nothing dies."""
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+from PIL import Image
+
+from app.engine.protocol import Failed, Previewed, WantPreviews
+from app.errors import (
+    StorageFull,
+)
+from app.jobs.events import Preview
+from app.jobs.job import JobStatus, Progress
+from app.storage.encoding import AI_MADE
+from tests.app.jobs.dispatcher.conftest import Serve
+from tests.app.jobs.servers import pixels_of, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_job_becomes_pictures(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5, 6)
+    assert accepted.cost_seconds > 0
+    runs = await server.runs(2)
+    assert [(run.index, run.seed, run.latents, run.is_alone) for run in runs] == [
+        (0, 5, None, False),
+        (1, 6, None, False),
+    ]
+    server.engine.finish(*reversed(runs))
+    done = await server.ended(accepted)
+    assert done.status == JobStatus.SUCCEEDED
+    assert [(image.index, image.seed, image.prompt_tokens) for image in done.images] == [(0, 5, 3), (1, 6, 3)]
+    assert done.timings.prior == 2.0
+    assert done.timings.encode > 0.5
+    for image in done.images:
+        content = (server.files / image.name).read_bytes()
+        assert len(content) == image.num_bytes
+        assert AI_MADE.encode() in content
+        assert Image.open(server.files / image.name).getpixel((0, 0)) == (image.seed, 7, 9)
+    assert await server.store.get(done.id, None) == done
+    assert server.sample("cascade_jobs_total", outcome="succeeded", reason="") == 1
+    assert server.sample("cascade_pictures_total") == 2
+    assert server.sample("cascade_eta_error_ratio_count") == 1
+
+
+async def test_its_events_tell_the_story(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5, 6)
+    reading = asyncio.create_task(server.read(accepted))
+    runs = await server.runs(2)
+    server.engine.step(runs[0], 10)
+    server.engine.finish(runs[1])
+    await until(lambda: len(list(server.files.iterdir())) == 1)
+    server.engine.finish(runs[0])
+    events = await reading
+    assert [kind for kind, _ in events if kind in ("image", "final")] == ["image", "image", "final"]
+    images = [news for kind, news in events if kind == "image"]
+    assert events[-1][1] == await server.ended(accepted)
+    assert images == list(reversed((await server.ended(accepted)).images))
+
+
+async def test_many_jobs_share_the_engine_and_none_waits_for_another(serve: Serve) -> None:
+    server = await serve()
+    jobs = [await server.submit(seed) for seed in range(5)]
+    runs = await server.runs(5)
+    server.engine.finish(runs[3])
+    assert (await server.ended(jobs[3])).status == JobStatus.SUCCEEDED
+    server.engine.finish(*runs)
+    assert {(await server.ended(job)).status for job in jobs} == {JobStatus.SUCCEEDED}
+
+
+async def test_no_more_pictures_board_than_fit(serve: Serve) -> None:
+    server = await serve(max_samples=3)
+    jobs = [await server.submit(1, 2), await server.submit(3, 4), await server.submit(5)]
+    runs = await server.runs(3)
+    server.engine.finish(runs[0])
+    runs = await server.runs(4)
+    server.engine.finish(runs[1], runs[2])
+    runs = await server.runs(5)
+    server.engine.finish(*runs)
+    assert [len((await server.ended(job)).images) for job in jobs] == [2, 2, 1]
+
+
+async def test_several_devices_share_the_queue(serve: Serve) -> None:
+    server = await serve(devices=2)
+    await until(lambda: all(engine.is_ready for engine in server.dispatcher.engines))
+    jobs = [await server.submit(seed) for seed in range(6)]
+    runs = [await server.runs(3, device) for device in range(2)]
+    for device in range(2):
+        server.engines[device][0].finish(*runs[device])
+    assert {(await server.ended(job)).status for job in jobs} == {JobStatus.SUCCEEDED}
+
+
+async def test_progress_never_falls(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5, 6)
+    runs = await server.runs(2)
+    said: list[Progress] = []
+
+    async def said_more() -> Progress:
+        await until(lambda: server.dispatcher.progress(accepted) not in said)
+        said.append(server.dispatcher.progress(accepted))
+        return said[-1]
+
+    assert (await said_more()).fraction == 0
+    server.engine.step(runs[0], 1, remaining=9.0)
+    server.engine.step(runs[1], 2, remaining=8.0)
+    server.engine.step(runs[1], 3, remaining=4.0)
+    await until(lambda: server.dispatcher.progress(accepted).fraction > 0.2)
+    assert (await said_more()).step == 1
+    server.engine.step(runs[0], 7, "decoder", remaining=2.0)
+    await until(lambda: server.dispatcher.progress(accepted).step == 3)
+    fraction = (await said_more()).fraction
+    server.engine.die(1)
+    await until(lambda: len(server.engines[0]) == 2)
+    runs = await server.runs(2)
+    again = server.dispatcher.progress(accepted)
+    assert again.fraction == fraction > 0.5
+    assert again.eta_seconds is not None
+    server.engine.finish(*runs)
+    await server.ended(accepted)
+    progress = server.dispatcher.progress(await server.ended(accepted))
+    assert (progress.fraction, progress.stage) == (1.0, "done")
+
+
+async def test_previews_are_made_when_somebody_watches(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5)
+    (run,) = await server.runs(1)
+    server.dispatcher.want_previews(accepted.id, 2)
+    server.dispatcher.want_previews(accepted.id, 1)
+    assert server.engine.previews_wanted == [WantPreviews(accepted.id, 2)]
+    server.engine.say(Previewed(accepted.id, 0, 0, 2, 2, bytes(12)))
+    async for event in server.dispatcher.follow(accepted.id):
+        if isinstance(event.news, Preview):
+            assert event.news.content.startswith(b"RIFF")
+            assert AI_MADE.encode() in event.news.content
+            break
+    server.engine.finish(run)
+    await server.ended(accepted)
+
+
+async def test_previews_may_be_wanted_before_the_job_is_begun(serve: Serve) -> None:
+    server = await serve(max_samples=1)
+    first, second = await server.submit(1), await server.submit(2)
+    (run,) = await server.runs(1)
+    server.dispatcher.want_previews(second.id, 3)
+    server.engine.finish(run)
+    await until(lambda: server.engine.previews_wanted == [WantPreviews(second.id, 3)])
+    sent = server.engine.sent
+    assert sent.index(server.engine.previews_wanted[0]) > sent.index(server.engine.runs[1])
+    server.engine.finish(server.engine.runs[1])
+    await server.ended(second)
+    assert (await server.ended(first)).status == JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("out_of_memory", 500), ("invalid_value", 400), ("odd", 500)],
+)
+async def test_a_picture_that_cannot_be_made_fails_its_job(serve: Serve, code: str, status: int) -> None:
+    server = await serve()
+    accepted, other = await server.submit(5, 6), await server.submit(7)
+    runs = await server.runs(3)
+    server.engine.finish(runs[0])
+    server.engine.say(Failed(accepted.id, 1, code, "it does not fit"))
+    done = await server.ended(accepted)
+    assert done.status == JobStatus.FAILED
+    assert done.failure is not None
+    assert (done.failure.status, done.failure.code, done.failure.message) == (status, code, "it does not fit")
+    server.engine.finish(runs[2])
+    assert (await server.ended(other)).status == JobStatus.SUCCEEDED
+
+
+async def test_a_full_disk_fails_the_job_and_frees_the_device(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+
+    def full(content: bytes, extension: str) -> str:
+        raise StorageFull("no room")
+
+    accepted = await server.submit(5, 6)
+    runs = await server.runs(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.images, "save", full)
+        server.engine.finish(runs[0])
+        done = await server.ended(accepted)
+    assert done.failure is not None
+    assert (done.failure.status, done.failure.code) == (507, "insufficient_storage")
+    assert server.engine.canceled == [accepted.id]
+    again = await server.submit(5)
+    server.engine.finish((await server.runs(3))[2])
+    assert (await server.ended(again)).status == JobStatus.SUCCEEDED
+
+
+async def test_what_an_engine_says_of_jobs_that_are_gone_is_old(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5)
+    (run,) = await server.runs(1)
+    await server.dispatcher.cancel(accepted.id)
+    server.engine.step(run, 3)
+    server.engine.end_prior(run)
+    server.engine.finish(run)
+    server.engine.say(Failed(run.job, 0, "odd", "late"))
+    other = await server.submit(6)
+    server.engine.finish((await server.runs(2))[1])
+    await server.ended(other)
+    assert (await server.ended(accepted)).status == JobStatus.CANCELED
+    assert len(list(server.files.iterdir())) == 1
+
+
+async def test_a_picture_that_comes_twice_is_kept_once(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5, 6)
+    runs = await server.runs(2)
+    server.engine.finish(runs[0], runs[0], runs[0], runs[1])
+    assert [image.index for image in (await server.ended(accepted)).images] == [0, 1]
+    assert len(list(server.files.iterdir())) == 2
+
+
+async def test_pixels_that_are_no_picture_do_not_loop_for_ever(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5)
+    for count in (1, 2, 3):
+        runs = await server.runs(count)
+        server.engine.say(replace(pixels_of(runs[-1]), pixels=b""))
+    done = await server.ended(accepted)
+    assert done.failure is not None
+    assert done.failure.code == "generation_failed"

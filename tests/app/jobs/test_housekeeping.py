@@ -1,0 +1,71 @@
+"""Tidying up: what is old goes, and a bad day does not end it."""
+
+import asyncio
+import io
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+
+from app.jobs.housekeeping import keep_house
+from app.jobs.store import JobStore
+from app.logs import make_logger
+from app.settings import Settings
+from app.storage.images import ImageStore
+from tests.app.fakes import until
+
+pytestmark = pytest.mark.anyio
+
+
+class Things:
+    """A store of jobs and one of pictures, which note what is thrown away."""
+
+    def __init__(self) -> None:
+        self.pruned_before: list[float] = []
+        self.removed: list[str] = []
+        self.errors: list[OSError] = []
+        self.rounds = asyncio.Semaphore(0)
+
+    async def prune(self, ended_before: float) -> list[str]:
+        self.pruned_before.append(ended_before)
+        if self.errors:
+            self.rounds.release()
+            raise self.errors.pop()
+        return ["a.png", "b.png"]
+
+    def remove(self, names: Iterable[str]) -> int:
+        self.removed += names
+        return 2
+
+    def sweep(self) -> int:
+        self.rounds.release()
+        return 1
+
+
+async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round() -> None:
+    things, stream = Things(), io.StringIO()
+    things.errors = [OSError("the disk is away")]
+    settings = Settings(job_ttl=0.01, log_format="json")
+    with ThreadPoolExecutor(1) as encoders:
+        tidying = asyncio.create_task(
+            keep_house(
+                cast(JobStore, things),
+                cast(ImageStore, things),
+                encoders,
+                settings,
+                make_logger(settings, stream),
+                clock=lambda: 100.0,
+            )
+        )
+        async with asyncio.timeout(10):
+            for _ in range(2):
+                await things.rounds.acquire()
+        await until(lambda: stream.getvalue().count("\n") >= 2)
+        tidying.cancel()
+    assert things.pruned_before[:2] == [99.99, 99.99]
+    assert things.removed[:2] == ["a.png", "b.png"]
+    bad, good = (json.loads(line) for line in stream.getvalue().splitlines()[:2])
+    assert (bad["level"], bad["reason"]) == ("warning", "the disk is away")
+    assert good["files"] == 3

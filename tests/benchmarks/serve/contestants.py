@@ -1,0 +1,66 @@
+"""The two servers that are measured, each started anew for every measurement and alone on the machine."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import httpx2
+
+from tests.benchmarks.serve.load import ask
+from tests.benchmarks.serve.workload import SIZES, USUAL
+from tests.server_process import ServerProcess, ending
+
+OURS, PEER = "ours", "diffusers"
+
+
+@dataclass(frozen=True, slots=True)
+class Contestants:
+    """How to start each server; `folder` keeps the converted checkpoint, data and logs."""
+
+    folder: Path
+    model: str = "tiny"
+    settings: dict[str, Any] = field(default_factory=dict)  # of ours
+    peer_threads: int | None = None  # of torch in the peer; as torch chooses when None
+
+    def prepared(self) -> "Contestants":
+        """Write the checkpoint as diffusers reads it, in the precision that both servers work in."""
+        from cascade.checkpoints.convert import convert
+
+        convert(self.model, self.folder / "checkpoint", layout="diffusers", dtype="float32")
+        return self
+
+    def with_peer_threads(self, threads: int | None) -> "Contestants":
+        """The same with another number of threads for the peer."""
+        return replace(self, peer_threads=threads)
+
+    def process(self, name: str, **settings: object) -> ServerProcess:
+        """The server `name`, not started yet; `settings` are for ours only."""
+        log = self.folder / f"{name}.log"
+        if name == OURS:
+            data = Path(mkdtemp(dir=self.folder))
+            chosen = {"model": self.model, "log_format": "json", **self.settings, **settings}
+            return ServerProcess.ours(data, log, **chosen)
+        words = ["-m", "tests.benchmarks.serve.peer", "--port", "{port}"]
+        words += ["--checkpoint", str(self.folder / "checkpoint")]
+        words += ["--threads", str(self.peer_threads)] if self.peer_threads else []
+        return ServerProcess(words, log, {})
+
+    @asynccontextmanager
+    async def running(
+        self, name: str, *, key: str | None = None, **settings: object
+    ) -> AsyncIterator[httpx2.AsyncClient]:
+        """A client, with its API key, of a server that is ready and has drawn every size once."""
+        with ending(self.process(name, **settings)) as server:
+            server.start()
+            await server.until_ready()
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            async with httpx2.AsyncClient(
+                base_url=server.url, timeout=None, limits=limits, headers=headers
+            ) as client:
+                for width, height in SIZES:
+                    await ask(client, replace(USUAL, width=width, height=height), 0, 0)
+                yield client

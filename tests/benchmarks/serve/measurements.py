@@ -1,0 +1,155 @@
+"""What is measured: a lone picture, a closed loop, open loops of rising rate, and five times too much."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from tests.benchmarks.measure import Comparison, compare
+from tests.benchmarks.serve.contestants import OURS, PEER, Contestants
+from tests.benchmarks.serve.load import PATH, Load, Pulse, closed_loop, feel_pulse, open_loop
+from tests.benchmarks.serve.ticks import Ticks, read_ticks
+from tests.benchmarks.serve.workload import USUAL, mean_images, orders
+
+OVERLOAD = 5.0  # times the capacity
+OVERLOAD_QUEUE = 32
+PATIENCE_SECONDS = 20.0  # of a client in an open loop
+SHARES = (0.5, 0.9, 2.0, 4.0)  # offered in open loops, of the peer's capacity
+
+Advance = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much to measure."""
+
+    lone_rounds: int
+    closed_rounds: int
+    seconds: float  # of each load
+    overload_seconds: float
+    shares: tuple[float, ...]
+    num_clients: int = 16
+
+    @classmethod
+    def of(cls, is_quick: bool) -> "Extent":
+        """A run to believe, or one to see that everything works."""
+        return cls(3, 1, 6, 8, (2.0,)) if is_quick else cls(20, 3, 20, 60, SHARES)
+
+    @property
+    def num_measurements(self) -> int:
+        """For a progress bar."""
+        return 3 + 2 * self.closed_rounds + 2 * len(self.shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load and what our server said of its ticks meanwhile."""
+
+    server: str
+    offered: float | None  # pictures a second; None in a closed loop
+    load: Load
+    ticks: Ticks | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """What happened at five times the capacity."""
+
+    offered: float  # pictures a second
+    load: Load
+    health: Pulse
+    capacity: int  # of the queue
+    most_queued: int
+
+
+async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
+    """A picture over HTTP against the same call of the library in this process: what the server adds."""
+    from cascade import Cascade
+    from cascade.cpu import suit_threads
+
+    cascade = Cascade.from_pretrained(contestants.model, device="cpu", dtype="float32")
+    suit_threads(cascade)
+    async with contestants.running(OURS) as running:
+        with httpx2.Client(base_url=running.base_url, timeout=60) as client:
+
+            def served() -> object:
+                return client.post(PATH, json=USUAL.body).raise_for_status()
+
+            def library() -> object:
+                return cascade.text_to_image(
+                    USUAL.prompt,
+                    seed=USUAL.seed,
+                    width=USUAL.width,
+                    height=USUAL.height,
+                    steps=USUAL.steps,
+                    guidance_scale=4.0,
+                    decoder_steps=USUAL.decoder_steps,
+                )
+
+            return await asyncio.to_thread(
+                compare, "a lone picture, over HTTP and in the library", served, library, rounds=rounds
+            )
+
+
+async def closed(contestants: Contestants, server: str, extent: Extent, seed: int) -> Loaded:
+    """So many pictures a second for so many clients."""
+    async with contestants.running(server) as client:
+        before = await read_ticks(client, server)
+        load = await closed_loop(client, orders(seed), num_clients=extent.num_clients, seconds=extent.seconds)
+        return Loaded(server, None, load, await read_ticks(client, server, before))
+
+
+async def opened(contestants: Contestants, server: str, extent: Extent, offered: float) -> Loaded:
+    """Pictures offered at a steady rate, whatever the server makes of them."""
+    async with contestants.running(server) as client:
+        before = await read_ticks(client, server)
+        load = await open_loop(
+            client,
+            orders(seed=1),
+            rate=offered / mean_images(),
+            seconds=extent.seconds,
+            patience=PATIENCE_SECONDS,
+        )
+        return Loaded(server, offered, load, await read_ticks(client, server, before))
+
+
+async def overloaded(contestants: Contestants, extent: Extent, capacity: float) -> Overload:
+    """Five times what the server can do, with a queue that is soon full."""
+    offered = OVERLOAD * capacity
+    async with contestants.running(OURS, max_queue=OVERLOAD_QUEUE) as client:
+        stop = asyncio.Event()
+        health = asyncio.create_task(feel_pulse(client, "/healthz", 0.1, stop))
+        queue = asyncio.create_task(_watch_queue(client, stop))
+        try:
+            load = await open_loop(
+                client,
+                orders(seed=2),
+                rate=offered / mean_images(),
+                seconds=extent.overload_seconds,
+                patience=PATIENCE_SECONDS,
+            )
+        finally:
+            stop.set()
+        return Overload(offered, load, await health, OVERLOAD_QUEUE, await queue)
+
+
+async def fastest_peer(contestants: Contestants, extent: Extent) -> Contestants:
+    """The peer with all threads or with one, whichever serves more here."""
+    trials = {}
+    for threads in (None, 1):
+        candidate = contestants.with_peer_threads(threads)
+        async with candidate.running(PEER) as client:
+            load = await closed_loop(client, orders(0), num_clients=4, seconds=extent.seconds / 2)
+        trials[threads] = load.images_per_second
+    return contestants.with_peer_threads(max(trials, key=lambda threads: trials[threads]))
+
+
+async def _watch_queue(client: httpx2.AsyncClient, stop: asyncio.Event) -> int:
+    most = 0
+    while not stop.is_set():
+        state: dict[str, Any] = (await client.get("/api/v1/queue")).raise_for_status().json()
+        most = max(most, int(state["queued"]))
+        await asyncio.sleep(0.1)
+    return most

@@ -1,0 +1,129 @@
+"""Graphs with a recorder that runs on a CPU: the same buffers are read again at every replay."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.acceleration import Graphs, accelerate, repeated_blocks
+from cascade.networks.unet import Condition
+from tests.cascade.small_models import small_cascade
+
+SIZE = (8, 8)
+
+
+class Recorder:
+    """What a CUDA graph does: computes from the same tensors, and writes to the same place every time."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+        self.num_replayed = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.num_recorded += 1
+        result = run()
+
+        def replay() -> Tensor:
+            self.num_replayed += 1
+            return result.copy_(run())
+
+        return replay
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> object:
+    with torch.inference_mode():
+        yield
+
+
+CASCADE = small_cascade()
+
+
+def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Condition]:
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(rows, 1, 8, generator=generator)
+    semantic = torch.randn(rows, 16, 3, 3, generator=generator)
+    condition = CASCADE.stage_b.prepare(semantic, pooled, SIZE)
+    latents, ratio = torch.randn(rows, 4, *SIZE, generator=generator), torch.rand(rows, generator=generator)
+    return latents, ratio, condition
+
+
+def close(graphs: Graphs, rows: int, seed: int = 0) -> bool:
+    given = inputs(rows, seed)
+    return torch.allclose(graphs(*given), CASCADE.stage_b(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
+def test_a_graph_gives_what_the_network_gives(recorder: Recorder, rows: int) -> None:
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    assert close(graphs, rows)
+    assert close(graphs, rows, seed=1), "other latents and another condition"
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
+
+
+def test_rows_between_two_sizes_use_the_larger_graph(recorder: Recorder) -> None:
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    for rows in (8, 5, 6, 7, 8):
+        assert close(graphs, rows, seed=rows)
+    assert recorder.num_recorded == 1
+
+
+def test_more_rows_than_any_graph_has_run_without_one(recorder: Recorder) -> None:
+    assert close(Graphs(CASCADE.stage_b, recorder), 17)
+    assert recorder.num_recorded == 0
+
+
+def test_a_condition_is_copied_only_when_it_is_another(recorder: Recorder) -> None:
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    latents, ratio, condition = inputs(2)
+    first = graphs(latents, ratio, condition)
+    kept = condition.keys_values[0].clone()
+    condition.keys_values[0].fill_(7)  # nobody does this; here it shows that the copy is not renewed
+    assert torch.equal(graphs(latents, ratio, condition), first)
+    condition.keys_values[0].copy_(kept)
+
+
+def test_a_result_outlives_the_next_replay(recorder: Recorder) -> None:
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    first = graphs(*inputs(2))
+    expected = first.clone()
+    graphs(*inputs(2, seed=1))
+    assert torch.equal(first, expected)
+
+
+def test_shapes_have_graphs_of_their_own(recorder: Recorder) -> None:
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    assert close(graphs, 2)
+    wide = (torch.randn(2, 4, 8, 16), torch.rand(2), CASCADE.stage_b.prepare(torch.randn(2, 16, 3, 5),
+            torch.randn(2, 1, 8), (8, 16)))  # fmt: skip
+    assert torch.allclose(graphs(*wide), CASCADE.stage_b(*wide), atol=1e-5, rtol=1e-5)
+    assert recorder.num_recorded == 2
+
+
+def test_a_network_without_a_map_in_its_condition(recorder: Recorder) -> None:
+    graphs = Graphs(CASCADE.stage_c, recorder)
+    condition = CASCADE.stage_c.prepare(torch.randn(3, 6, 8), torch.randn(3, 1, 8), torch.zeros(3, 1, 4))
+    given = (torch.randn(3, 16, 3, 3), torch.rand(3), condition)
+    assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_gpu_there_are_no_graphs() -> None:
+    cpu = torch.device("cpu")
+    for mode in ("off", "graphs"):
+        assert accelerate(CASCADE.stage_b, mode, cpu) is CASCADE.stage_b
+    assert isinstance(accelerate(CASCADE.stage_b, "graphs", torch.device("cuda")), Graphs)
+
+
+def test_all_blocks_of_all_levels_are_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
+    stage_b = small_cascade().stage_b
+    assert accelerate(stage_b, "full", torch.device("cpu")) is stage_b
+    assert compiled == repeated_blocks(stage_b)
+    assert len(compiled) == 2 + 3 + 3 + 2

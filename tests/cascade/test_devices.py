@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.devices import device_name, limit_bytes, peak_bytes, used_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_has_a_name() -> None:
+    assert device_name(CPU).strip()
+
+
+def test_the_peak_follows_what_is_used() -> None:
+    before = used_bytes(CPU)
+    block = torch.ones(16 * 1024**2)  # 64 MB
+    assert used_bytes(CPU) >= before + block.nbytes // 2
+    assert peak_bytes(CPU) >= used_bytes(CPU) // 2
+
+
+def test_the_limit_is_beyond_what_is_used_and_within_the_machine() -> None:
+    total = int(Path("/proc/meminfo").read_text(encoding="ascii").split()[1]) * 1024
+    assert used_bytes(CPU) / 2 < limit_bytes(CPU) < total
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.devices._group_limit_bytes", lambda: 1000)
+    assert limit_bytes(CPU) == 900

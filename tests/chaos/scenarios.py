@@ -1,0 +1,138 @@
+"""What is done to a server while eight clients work. Each scenario leaves it running, for the audit.
+
+A job that was aboard three engines that died is failed by design. So after a kill, or two in a row, those
+that were aboard get the time to end before the next one.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+
+from tests.chaos.client import FINAL, Client, Outcome, Refused
+from tests.chaos.crowd import WAYS, Crowd
+from tests.chaos.orders import NUM_ORDERS, all_orders, long_order
+from tests.chaos.site import Missed, Site
+
+WORK_SECONDS = 1.0  # about what a picture takes in company; kills come at a random moment of it
+SEEN_SECONDS = 3.0  # from the death of an engine to its successor: 1 s to see it, a back-off, a slow machine
+HANG_SECONDS = 45.0  # from SIGSTOP to a successor: 30 s without a sign of life, and some
+AGAIN = 0.2  # share of the kills that are followed by another before the work has recovered
+NUM_SAME = 50  # clients with one key
+PATIENCE_SECONDS = 150.0
+
+
+async def kill_engine(site: Site) -> Sequence[Outcome]:
+    """`kill -9` of an engine at random moments; sometimes of its successor, too."""
+    await site.start()
+    async with site.crowd() as crowd:
+        while site.kills < site.rounds:
+            await crowd.finished(1)
+            await site.pause(WORK_SECONDS)
+            aboard = set(crowd.in_flight)
+            start = await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
+            if site.kills < site.rounds and site.chance.random() < AGAIN:
+                await site.server.until_ready()
+                await site.pause(WORK_SECONDS / 4)
+                aboard |= crowd.in_flight
+                start = await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
+            await crowd.settled(aboard)
+            _note_recovery(site, crowd, start)
+    return crowd.outcomes
+
+
+async def kill_server(site: Site) -> Sequence[Outcome]:
+    """`kill -9` of the whole server at random moments; sometimes while it starts again, too."""
+    await site.start()
+    async with site.crowd() as crowd:
+        while site.kills < site.rounds:
+            await crowd.finished(1)
+            await site.pause(WORK_SECONDS)
+            await site.kill_server()
+            start = time.monotonic()
+            site.server.start()
+            if site.kills < site.rounds and site.chance.random() < AGAIN:
+                await site.pause(3 * WORK_SECONDS)
+                await site.kill_server()
+                start = time.monotonic()
+                site.server.start()
+            await crowd.finished(1)
+            _note_recovery(site, crowd, start)
+    return crowd.outcomes
+
+
+async def hang(site: Site) -> Sequence[Outcome]:
+    """`SIGSTOP` of an engine: it lives and says nothing."""
+    await site.start()
+    async with site.crowd() as crowd:
+        while site.kills < site.rounds:
+            await crowd.finished(1)
+            await site.pause(WORK_SECONDS)
+            aboard = set(crowd.in_flight)
+            start = await site.send_engine(signal.SIGSTOP, within=HANG_SECONDS)
+            await crowd.settled(aboard)
+            _note_recovery(site, crowd, start)
+    return crowd.outcomes
+
+
+async def poison(site: Site) -> Sequence[Outcome]:
+    """A job that kills every engine that works on it, among fifty good ones."""
+    await site.start()
+    client = Client(site.server.url)
+    try:
+        async with site.crowd(limit=50) as crowd:
+            await crowd.finished(1)
+            job = await client.submit(long_order(), "poison", Prefer="respond-async")
+            reached = 0.0
+            while job["status"] not in FINAL:
+                fraction = job["progress"]["fraction"]
+                if job["status"] == "running" and fraction > reached:  # it is at work in this moment
+                    reached = fraction + 0.01
+                    await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
+                job = await client.job(job["id"])
+            await crowd.all_done()
+    finally:
+        await client.close()
+    if (job["status"], site.kills) != ("failed", 3):
+        raise Missed(f"the poisonous job is {job['status']} after {site.kills} kills")
+    return crowd.outcomes
+
+
+async def same_key(site: Site) -> Sequence[Outcome]:
+    """Fifty clients submit one request under one key, and the server dies: one job comes of it."""
+    await site.start()
+    clients = [Client(site.server.url) for _ in range(NUM_SAME)]
+    outcomes: list[Outcome] = []
+    try:
+        for number in range(site.rounds):
+            order, ticket = all_orders()[number % NUM_ORDERS], f"same-{number}"
+            visits = [
+                asyncio.create_task(client.make(order, ticket, WAYS[index % 3], PATIENCE_SECONDS))
+                for index, client in enumerate(clients)
+            ]
+            await site.pause(WORK_SECONDS / 2)
+            await site.kill_server()
+            site.server.start()
+            outcomes += await asyncio.gather(*visits)
+            await _require_refusal(clients[0], ticket)
+    finally:
+        for client in clients:
+            await client.close()
+    return outcomes
+
+
+async def _require_refusal(client: Client, ticket: str) -> None:
+    """Another body under a key that is taken must be 422."""
+    try:
+        await client.submit(long_order(), ticket, Prefer="respond-async")
+    except Refused as refusal:
+        if refusal.status == 422:
+            return
+        raise Missed(f"another body under the same key: {refusal}") from None
+    raise Missed("another body under the same key was accepted")
+
+
+def _note_recovery(site: Site, crowd: Crowd, start: float) -> None:
+    first = crowd.first_finished_after(start)
+    if first is not None:
+        site.note("serving again", first - start)

@@ -1,0 +1,118 @@
+"""One server with a folder of its own, the clients it has had, and what has to be said of it in the end."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+
+from tests.chaos.audit import Audit, References, audit
+from tests.chaos.client import FINAL, Client, Gone, Outcome
+from tests.chaos.crowd import Crowd
+from tests.chaos.orders import Order, all_orders
+from tests.server_process import POLL_SECONDS, ServerProcess
+
+LEASE_SECONDS = 10
+GRACE_SECONDS = 20
+STUCK_SECONDS = LEASE_SECONDS + 10.0  # a job that nobody waits for must have ended by then
+ORPHAN_SECONDS = 3.0  # that an engine may outlive its server
+
+
+class Missed(Exception):
+    """Something promised did not happen; the message says what."""
+
+
+@dataclass(slots=True)
+class Site:
+    """Where a scenario happens."""
+
+    name: str
+    folder: Path
+    references: References
+    rounds: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    server: ServerProcess = field(init=False)
+    chance: Random = field(init=False)
+    notes: dict[str, list[float]] = field(default_factory=dict)  # seconds of what, as the table shows them
+    kills: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        chosen = {
+            "cache_dir": self.folder.parent / "cache",
+            "devices": "cpu",
+            "lease_seconds": LEASE_SECONDS,
+            "grace_seconds": GRACE_SECONDS,
+            "log_format": "json",
+            **self.settings,
+        }
+        self.server = ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)
+        self.chance = Random(self.name)  # reproducible
+
+    def crowd(self, *, limit: int | None = None, orders: Sequence[Order] | None = None) -> Crowd:
+        """Clients of this server; give what they got to `judge`."""
+        return Crowd(self.server.url, orders or all_orders(), self.name, limit=limit)
+
+    def note(self, what: str, seconds: float) -> None:
+        """Remember how long something took."""
+        self.notes.setdefault(what, []).append(seconds)
+
+    async def pause(self, seconds: float) -> None:
+        """A random part of `seconds`, so that what follows comes at any point of the work."""
+        await asyncio.sleep(self.chance.uniform(0, seconds))
+
+    async def engine(self, *, but: Collection[int] = (), seconds: float = 60.0) -> psutil.Process:
+        """One of the engine processes whose ids are not in `but`; waits for it."""
+        end = time.monotonic() + seconds
+        while True:
+            if found := [one for one in self.server.engines() if one.pid not in but]:
+                return self.chance.choice(found)
+            if time.monotonic() > end:
+                raise Missed(f"no engine appeared in {seconds:g} s")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def send_engine(self, number: signal.Signals, within: float) -> float:
+        """Send a signal to an engine; another process must follow `within` seconds. Returns when it did."""
+        known = {one.pid for one in self.server.engines()}
+        (await self.engine()).send_signal(number)
+        start = time.monotonic()
+        self.kills += 1
+        await self.engine(but=known, seconds=within)
+        now = time.monotonic()
+        self.note(f"successor of {number.name}", now - start)
+        return now
+
+    async def kill_server(self) -> None:
+        """`kill -9` of the server; its engines must follow by themselves."""
+        engines = self.server.engines()
+        self.server.kill()
+        self.kills += 1
+        _, alive = await asyncio.to_thread(psutil.wait_procs, engines, timeout=ORPHAN_SECONDS)
+        if alive:
+            raise Missed(f"{len(alive)} engines outlived their server by {ORPHAN_SECONDS:g} s")
+
+    async def start(self) -> None:
+        """Start the server and wait until it is ready."""
+        self.server.start()
+        self.note("start", await self.server.until_ready())
+
+    async def judge(self, outcomes: Sequence[Outcome]) -> Audit:
+        """What is wrong in the end, after jobs that nobody waits for had their time to end, too."""
+        client = Client(self.server.url)
+        end = time.monotonic() + STUCK_SECONDS
+        try:
+            while True:
+                try:
+                    jobs = await client.all_jobs()
+                except Gone as error:
+                    raise Missed(f"the server cannot be reached in the end: {error}") from None
+                if all(job["status"] in FINAL for job in jobs) or time.monotonic() > end:
+                    return audit(outcomes, jobs, self.references)
+                await asyncio.sleep(0.2)
+        finally:
+            await client.close()
