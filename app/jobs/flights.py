@@ -164,7 +164,7 @@ class Slot:
         return self._load
 
     def eta_seconds(self, flight: Flight) -> float:
-        """Until a flight is done, when all share the device alike, and those with less to do leave earlier."""
+        """Until a flight is done, when all share the device alike and those with less to do leave earlier."""
         shared = min(self.seconds_left, flight.seconds_left * len(self.flights))
         return max(shared, flight.longest_left)
 

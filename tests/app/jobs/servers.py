@@ -148,6 +148,11 @@ class Server:
     def engine(self) -> Engine:
         return self.engines[0][-1]
 
+    @property
+    def num_awaited(self) -> int:
+        """Jobs whose end somebody waits for."""
+        return sum(is_awaited for _, is_awaited, _ in self.dispatcher.events.unended())
+
     async def start(self) -> "Server":
         await self.dispatcher.start()
         await self.dispatcher.wait_loaded(PATIENCE_SECONDS)
@@ -187,6 +192,12 @@ class Server:
         runs = self.engines[device][-1].runs
         assert len(runs) == count
         return runs
+
+    async def replace_engine(self) -> None:
+        """The engine dies, and another one takes its place."""
+        lives = len(self.engines[0])
+        self.engine.die(-9)
+        await until(lambda: len(self.engines[0]) == lives + 1)
 
     async def events(self, job: Job, last_id: int = 0) -> list[Event]:
         """All that is told of a job, up to its end."""

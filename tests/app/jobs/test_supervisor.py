@@ -50,6 +50,7 @@ class Scene:
         self.told: list[tuple[float, str | AnyFromEngine]] = []
         self.launches: list[float] = []
         self.refusals: list[OSError] = []
+        self.is_starting_slowly = False
         self.slow: asyncio.Event | None = None  # holds the crew up
         self.surprise: Exception | None = None
         self.metrics = Metrics()
@@ -58,6 +59,8 @@ class Scene:
 
     async def _launch(self) -> Link:
         self.launches.append(self.now)
+        if self.is_starting_slowly:
+            await asyncio.sleep(1)
         if self.refusals:
             raise self.refusals.pop()
         self.links.append(FakeLink())
@@ -165,10 +168,13 @@ async def test_a_death_is_seen_at_once_and_the_engine_started_again(scene: Scene
 
 async def test_the_last_words_of_a_dead_engine_are_heard(scene: Scene) -> None:
     engine = await scene.start()
-    engine.say(STEPPED)
-    engine.status.set_result(1)  # before anything was read, and somebody else keeps its socket open
+    scene.slow = asyncio.Event()
+    engine.say(STEPPED, STEPPED)
+    await asyncio.sleep(0)
+    engine.status.set_result(1)  # and somebody else keeps its socket open
+    asyncio.get_running_loop().call_later(0.2, scene.slow.set)
     assert await scene.until(lambda: "lost" in scene.words) < 1
-    assert scene.words == ["ready", STEPPED, "lost"]
+    assert scene.words == ["ready", STEPPED, STEPPED, "lost"]
 
 
 async def test_an_engine_that_hangs_up_is_dead(scene: Scene) -> None:
@@ -358,9 +364,12 @@ async def test_stopping_does_not_wait_for_a_model_to_load_nor_for_a_pause(scene:
 
 
 async def test_stopping_while_an_engine_is_being_started_leaves_none_behind(scene: Scene) -> None:
+    scene.is_starting_slowly = True
     scene.supervisor.start(scene)
+    await scene.until(lambda: bool(scene.launches))
     await scene.supervisor.stop(20)
-    assert all(link.is_killed for link in scene.links)
+    assert [link.is_killed for link in scene.links] == [True]
+    assert scene.now < 2
 
 
 async def test_words_to_nobody_are_lost(scene: Scene) -> None:

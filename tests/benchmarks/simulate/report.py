@@ -110,7 +110,7 @@ def _short(value: float) -> str:
 def _plot(findings: Findings) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
     _curves(axes[0], findings.clients, "clients of one device", lambda figures: figures.rate)
-    axes[0].set_ylabel("pictures/s")
+    axes[0].set(ylabel="pictures/s", ylim=(0, None))
     _curves(axes[1], findings.loads, "load of one device, of one by one", lambda figures: figures.p95)
     axes[1].set(yscale="log", ylabel="seconds to a picture, p95")
     _curves(axes[2], findings.fleets, "devices, at 0.9 of our capacity", lambda figures: figures.p95)

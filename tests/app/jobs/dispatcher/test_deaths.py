@@ -24,8 +24,7 @@ async def test_the_jobs_of_a_dead_engine_are_done_by_the_next(serve: Serve) -> N
     runs = await server.runs(3)
     server.engine.finish(runs[1])
     server.engine.end_prior(runs[2])
-    server.engine.die(-9)
-    await until(lambda: len(server.engines[0]) == 2)
+    await server.replace_engine()
     again = await server.runs(2)
     assert [(run.index, run.latents) for run in again] == [(0, None), (2, latents_of(7))]
     server.engine.finish(*again)
@@ -81,15 +80,19 @@ async def test_a_poisonous_job_fails_and_the_good_ones_are_done(serve: Serve) ->
 
 
 async def test_who_was_not_sent_yet_is_not_blamed(serve: Serve) -> None:
-    server = await serve(max_samples=1)
+    server = await serve()
     jobs = [await server.submit(seed) for seed in range(3)]
+    for _ in range(2):
+        await server.runs(3)
+        await server.replace_engine()
+    await until(lambda: len(server.dispatcher._fleet.flights) == 3)
     await server.runs(1)
-    server.engine.die(-9)
-    await until(lambda: len(server.engines[0]) == 2)
-    for count in (1, 2, 3):
+    await server.replace_engine()
+    for count in (1, 2):
         server.engine.finish((await server.runs(count))[-1])
-    crashes = [(await server.ended(job)).crashes for job in jobs]
-    assert crashes == [1, 0, 0]
+    ended = [await server.ended(job) for job in jobs]
+    assert [job.status for job in ended] == [JobStatus.FAILED, JobStatus.SUCCEEDED, JobStatus.SUCCEEDED]
+    assert [job.crashes for job in ended] == [3, 2, 2]
 
 
 async def test_a_death_touches_only_the_jobs_of_that_engine(serve: Serve) -> None:

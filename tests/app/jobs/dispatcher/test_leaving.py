@@ -18,7 +18,7 @@ async def test_draining_finishes_what_is_in_work(serve: Serve) -> None:
     working, queued = await server.submit(1), await server.submit(2)
     (run,) = await server.runs(1)
     waiting = [asyncio.create_task(server.dispatcher.wait(job.id)) for job in (working, queued)]
-    await asyncio.sleep(0)
+    await until(lambda: server.num_awaited == 2)
     draining = asyncio.create_task(server.dispatcher.drain(10))
     await until(lambda: not server.dispatcher.is_accepting)
     with pytest.raises(ShuttingDown):
@@ -44,11 +44,12 @@ async def test_what_is_not_done_in_time_stays_accepted(serve: Serve) -> None:
     await server.runs(1)
     with server.dispatcher.waiting(accepted):
         waiting = asyncio.create_task(server.dispatcher.wait(accepted.id))
+        await until(lambda: server.num_awaited)
         reading = asyncio.create_task(server.read(accepted))
-        await asyncio.sleep(0)
         await server.dispatcher.drain(0.01)
         with pytest.raises(ShuttingDown):
             await waiting
+    assert not server.dispatcher._tasks, "the job is being canceled"
     assert "final" not in [kind for kind, _ in await reading]
     left = await server.store.get(accepted.id, None)
     assert left is not None
