@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cascade.config import StageAConfig
 
-_STRIP_ELEMENTS = 1 << 20  # feature values: a strip and its four times wider MLP stay in the cache
+_STRIP_ELEMENTS = 1 << 18  # feature values: much of a strip and of its four times wider map stays in the cache
+_MIN_STRIP_ROWS = 8  # of the picture; two more are read for each strip
 
 
 class StageA(nn.Module):
@@ -77,7 +78,7 @@ class _MixingBlock(nn.Module):
         batch, height, width, channels = x.shape
         if torch.is_grad_enabled() or not x.is_cpu or x.numel() <= _STRIP_ELEMENTS:
             return self._rows(x, 0, height)
-        rows = max(4, _STRIP_ELEMENTS // (width * channels))
+        rows = max(_MIN_STRIP_ROWS, _STRIP_ELEMENTS // (width * channels))
         mixed = torch.empty_like(x)
         for sample in range(batch):
             for top in range(0, height, rows):

@@ -1,18 +1,21 @@
 """Errors and kills at every point, databases that go away, other servers: one result each, none lost."""
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.engine.protocol import Ready
+from app.engine.protocol import AnyFromEngine, Failed, Latents, Ready, Run
+from app.jobs import chores
 from app.jobs.faults import Faults, InjectedFault
 from app.jobs.fleet import Fleet
 from app.jobs.job import Failure, Job, JobStatus
 from app.jobs.store import JobStore
 from tests.app.jobs.dispatcher.conftest import Serve
-from tests.app.jobs.servers import Server, eventually, job, latents_of, until
+from tests.app.jobs.servers import Server, eventually, job, latents_of, pixels_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +40,18 @@ PASSAGES = [
     ("after_image", 1),
     ("after_commit_before_event", 1),
 ]
+
+
+async def no_claim(*_: object) -> bool:
+    return False
+
+
+@contextmanager
+def closed_to_claims(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is submitted inside is still queued at the end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Fleet, "claim", no_claim)
+        yield
 
 
 class Diligent:
@@ -64,21 +79,25 @@ class Diligent:
 
 @pytest.mark.parametrize(("point", "passage"), PASSAGES)
 async def test_an_error_at_any_point_loses_nothing(
-    folder: Path, url: str, serve: Serve, point: str, passage: int
+    url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch, point: str, passage: int
 ) -> None:
     """The server lives on. Whoever waits gets one result, and every picture is there."""
+    monkeypatch.setattr(chores, "OTHERS_ROUNDS", 10**9)  # nobody is told late of what happened here
     faults = Faults()
     store = await JobStore.open(url, faults=faults)
     server = await serve(store=store, faults=faults)
     diligent = Diligent(server)
-    accepted = await server.submit(5, 6)
+    with closed_to_claims(monkeypatch):
+        accepted = await server.submit(5, 6)
+        waiting = asyncio.create_task(server.ended(accepted))
+        await until(lambda: server.num_awaited)
     faults._faults |= Faults([f"{point}:raise@{passage}"])._faults
     another = job(7)
     try:
         await server.dispatcher.submit(another)
     except InjectedFault:
         await server.dispatcher.submit(another := job(7))
-    for wanted in (accepted, another):
+    for wanted in (await waiting, another):
         done = await server.ended(wanted)
         assert done.status == JobStatus.SUCCEEDED
         assert await store.get(wanted.id, None) == done
@@ -99,7 +118,7 @@ async def test_a_killed_server_resumes_where_it_was(
     first = Server(folder, await JobStore.open(url))
     await first.start()
     if moment == "submitted":
-        monkeypatch.setattr(Fleet, "claim", _nothing)
+        monkeypatch.setattr(Fleet, "claim", no_claim)
     accepted = await first.submit(5, 6)
     runs = [] if moment == "submitted" else await first.runs(2)
     if moment in ("latents", "one picture"):
@@ -129,10 +148,6 @@ async def test_a_killed_server_resumes_where_it_was(
     assert len(list(second.files.iterdir())) == 2
 
 
-async def _nothing(*_: object) -> bool:
-    return False
-
-
 async def _never(*_: object) -> bool:
     await asyncio.Event().wait()
     return False
@@ -143,18 +158,27 @@ async def _images(store: JobStore, job: Job, count: int) -> bool:
     return found is not None and len(found.images) == count
 
 
+@pytest.mark.parametrize(
+    "late",
+    [
+        lambda run: Latents(run.job, run.index, b"late"),
+        pixels_of,
+        lambda run: Failed(run.job, run.index, "odd", "late"),
+    ],
+    ids=["latents", "pixels", "failed"],
+)
 async def test_a_server_that_hung_too_long_cannot_overwrite(
-    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch, late: Callable[[Run], AnyFromEngine]
 ) -> None:
     """Its lease ran out, and another one has its job."""
     server = await serve()
     accepted = await server.submit(5, 6)
     runs = await server.runs(2)
-    monkeypatch.setattr(Fleet, "claim", _nothing)
+    monkeypatch.setattr(Fleet, "claim", no_claim)
     (released,) = await store.release(server.dispatcher._fleet.slots[0].worker)
     (stolen,) = await store.claim("another", limit=1, lease_seconds=30)
     assert (released.id, stolen.fence) == (accepted.id, 2)
-    server.engine.finish(runs[0])
+    server.engine.say(late(runs[0]))
     await until(lambda: server.engine.canceled == [accepted.id])
     assert server.dispatcher._fleet.flights == []
     assert await store.get(accepted.id, None) == stolen

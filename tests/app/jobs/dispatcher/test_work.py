@@ -10,6 +10,7 @@ from app.engine.protocol import Failed, Previewed, WantPreviews
 from app.errors import (
     StorageFull,
 )
+from app.jobs import chores
 from app.jobs.events import Preview
 from app.jobs.job import JobStatus, Progress
 from app.storage.encoding import AI_MADE
@@ -52,13 +53,24 @@ async def test_its_events_tell_the_story(serve: Serve) -> None:
     runs = await server.runs(2)
     server.engine.step(runs[0], 10)
     server.engine.finish(runs[1])
-    await until(lambda: len(list(server.files.iterdir())) == 1)
+    await until(lambda: server.sample("cascade_pictures_total") == 1)
     server.engine.finish(runs[0])
     events = await reading
     assert [kind for kind, _ in events if kind in ("image", "final")] == ["image", "image", "final"]
     images = [news for kind, news in events if kind == "image"]
     assert events[-1][1] == await server.ended(accepted)
     assert images == list(reversed((await server.ended(accepted)).images))
+
+
+async def test_a_job_is_begun_when_it_comes_and_not_in_the_next_round(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chores, "ROUND_SECONDS", 1000.0)
+    server = await serve()
+    for count in (1, 2, 3):
+        accepted = await server.submit(count)
+        server.engine.finish((await server.runs(count))[-1])
+        await server.ended(accepted)
 
 
 async def test_many_jobs_share_the_engine_and_none_waits_for_another(serve: Serve) -> None:
