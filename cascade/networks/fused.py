@@ -37,12 +37,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
     """residual + linear(x); the shapes of the result and of `residual` are equal."""
     if _has_fused_kernels(x):
         return cast(Tensor, _onednn_linear().binary(x, residual, weight, bias, "add"))
-    if not x.is_cpu or torch.is_grad_enabled():
-        return residual + F.linear(x, weight, bias)
-    # The product is added up where the result will be: no copy of the bias, no pass for the sum.
-    total = (residual + bias).contiguous()
-    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
-    return total
+    return residual + F.linear(x, weight, bias)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cascade.config import StageAConfig
 
-_STRIP_ELEMENTS = 1 << 18  # feature values: much of a strip and of its four times wider map stays in the cache
+_STRIP_ELEMENTS = 1 << 18  # feature values, so that a strip and parts of its wider map stay in the cache
 _MIN_STRIP_ROWS = 8  # of the picture; two more are read for each strip
 
 

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 
+from app.jobs import chores, keeping
 from app.jobs.store import JobStore
 from tests.app.jobs.servers import Server
 
 Serve = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chores, "ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.001)
 
 
 @pytest.fixture
