@@ -32,16 +32,14 @@ class Contestants:
         convert(self.model, self.folder / "checkpoint", layout="diffusers", dtype="float32")
         return self
 
-    def with_peer_threads(self, threads: int | None) -> "Contestants":
-        """The same with another number of threads for the peer."""
-        return replace(self, peer_threads=threads)
-
     def process(self, name: str, **settings: object) -> ServerProcess:
         """The server `name`, not started yet; `settings` are for ours only."""
         log = self.folder / f"{name}.log"
         if name == OURS:
             data = Path(mkdtemp(dir=self.folder))
-            chosen = {"model": self.model, "log_format": "json", **self.settings, **settings}
+            profiles = self.folder / "profiles"  # measured once
+            chosen = {"model": self.model, "cache_dir": profiles, "log_format": "json"}
+            chosen |= {**self.settings, **settings}
             return ServerProcess.ours(data, log, **chosen)
         words = ["-m", "tests.benchmarks.serve.peer", "--port", "{port}"]
         words += ["--checkpoint", str(self.folder / "checkpoint")]

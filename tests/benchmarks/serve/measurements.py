@@ -1,8 +1,9 @@
 """What is measured: a lone picture, a closed loop, open loops of rising rate, and five times too much."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
@@ -135,15 +136,26 @@ async def overloaded(contestants: Contestants, extent: Extent, capacity: float) 
         return Overload(offered, load, await health, OVERLOAD_QUEUE, await queue)
 
 
-async def fastest_peer(contestants: Contestants, extent: Extent) -> Contestants:
-    """The peer with all threads or with one, whichever serves more here."""
-    trials = {}
-    for threads in (None, 1):
-        candidate = contestants.with_peer_threads(threads)
-        async with candidate.running(PEER) as client:
-            load = await closed_loop(client, orders(0), num_clients=4, seconds=extent.seconds / 2)
-        trials[threads] = load.images_per_second
-    return contestants.with_peer_threads(max(trials, key=lambda threads: trials[threads]))
+async def tuned(contestants: Contestants, extent: Extent) -> Contestants:
+    """Each server at its best here: threads in the peer, engines in ours, by a short trial of each."""
+    peers = [replace(contestants, peer_threads=threads) for threads in (None, 1)]
+    contestants = await _fastest(peers, PEER, extent)
+    if "devices" in contestants.settings:
+        return contestants
+    choices = ("auto", ",".join(["cpu"] * (os.cpu_count() or 1)))
+    ours = [replace(contestants, settings={**contestants.settings, "devices": one}) for one in choices]
+    return await _fastest(ours, OURS, extent)
+
+
+async def _fastest(candidates: Sequence[Contestants], server: str, extent: Extent) -> Contestants:
+    rates = []
+    for candidate in candidates:
+        async with candidate.running(server) as client:
+            load = await closed_loop(
+                client, orders(0), num_clients=extent.num_clients, seconds=extent.seconds
+            )
+        rates.append(load.images_per_second)
+    return candidates[rates.index(max(rates))]
 
 
 async def _watch_queue(client: httpx2.AsyncClient, stop: asyncio.Event) -> int:

@@ -13,9 +13,9 @@ from tests.benchmarks.serve.plots import plot_closed, plot_open
 from tests.benchmarks.serve.results import DEADLINE_SECONDS, Results, verdicts
 
 BEGIN, END = "<!-- serve: begin -->", "<!-- serve: end -->"
-_PEER = (
-    "The peer is FastAPI with diffusers' pipelines behind one lock, torch's threads: {threads}, the "
-    "faster choice here. Both get the same sequence of requests."
+_SETUP = (
+    "The peer is FastAPI with diffusers' pipelines behind one lock (threads of torch: {threads}), ours has "
+    "CASCADE_DEVICES={devices}; each was the faster choice in a trial beforehand. Both get the same requests."
 )
 
 
@@ -99,7 +99,7 @@ def _section(results: Results) -> str:
     lines += [f"| {' | '.join(_cells(one))} |" for one in results.loads]
     lines += [
         "",
-        _PEER.format(threads=results.peer_threads or "all"),
+        _SETUP.format(threads=results.choices.peer_threads or "all", devices=results.choices.devices),
         "",
         "![throughput](plots/serve-closed.png)",
         "",

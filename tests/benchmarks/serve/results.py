@@ -22,6 +22,14 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Choices:
+    """How each server was faster in a trial beforehand."""
+
+    peer_threads: int | None  # of torch; None: as torch chooses
+    devices: str  # CASCADE_DEVICES of ours
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Everything that one run measured."""
 
@@ -29,7 +37,7 @@ class Results:
     loads: tuple[Loaded, ...]
     overload: Overload
     neighbours: Neighbours
-    peer_threads: int | None
+    choices: Choices
 
     def closed(self, server: str) -> list[Loaded]:
         """Rounds of the closed loop."""

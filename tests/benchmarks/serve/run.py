@@ -7,6 +7,7 @@ Each server is started anew for each measurement and has the machine for itself;
 import argparse
 import asyncio
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,15 +20,17 @@ from tests.benchmarks.serve.measurements import (
     Extent,
     Loaded,
     closed,
-    fastest_peer,
     lone_picture,
     opened,
     overloaded,
+    tuned,
 )
 from tests.benchmarks.serve.neighbours import neighbours
 from tests.benchmarks.serve.report import show, write
-from tests.benchmarks.serve.results import Results
+from tests.benchmarks.serve.results import Choices, Results
 from tests.server_process import leave_when_terminated
+
+WIDTH = 180  # of a table in a file
 
 
 def main() -> None:
@@ -40,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     extent = Extent.of(arguments.quick)
     settings = dict(pair.split("=", 1) for pair in arguments.settings)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         TemporaryDirectory(prefix="bench-serve-") as folder,
@@ -56,7 +59,7 @@ def main() -> None:
 
 async def measure(contestants: Contestants, extent: Extent, advance: Advance) -> Results:
     """All measurements, one after the other."""
-    contestants = await fastest_peer(contestants, extent)
+    contestants = await tuned(contestants, extent)
     lone = await lone_picture(contestants, extent.lone_rounds)
     advance()
     loads: list[Loaded] = []
@@ -76,7 +79,8 @@ async def measure(contestants: Contestants, extent: Extent, advance: Advance) ->
     advance()
     beside = await neighbours(contestants, extent.lone_rounds)
     advance()
-    return Results(lone, tuple(loads), overload, beside, contestants.peer_threads)
+    choices = Choices(contestants.peer_threads, contestants.settings["devices"])
+    return Results(lone, tuple(loads), overload, beside, choices)
 
 
 if __name__ == "__main__":
