@@ -242,6 +242,7 @@ class _Conversation:
                 self._is_heard = False
                 await self._hear(message)
                 self._is_heard = True
+                await asyncio.sleep(0)  # a burst of words must not keep everybody else waiting
         except ValueError as error:  # and what msgspec raises, which is one
             self._logger.error("the engine says what cannot be understood", reason=str(error))
         except Exception as error:  # a mistake of ours costs a life of the engine, and is seen
