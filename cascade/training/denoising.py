@@ -24,6 +24,7 @@ class Emphasis:
     decoys: float  # share of rows whose noised latents show another picture more or less strongly
     overshot: float  # share of rows whose noised latents lie beyond the right ones, as after strong guidance
     wobbly: float  # share of rows whose noised latents have crooked outlines, as a sampler's own mistakes
+    rough: float  # share of rows with more noise than their level says, as guidance leaves behind
     low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
     highest: float  # ... but at least 1 and at most this
 
@@ -68,6 +69,7 @@ def noise_batch(
     shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
     shown = _wobble(shown, rng.random(count) < emphasis.wobbly, rng)
     shown = _overshoot(shown, rng.random(count) < emphasis.overshot, rng)
+    shown = _roughen(shown, rng.random(count) < emphasis.rough, rng)
     shown[:num_starts] = 0
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     noise[:num_starts] /= sigma[:num_starts]
@@ -82,6 +84,15 @@ def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generato
     offset = 0.3 * rng.standard_normal((count, num_channels)) * rows[:, None]
     grow, move = (torch.from_numpy(v.astype(np.float32))[:, :, None, None] for v in (scale, offset))
     return latents * grow + move
+
+
+def _roughen(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
+    """Add noise of up to .4 to some rows."""
+    if not rows.any():
+        return latents
+    reach = rng.uniform(0, 0.4, (len(latents), 1, 1, 1)) * rows[:, None, None, None]
+    noise = rng.standard_normal(tuple(latents.shape), dtype=np.float32)
+    return latents + torch.from_numpy(reach.astype(np.float32)) * torch.from_numpy(noise)
 
 
 def _wobble(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:

@@ -58,7 +58,7 @@ TINY_STAGE_C = StageCConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.005)
 PLAN = Plan(
-    steps=3000,
+    steps=5000,
     learning_rate=1.5e-3,
     matrix_rate=7e-3,
     compute_dtype=torch.bfloat16,
@@ -69,7 +69,9 @@ PLAN = Plan(
 
 _BATCH = 96
 _PAIR = 100.0
-_EMPHASIS = Emphasis(starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, low_noise=0.3, highest=8.0)
+_EMPHASIS = Emphasis(
+    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
+)
 _WITHOUT_TEXT = 0.1
 _WITH_IMAGE = 0.08
 
