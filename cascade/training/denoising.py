@@ -15,6 +15,8 @@ from torch import Tensor
 from cascade.sampling.samplers import clean_latents
 from cascade.sampling.schedule import CosineSchedule, signal_and_noise
 
+_DECIDED = 0.0  # log SNR from which on the latents themselves say what they show
+
 
 @dataclass(frozen=True, slots=True)
 class Emphasis:
@@ -39,11 +41,22 @@ class NoisedBatch:
     ratio: Tensor  # (b,)
     weight: Tensor  # (b,)
 
+    def implied(self, noise: Tensor) -> Tensor:
+        """The clean latents that a predicted `noise` implies, (b, c, h, w)."""
+        return clean_latents(self.latents, noise.float(), self.log_snr)
+
+    def disagreement(self, noise: Tensor, other: Tensor) -> Tensor:
+        """Weighted distance of the clean latents that two predictions imply, where the picture is decided.
+
+        Guidance multiplies the difference of the predictions with and without text. Late in a run that should
+        be nothing, but two errors of a small network differ, and what guidance makes of that is noise.
+        """
+        distance = (self.implied(noise) - self.implied(other)).square().mean((1, 2, 3))
+        return (distance * self.weight * (self.log_snr > _DECIDED)).mean()
+
     def loss(self, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents that the predicted `noise` implies, and figures by level."""
-        error = (
-            (clean_latents(self.latents, noise.float(), self.log_snr) - self.clean).square().mean((1, 2, 3))
-        )
+        error = (self.implied(noise) - self.clean).square().mean((1, 2, 3))
         figures = {}
         for name, rows in (("start", self.ratio >= self.ratio.max()), ("late", self.ratio < 0.3)):
             if rows.any():

@@ -21,11 +21,11 @@ from cascade.networks.stage_b import StageB
 from cascade.training.code import scene_code
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import Channels
-from cascade.training.scenes import SQUARE_SIZE, render, sample_scene
+from cascade.training.scenes import SQUARE_SIZE, Scene, render, sample_scene
 from cascade.training.stage_a import colour_latents
 
 PLAN = Plan(
-    steps=14_000,
+    steps=18_000,
     learning_rate=2e-3,
     matrix_rate=1e-2,
     compute_dtype=torch.bfloat16,
@@ -47,11 +47,13 @@ def pretrain(
     scale_factor: float,
     folder: Path,
     masks: dict[str, Tensor],
+    drawn: tuple[Tensor, list[Scene]],
     plan: Plan = PLAN,
 ) -> None:
     """Train the first level of a preconditioned `stage` in place; its state is kept in `folder`.
 
-    `scale_factor` is Stage A's, `masks` are those of `precondition`.
+    `scale_factor` is Stage A's, `masks` are those of `precondition`, `drawn` are codes with their mistakes
+    (n, 16, 6, 6) and the scenes that they mean.
     """
     level = _FirstLevel(stage, channels)
     _silence_deeper_levels(stage)
@@ -61,7 +63,7 @@ def pretrain(
         for name, parameter in level.named_parameters()
         if names[id(parameter)] in masks
     }
-    scenes = _Scenes(scale_factor)
+    scenes = _Scenes(scale_factor, drawn)
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         codes, tokens = scenes.batch(rng)
@@ -120,38 +122,57 @@ class _FirstLevel(nn.Module):
 
 
 class _Scenes:
-    """Codes and latents of many scenes, with some held out at the end."""
+    """Codes and latents of many scenes: true codes, some of them held out at the end, and drawn ones."""
 
-    def __init__(self, scale_factor: float) -> None:
+    def __init__(self, scale_factor: float, drawn: tuple[Tensor, list[Scene]]) -> None:
         rng = np.random.default_rng(77)
         scenes = [sample_scene(rng, SQUARE_SIZE) for _ in range(_SCENES)]
         self._codes = torch.from_numpy(np.stack([scene_code(scene) for scene in scenes]))
-        tokens = []
-        for start in range(0, _SCENES, 100):
-            pixels = np.stack([render(scene) for scene in scenes[start : start + 100]])
-            means = F.avg_pool2d(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, 4)
-            tokens.append(F.pixel_unshuffle(colour_latents(means) / scale_factor, 2).flatten(2).mT.half())
-        self._tokens = torch.cat(tokens)  # (scenes, tokens, 16)
-        varied = [part.float().view(*part.shape[:2], 4, 4).std(-1).sum(-1) > _VARIED for part in tokens]
-        self._outlines = [row.nonzero().flatten().numpy() for row in torch.cat(varied)]
+        self._tokens = _tokens(scenes, scale_factor)
+        self._outlines = _outlines(self._tokens)
+        self._drawn = drawn[0]
+        self._drawn_tokens = _tokens(drawn[1], scale_factor)
+        self._drawn_outlines = _outlines(self._drawn_tokens)
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Codes and tokens, (b, n, 16) each, of some places of some scenes; half of them on outlines."""
-        chosen = rng.integers(0, _SCENES - _HELD_OUT, _SCENES_PER_STEP)
-        places = torch.from_numpy(np.stack([self._places(scene, rng) for scene in chosen]))[..., None]
-        codes = _under_tokens(_disturb(self._codes[chosen], rng))
-        tokens = self._tokens[chosen]
-        return codes.gather(1, places.expand(-1, -1, 16)), tokens.gather(1, places.expand(-1, -1, 16)).float()
+        num_drawn = _SCENES_PER_STEP // 2 if len(self._drawn) else 0
+        true = rng.integers(0, _SCENES - _HELD_OUT, _SCENES_PER_STEP - num_drawn)
+        drawn = rng.integers(0, max(1, len(self._drawn)), num_drawn)
+        codes = torch.cat([_disturb(self._codes[true], rng), self._drawn[drawn]])
+        tokens = torch.cat([self._tokens[true], self._drawn_tokens[drawn]])
+        outlines = [self._outlines[i] for i in true] + [self._drawn_outlines[i] for i in drawn]
+        places = torch.from_numpy(np.stack([_places(one, rng) for one in outlines]))[..., None]
+        chosen = places.expand(-1, -1, 16)
+        return _under_tokens(codes).gather(1, chosen), tokens.gather(1, chosen).float()
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """All places of the scenes that training never sees."""
         return _under_tokens(self._codes[-_HELD_OUT:]), self._tokens[-_HELD_OUT:].float()
 
-    def _places(self, scene: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        places = rng.integers(0, _TOKENS_PER_SIDE**2, _TOKENS_PER_SCENE)
-        if len(outlines := self._outlines[scene]):
-            places[::2] = rng.choice(outlines, len(places[::2]))
-        return places
+
+def _tokens(scenes: list[Scene], scale_factor: float) -> Tensor:
+    """Stage B's clean tokens, (n, tokens, 16), in half precision for there are many."""
+    tokens = [torch.empty(0, _TOKENS_PER_SIDE**2, 16, dtype=torch.half)]
+    for start in range(0, len(scenes), 100):
+        pixels = np.stack([render(scene) for scene in scenes[start : start + 100]])
+        means = F.avg_pool2d(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, 4)
+        tokens.append(F.pixel_unshuffle(colour_latents(means) / scale_factor, 2).flatten(2).mT.half())
+    return torch.cat(tokens)
+
+
+def _outlines(tokens: Tensor) -> list[NDArray[np.int64]]:
+    """The places in each scene where a token shows more than one colour."""
+    parts = torch.split(tokens, 1000)
+    varied = torch.cat([part.float().view(*part.shape[:2], 4, 4).std(-1).sum(-1) > _VARIED for part in parts])
+    return [row.nonzero().flatten().numpy() for row in varied]
+
+
+def _places(outlines: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    places = rng.integers(0, _TOKENS_PER_SIDE**2, _TOKENS_PER_SCENE)
+    if len(outlines):
+        places[::2] = rng.choice(outlines, len(places[::2]))
+    return places
 
 
 def _under_tokens(codes: Tensor) -> Tensor:

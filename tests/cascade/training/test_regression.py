@@ -9,8 +9,10 @@ from cascade.config import ScheduleConfig, StageBConfig
 from cascade.networks.stage_b import StageB
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training import regression
+from cascade.training.code import scene_code
 from cascade.training.preconditioning import Channels, precondition
 from cascade.training.regression import PLAN, pretrain
+from cascade.training.scenes import sample_scene
 
 CONFIG = StageBConfig(
     timestep_ratio_embedding_dim=32,
@@ -28,6 +30,8 @@ CONFIG = StageBConfig(
 )
 SCHEDULE = CosineSchedule(ScheduleConfig(clamp_min=0.02))
 CHANNELS = Channels.of(CONFIG)
+SCENES = [sample_scene(np.random.default_rng(seed)) for seed in range(4)]
+DRAWN = torch.from_numpy(np.stack([scene_code(scene) for scene in SCENES])), SCENES
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +45,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageB]:
         stage = StageB(CONFIG)
         masks = precondition(stage, SCHEDULE, 200.0)
         plan = dataclasses.replace(PLAN, steps=80, warmup=5, judge_every=0)
-        pretrain(stage, CHANNELS, 0.5, tmp_path_factory.mktemp("first_level"), masks, plan)
+        pretrain(stage, CHANNELS, 0.5, tmp_path_factory.mktemp("first_level"), masks, DRAWN, plan)
         yield stage.eval()
 
 
 @torch.no_grad()
 def test_whole_network_predicts_what_its_first_level_learned(stage: StageB) -> None:
-    scenes = regression._Scenes(0.5)
+    scenes = regression._Scenes(0.5, DRAWN)
     codes, tokens = scenes._codes[:2], scenes._tokens[:2].float()
     level = regression._FirstLevel(stage, CHANNELS)
     alone = level(regression._under_tokens(codes), np.random.default_rng(0))
@@ -62,7 +66,7 @@ def test_whole_network_predicts_what_its_first_level_learned(stage: StageB) -> N
 
 
 def test_first_level_learns_the_pictures(stage: StageB) -> None:
-    scenes = regression._Scenes(0.5)
+    scenes = regression._Scenes(0.5, DRAWN)
     level = regression._FirstLevel(stage, CHANNELS)
     codes, tokens = scenes.held_out()
     with torch.no_grad():
