@@ -5,6 +5,7 @@ import errno
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -20,16 +21,32 @@ BACKLOG = 2048  # connections that the kernel keeps for us while the event loop 
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="8000")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Address to listen on.", show_default="127.0.0.1"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="0 takes a free one.", show_default="8000")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="tiny, a folder, or a repository name.", show_default="tiny"),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="tiny, a folder, or a repository name.",
+            show_default="tiny",
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", show_default="auto")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, ...", show_default="auto")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="auto, float32 or bfloat16.", show_default="auto")
+    ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of pictures and secrets.", show_default="data")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of pictures and secrets.", show_default="data"),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond this machine although no key is set.")
@@ -76,7 +93,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
 
     address, bound_port = listener.getsockname()[:2]
     settings = settings.model_copy(update={"port": bound_port})
-    typer.echo(f"cascade: loading {settings.model} for http://{_bracketed(address)}:{bound_port}", err=True)
+    is_new = not settings.data_dir.exists()
     unusable: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -85,6 +102,8 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
 
     app = create_app(settings, on_unusable=stop)
     engine = app.state.services.engine
+    url = f"http://{_bracketed(address)}:{bound_port}"
+    app.state.services.logger.info("loading", model=settings.model_name, url=url)
     config = uvicorn.Config(
         app,
         log_config=None,  # the app logs its own requests, one JSON line each
@@ -95,9 +114,22 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
     )
     server = Server(config)
     signal.signal(signal.SIGTERM, _leave)
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # the usual way to stop a server, which has said so itself
+        sys.exit(130)
     if unusable:
+        if is_new:
+            _remove_unused(settings.data_dir)
         raise unusable[0]
+
+
+def _remove_unused(data_dir: Path) -> None:
+    """Remove a data folder that this start has made, unless something is in it by now."""
+    with suppress(OSError):
+        (data_dir / "files").rmdir()
+        (data_dir / "secret").unlink()
+        data_dir.rmdir()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,7 +17,7 @@ Logger = FilteringBoundLogger
 def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
     """A logger for `stream` (standard error when None). Values are escaped: one event, one line."""
     stream = stream or sys.stderr
-    is_console = settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())
+    is_console = is_for_people(settings, stream)
     # repr_native_str: a line break or an escape sequence in a value must not reach the terminal.
     renderer: Processor = (
         structlog.dev.ConsoleRenderer(colors=stream.isatty(), repr_native_str=True, pad_event_to=20)
@@ -38,3 +38,8 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
         cache_logger_on_first_use=False,
     )
     return logger
+
+
+def is_for_people(settings: Settings, stream: TextIO) -> bool:
+    """Whether lines for the eye are wanted, and not one JSON object each for a program."""
+    return settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())

@@ -1,6 +1,7 @@
 """Builds and wires the server; nobody else does."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -8,14 +9,14 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import files, health, openai
+from app.api import docs, files, health, openai
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
 from app.api.gateway import Gateway
 from app.engine.engine import Engine, ModelFacts, Runner
 from app.engine.runner import CascadeRunner
-from app.logs import make_logger
+from app.logs import is_for_people, make_logger
 from app.metrics import Metrics
 from app.settings import Settings, load_settings
 from app.storage.images import ImageStore
@@ -56,19 +57,19 @@ def create_app(
                 await sweeper
             await asyncio.to_thread(services.engine.stop, STOP_SECONDS)
             services.encoders.shutdown()
+            services.logger.info("stopped")
 
     app = FastAPI(
         title="Stable Cascade Server",
         description="Pictures from prompts, by Stable Cascade.",
         version=services.version,
         lifespan=lifespan,
-        docs_url="/docs",
+        docs_url=None,  # ours, which needs no other server
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     app.state.services = services
-    for router in (openai.router, files.router, health.router):
+    for router in (openai.router, files.router, health.router, docs.router):
         app.include_router(router)
     install_handlers(app)
     describe(app)
@@ -105,7 +106,7 @@ def _build_services(settings: Settings, runner: Runner) -> Services:
 
 
 def _announce(services: Services, loaded: "Future[ModelFacts]", on_unusable: Unusable | None) -> None:
-    """Log how loading ended, and on success a line to paste."""
+    """Log how loading ended; on success a terminal also gets a line to paste."""
     settings, logger = services.settings, services.logger
     error = loaded.exception()
     if error is not None:
@@ -118,13 +119,16 @@ def _announce(services: Services, loaded: "Future[ModelFacts]", on_unusable: Unu
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
     logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
-    if not settings.api_keys:
+    if not (settings.api_keys or settings.is_loopback):
         logger.warning("no API key is set: everybody who can connect may ask for pictures")
-    key = ' -H "authorization: Bearer $KEY"' if settings.api_keys else ""
-    example = (
-        f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"
-    )
-    logger.info(example)  # as the event itself, which no renderer escapes
+    if sys.stderr.isatty() and is_for_people(settings, sys.stderr):
+        sys.stderr.write(f"{_example(url, has_keys=bool(settings.api_keys))}\n")
+
+
+def _example(url: str, *, has_keys: bool) -> str:
+    """A first request, as a command for a shell."""
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    return f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"
 
 
 async def _sweep(services: Services) -> None:

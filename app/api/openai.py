@@ -26,6 +26,7 @@ from app.schemas import (
     parse_image_generation,
     parse_size,
 )
+from app.settings import Settings
 from app.storage.encoding import MIME_TYPES
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(authenticate)])
@@ -37,6 +38,7 @@ QUALITIES = {
     "xhigh": "max",
 }
 MODEL_ID = "stable-cascade"
+PROJECT = "stable-cascade-server"
 MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
 LISTED_ALIASES = ("dall-e-2", "dall-e-3", "gpt-image-1")
 
@@ -103,7 +105,8 @@ async def create_image(
 async def list_models(services: TheServices) -> ModelList:
     """One model, and with `CASCADE_LIST_ALIASES` the names that common clients insist on."""
     aliases = LISTED_ALIASES if services.settings.list_aliases else ()
-    return ModelList(data=[ModelView(id=name) for name in (MODEL_ID, *aliases)])
+    owner = _owner(services.settings)
+    return ModelList(data=[ModelView(id=name, owned_by=owner) for name in (MODEL_ID, *aliases)])
 
 
 @router.get(
@@ -116,7 +119,15 @@ async def list_models(services: TheServices) -> ModelList:
 async def retrieve_model(model: str, services: TheServices) -> ModelView:
     """The model of that name, which may be an alias."""
     _resolve_model(model, services)
-    return ModelView(id=MODEL_ID)
+    return ModelView(id=MODEL_ID, owned_by=_owner(services.settings))
+
+
+def _owner(settings: Settings) -> str:
+    """Whose weights are served: the embedded ones are this project's, a repository has its owner."""
+    if settings.model == Settings.model_fields["model"].default:
+        return PROJECT
+    owner, slash, _ = settings.model_name.partition("/")
+    return owner if slash else "unknown"
 
 
 def _resolve_model(name: str | None, services: Services) -> None:

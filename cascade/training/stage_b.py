@@ -59,7 +59,7 @@ TINY_STAGE_B = StageBConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.02)
 PLAN = Plan(
-    steps=2400,
+    steps=4000,
     learning_rate=5e-4,
     matrix_rate=1e-3,
     compute_dtype=torch.bfloat16,
