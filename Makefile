@@ -80,11 +80,9 @@ $(BIN)/python:
 	@python=$$(.ci/find-python) && echo "Creating $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
 
 $(SERVER_READY): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into $(VENV)"
-	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	@.ci/install $(VENV) .
 	@touch $@
 
 $(TESTS_READY): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into $(VENV)"
-	@$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@.ci/install $(VENV) '.[dev]'
 	@touch $(SERVER_READY) $@

@@ -1,15 +1,19 @@
 """The `cascade` command. Each command imports what it needs when it runs, so that help is instant.
 
-Everything that a user can cause ends here as one line on stderr and exit status 2, never as a traceback.
+Everything that a user can cause ends here as lines on stderr and exit status 2, never as a traceback.
 """
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from app import cli_checkpoints, cli_generate, cli_health, cli_serve, cli_training
+from app.cli_errors import problems, usage_problem
+
+INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
+RESUMABLE = (["train"], ["download"])
 
 app = typer.Typer(
     name="cascade",
@@ -53,29 +57,42 @@ def describe(
 
 
 def main() -> None:
-    """Run the command; the errors that a user can mend become one line."""
+    """Run the command and leave; what the user can mend becomes one line for each mistake."""
+    words, options = _command(sys.argv[1:])
     try:
-        app()
+        status = app(prog_name="cascade", standalone_mode=False)
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _complain([error.message], prefix="")
+        _complain([f"{usage_problem(error)} (see {words} --help)"])
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = _in_one_line(error)
-        if message is None:
+        lines = problems(error, options)
+        if lines is None:
             raise
-        typer.echo(f"cascade: {message}", err=True)
-        sys.exit(2)
+        _complain(lines)
+    if status == INTERRUPTED:
+        goes_on = "; run it again to go on" if words.split()[1:2] in RESUMABLE else ""
+        _complain([f"interrupted{goes_on}"], status=INTERRUPTED)
+    sys.exit(status)
 
 
-def _in_one_line(error: Exception) -> str | None:
-    """What to tell the user, or None for an error that is ours and needs its traceback."""
-    from app.settings import SettingsError
-    from cascade.errors import CheckpointError, InvalidSetting
+def _complain(lines: list[str], *, prefix: str = "cascade: ", status: int = 2) -> NoReturn:
+    for line in lines:
+        typer.echo(f"{prefix}{line}", err=True)
+    sys.exit(status)
 
-    if isinstance(error, InvalidSetting | CheckpointError | SettingsError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, on any device
-        return "out of memory: ask for fewer or smaller pictures, or use --dtype bfloat16"
-    return None
+
+def _command(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    """The command that was called, as "cascade train tiny", and how it calls its settings."""
+    command, words = typer.main.get_command(app), ["cascade"]
+    for argument in arguments:
+        inner = getattr(command, "commands", {}).get(argument)
+        if inner is None:
+            break
+        command = inner
+        words.append(argument)
+    names = {str(parameter.name): max(parameter.opts, key=len) for parameter in command.params}
+    return " ".join(words), names
 
 
 if __name__ == "__main__":

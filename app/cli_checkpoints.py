@@ -38,6 +38,7 @@ def inspect(
       cascade inspect stage_c_lite_bf16.safetensors
     """
     from cascade.checkpoints.inspect import inspect as look
+    from cascade.errors import CheckpointError
 
     inspection = look(path)
     console = Console(highlight=False)
@@ -47,6 +48,8 @@ def inspect(
         console.print(_table(inspection))
     for line in _remarks(inspection):
         console.print(Text(line), soft_wrap=True)
+    if not inspection.components:
+        raise CheckpointError(f"{path}: holds no component of Stable Cascade")
 
 
 def _table(inspection: "Inspection") -> Table:
@@ -84,7 +87,7 @@ def _remarks(inspection: "Inspection") -> list[str]:
     remarks += [
         f"refused: {path} may run code when loaded; only safetensors are read" for path in inspection.refused
     ]
-    if inspection.missing:
+    if inspection.missing and inspection.components:
         remarks.append(f"missing: {', '.join(inspection.missing)}")
     elif inspection.is_complete and inspection.path.is_dir():
         remarks.append("complete: pictures can be made from it")
@@ -98,7 +101,8 @@ def convert(
     target: Annotated[Path, typer.Argument(help="New file or folder.", show_default=False)],
     layout: Annotated[Layout, typer.Option(help="Layout to write.", show_default=False)],
     dtype: Annotated[
-        str, typer.Option(help="auto keeps what is stored; float32, bfloat16, float16.")
+        str,
+        typer.Option(metavar="DTYPE", help="auto keeps what is stored; float32, bfloat16, float16."),
     ] = "auto",
 ) -> None:
     """Write a checkpoint in another layout.
@@ -113,7 +117,16 @@ def convert(
     from cascade.checkpoints.convert import convert as write
 
     written = write(source, target, layout=layout.value, dtype=dtype)
-    typer.echo(str(written))
+    files = [written] if written.is_file() else sorted(path for path in written.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    for path, size in zip(files, sizes, strict=True):
+        typer.echo(f"{path}  {_megabytes(size)}")
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    typer.echo(f"wrote {count} to {written}, {_megabytes(sum(sizes))}", err=True)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 50_000 else f"{num_bytes:,} bytes"
 
 
 def download(
@@ -121,9 +134,15 @@ def download(
     revision: options.Revision = None,
     variant: options.Variant = None,
     token: Annotated[
-        str | None, typer.Option(help="For private repositories.", show_default="HF_TOKEN, or the login's")
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="For private repositories.", show_default="HF_TOKEN, or the login's"
+        ),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder.", show_default="the hub's cache")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the files are kept.", show_default="the hub's cache"),
+    ] = None,
 ) -> None:
     """Fetch a checkpoint from the hub and pin its revision.
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from app import cli_options as options
-from app.cli_pictures import check_folder, numbered, picture_format, save_pictures, save_preview
+from app.cli_pictures import check_folder, grid_path, numbered, picture_format, save_pictures, save_preview
 
 if TYPE_CHECKING:
-    from cascade import GeneratedImage, Progress
+    from cascade import Cascade, GeneratedImage, Progress, TextToImage
 
 Result = TypeVar("Result")
 
@@ -56,14 +56,11 @@ def generate(
       cascade generate "a castle at dusk" --model DIR --width 1536 --height 1024
       cascade generate "a castle at dusk" --model DIR --preview now.png
     """
-    picture_format(output)
-    check_folder(output)
-    if preview is not None:
-        picture_format(preview, "preview")
-        check_folder(preview, "preview")
-    from cascade import Cascade, InvalidSetting, TextToImage
-    from cascade.cpu import suit_threads
-    from cascade.tasks.text_to_image import generate as make
+    for file, option in ((output, "output"), (preview, "preview")):
+        if file is not None:
+            picture_format(file, option)
+            check_folder(file, option)
+    from cascade import TextToImage
 
     settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
         prompt=prompt,
@@ -80,14 +77,58 @@ def generate(
         sampler=sampler,
         shares_generator=shares_generator,
     )
-    console = Console(stderr=True)
+    hint_at_vocabulary(model, prompt)
     started = time.monotonic()
-    with console.status(f"Loading {model}"):
+    cascade = load(model, device, dtype, revision, variant, is_offline=offline)
+    loaded = time.monotonic()
+    pictures = draw(cascade, settings, preview)
+    drawn = time.monotonic()
+    has_grid = num_images > 1 if grid is None else grid
+    named_model = cascade.name if embed_metadata else None
+    save_pictures(pictures, output, quality=quality, has_grid=has_grid, named_model=named_model)
+    report(pictures, output, has_grid=has_grid)
+    typer.echo(f"loaded in {loaded - started:.2f} s, drawn in {drawn - loaded:.2f} s", err=True)
+
+
+def hint_at_vocabulary(model: str, prompt: str) -> None:
+    """Say what the embedded checkpoint can draw, if the prompt asks for something else."""
+    from cascade.checkpoints.load import EMBEDDED
+    from cascade.training.captions import names_a_shape
+    from cascade.training.scenes import COLOURS, SHAPES
+
+    if model in EMBEDDED and not names_a_shape(prompt):
+        typer.echo(
+            f"hint: {model} draws only flat shapes ({', '.join(SHAPES)}) in plain colours "
+            f"({', '.join(COLOURS)}); other prompts need another --model",
+            err=True,
+        )
+
+
+def load(
+    model: str, device: str, dtype: str, revision: str | None, variant: str | None, *, is_offline: bool
+) -> "Cascade":
+    """The checkpoint, ready to draw; a terminal shows that it is being loaded."""
+    from cascade import Cascade
+    from cascade.cpu import suit_threads
+
+    with Console(stderr=True).status(f"Loading {model}"):
         cascade = Cascade.from_pretrained(
-            model, device=device, dtype=dtype, revision=revision, variant=variant, local_files_only=offline
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=is_offline,
         )
     suit_threads(cascade)
-    loaded = time.monotonic()
+    return cascade
+
+
+def draw(cascade: "Cascade", settings: "TextToImage", preview: Path | None) -> list["GeneratedImage"]:
+    """The pictures of one request, with bars on a terminal and a preview in the file of that name."""
+    from cascade import InvalidSetting
+    from cascade.tasks.text_to_image import generate as make
+
     previewer = cascade.previewer
     if preview is not None and previewer is None:
         raise InvalidSetting("preview", f"the checkpoint {cascade.name} has no previewer")
@@ -96,26 +137,19 @@ def generate(
         if preview is not None and previewer is not None and seen.latents is not None:
             save_preview(previewer, seen.latents, preview)
 
-    [pictures] = run_with_bars(make(cascade, [settings]), console, watch)
-    drawn = time.monotonic()
-    save_pictures(
-        pictures,
-        output,
-        quality=quality,
-        has_grid=num_images > 1 if grid is None else grid,
-        named_model=cascade.name if embed_metadata else None,
-    )
-    report(pictures, output)
-    typer.echo(f"loaded in {loaded - started:.2f} s, drawn in {drawn - loaded:.2f} s", err=True)
+    [pictures] = run_with_bars(make(cascade, [settings]), Console(stderr=True), watch)
+    return pictures
 
 
-def report(pictures: list["GeneratedImage"], output: Path) -> None:
-    """One line for each picture that was saved, and what the user should know about them."""
+def report(pictures: list["GeneratedImage"], output: Path, *, has_grid: bool) -> None:
+    """One line for each file that was saved, and what the user should know about the pictures."""
     for path, picture in zip(numbered(output, len(pictures)), pictures, strict=True):
         line = f"{path}  {picture.image.width}x{picture.image.height}  seed {picture.settings.seed}"
         if picture.resampled_from is not None:
             line += "  drawn at {}x{} and resampled".format(*picture.resampled_from)
         typer.echo(line)
+    if has_grid:
+        typer.echo(f"{grid_path(output)}  all of them")
     if pictures[0].prompt_truncated:
         typer.echo("the prompt is longer than the text encoder reads; its end was left out", err=True)
 
@@ -123,13 +157,13 @@ def report(pictures: list["GeneratedImage"], output: Path) -> None:
 def run_with_bars(
     run: Generator["Progress", None, Result], console: Console, watch: Callable[["Progress"], None]
 ) -> Result:
-    """Drive `run` to its end, with one bar for each stage, which appears when the stage begins.
+    """Drive `run` to its end; on a terminal, with one bar for each stage, which appears when it begins.
 
     `watch` is called after every step.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
-    with rich.progress.Progress(*columns, console=console) as display:
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as display:
         while True:
             try:
                 seen = next(run)

@@ -8,20 +8,39 @@ from typer import Option
 
 Prompt = Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)]
 Output = Annotated[
-    Path, Option("--output", "-o", help="Picture file; .png, .jpg or .webp chooses the format.")
+    Path,
+    Option("--output", "-o", metavar="FILE", help="Picture file; .png, .jpg or .webp chooses the format."),
 ]
 NumImages = Annotated[
-    int, Option("--num-images", "-n", help="Pictures to draw: out-0.png, out-1.png, ... and a grid.")
+    int,
+    Option(
+        "--num-images",
+        "-n",
+        metavar="N",
+        help="Pictures to draw, 1 to 10: out-0.png, out-1.png, ... and out-grid.png.",
+    ),
 ]
-NegativePrompt = Annotated[str, Option(help="What the picture must not show.")]
-Side = Annotated[int | None, Option(help="In pixels, a multiple of 8.", show_default="native")]
-Seed = Annotated[int | None, Option(help="0 to 4294967295; picture i uses seed + i.", show_default="random")]
-Steps = Annotated[int, Option(help="Steps of Stage C, 1 to 100.")]
-GuidanceScale = Annotated[float, Option(help="Guidance of Stage C, 0 to 20; 1 or less is off.")]
-DecoderSteps = Annotated[int, Option(help="Steps of Stage B, 1 to 60.")]
-DecoderGuidanceScale = Annotated[float, Option(help="Guidance of Stage B, 0 to 10; 1 or less is off.")]
-Preset = Annotated[str, Option(help="official, or diffusers: compute what that library does.")]
-Sampler = Annotated[str, Option(help="ddpm, ddim or lcm.")]
+NegativePrompt = Annotated[str, Option(metavar="TEXT", help="What the picture must not show.")]
+Side = Annotated[
+    int | None,
+    Option(metavar="PIXELS", help="A multiple of 8 from 64 to 4096.", show_default="native"),
+]
+Seed = Annotated[
+    int | None,
+    Option(metavar="N", help="0 to 4294967295; picture i uses seed + i.", show_default="random"),
+]
+Steps = Annotated[int, Option(metavar="N", help="Steps of Stage C, 1 to 100.")]
+GuidanceScale = Annotated[
+    float, Option(metavar="SCALE", help="Guidance of Stage C, 0 to 20; 1 or less is off.")
+]
+DecoderSteps = Annotated[int, Option(metavar="N", help="Steps of Stage B, 1 to 60.")]
+DecoderGuidanceScale = Annotated[
+    float, Option(metavar="SCALE", help="Guidance of Stage B, 0 to 10; 1 or less is off.")
+]
+Preset = Annotated[
+    str, Option(metavar="NAME", help="official, or diffusers: compute what that library does.")
+]
+Sampler = Annotated[str, Option(metavar="NAME", help="ddpm, ddim or lcm.")]
 SharesGenerator = Annotated[
     bool,
     Option(
@@ -30,26 +49,31 @@ SharesGenerator = Annotated[
     ),
 ]
 Grid = Annotated[
-    bool | None, Option("--grid/--no-grid", help="Also save all pictures as one.", show_default="if n > 1")
+    bool | None,
+    Option("--grid/--no-grid", help="Also save all pictures as one, NAME-grid.", show_default="if n > 1"),
 ]
-Quality = Annotated[int, Option(min=1, max=100, help="Of JPEG and WebP.")]
+Quality = Annotated[int, Option(metavar="N", min=1, max=100, help="Of JPEG and WebP.")]
 EmbedMetadata = Annotated[
     bool, Option("--embed-metadata", help="Write prompt, seed and settings into the file.")
 ]
 Preview = Annotated[
     Path | None,
     Option(
-        help="Picture file, replaced after every step of Stage C by what it is drawing.", show_default="none"
+        metavar="FILE",
+        help="Picture file, replaced after every step of Stage C by what it is drawing.",
+        show_default="none",
     ),
 ]
 
-Model = Annotated[str, Option("--model", "-m", help="tiny, a folder, or a repository name.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, Option(help="auto, float32 or bfloat16.")]
+Model = Annotated[str, Option("--model", "-m", metavar="MODEL", help="tiny, a folder, or a repository name.")]
+Device = Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, Option(metavar="DTYPE", help="auto, float32 or bfloat16.")]
 Revision = Annotated[
-    str | None, Option(help="Commit, branch or tag.", show_default="the pinned one, at first main")
+    str | None,
+    Option(metavar="NAME", help="Commit, branch or tag.", show_default="the pinned one, at first main"),
 ]
 Variant = Annotated[
-    str | None, Option(help="bf16, fp32, lite or lite.bf16.", show_default="bf16 where there is one")
+    str | None,
+    Option(metavar="NAME", help="bf16, fp32, lite or lite.bf16.", show_default="bf16 where there is one"),
 ]
 Offline = Annotated[bool, Option("--offline", help="Use only files that are already here.")]

@@ -53,6 +53,11 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
 
 
+def grid_path(path: Path) -> Path:
+    """NAME-grid.png."""
+    return path.with_stem(f"{path.stem}-grid")
+
+
 def save_pictures(
     pictures: Sequence["GeneratedImage"],
     output: Path,
@@ -61,7 +66,7 @@ def save_pictures(
     has_grid: bool,
     named_model: str | None,
 ) -> None:
-    """Write all pictures, and with `has_grid` NAME-grid.png.
+    """Write all pictures, and with `has_grid` also their grid.
 
     Args:
         named_model: writes the settings into the files, with this name of the model.
@@ -81,7 +86,7 @@ def save_pictures(
         files[path] = encode(picture.image, output_format, quality, text)
     if has_grid:
         sheet = contact_sheet([picture.image for picture in pictures])
-        files[output.with_stem(f"{output.stem}-grid")] = encode(sheet, output_format, quality)
+        files[grid_path(output)] = encode(sheet, output_format, quality)
     write_all(files)
 
 

@@ -21,18 +21,32 @@ BACKLOG = 2048  # connections that the kernel keeps for us while the event loop 
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="8000")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Address to listen on.", show_default="127.0.0.1"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="0 takes a free one.", show_default="8000")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="tiny, a folder, or a repository name.", show_default="tiny"),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="tiny, a folder, or a repository name.",
+            show_default="tiny",
+        ),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda:0,cuda:1, ...", show_default="auto")
+        str | None, typer.Option(metavar="DEVICES", help="auto, cpu, cuda:0,cuda:1, ...", show_default="auto")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="auto, float32 or bfloat16.", show_default="auto")
+    ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of jobs, pictures and secrets.", show_default="data")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of jobs, pictures and secrets.", show_default="data"),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond this machine although no key is set.")
@@ -84,15 +98,18 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
         server.should_exit = True
 
     manager.starting(f"loading {settings.model_name}")
-    typer.echo(f"cascade: loading {settings.model} for http://{_bracketed(address)}:{bound_port}", err=True)
+    logger = make_logger(settings)
+    logger.info("loading", model=settings.model_name, url=f"http://{_bracketed(address)}:{bound_port}")
     app = create_app(settings, on_ready=ready, on_unusable=stop)
     server = DrainingServer(
         configure(app, settings), settings.grace_seconds, on_stopping=lambda: manager.stopping("draining")
     )
-    with Relay("uvicorn", make_logger(settings), is_muted=lambda: bool(unusable)):
+    with Relay("uvicorn", logger, is_muted=lambda: bool(unusable)):
         signal.signal(signal.SIGTERM, _leave)
         try:
             server.run(sockets=[listener])
+        except KeyboardInterrupt:  # the usual way to stop a server, which has said so itself
+            sys.exit(130)
         except SystemExit:
             if not unusable:
                 raise

@@ -33,11 +33,18 @@ def tiny(
     component: Annotated[
         list[Component] | None,
         typer.Option(
-            "--component", "-c", help="Only this one; may be repeated.", show_default="all, in order"
+            "--component",
+            "-c",
+            metavar="NAME",
+            help=f"Only this one; may be repeated. {', '.join(Component)}.",
+            show_default="all, in order",
         ),
     ] = None,
     run: Annotated[
-        Path, typer.Option("--run", help="Folder of the run; an unfinished one found there is continued.")
+        Path,
+        typer.Option(
+            "--run", metavar="DIR", help="Folder of the run; an unfinished one found there is continued."
+        ),
     ] = Path("runs/tiny"),
 ) -> None:
     """Train the embedded checkpoint anew.
@@ -69,9 +76,15 @@ def _pack(run: Path, destination: Path) -> None:
 
 def evaluate(
     model: options.Model = "tiny",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of scenes that no training saw.")] = 300,
-    sheet: Annotated[Path, typer.Option(help="Contact sheet of the pictures.")] = Path("sheet.png"),
-    card: Annotated[Path, typer.Option(help="Model card with the figures.")] = Path("card.md"),
+    prompts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts of scenes that no training saw.")
+    ] = 300,
+    sheet: Annotated[Path, typer.Option(metavar="FILE", help="Contact sheet of the pictures.")] = Path(
+        "sheet.png"
+    ),
+    card: Annotated[Path, typer.Option(metavar="FILE", help="Model card with the figures.")] = Path(
+        "card.md"
+    ),
 ) -> None:
     """Draw prompts and count what is right.
 
@@ -86,21 +99,24 @@ def evaluate(
     for file in (sheet, card):
         check_folder(file)
     from cascade import Cascade
+    from cascade.checkpoints.load import EMBEDDED
     from cascade.cpu import suit_threads
     from cascade.evaluation.card import write_card
     from cascade.evaluation.evaluate import ASPECTS
     from cascade.evaluation.evaluate import evaluate as score
     from cascade.evaluation.sheet import save_sheet
+    from cascade.training.times import training_time
 
     cascade = Cascade.from_pretrained(model)
     suit_threads(cascade)
-    with Progress(console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Pictures", total=None)
         report = score(
             cascade, prompts, progress=lambda done, of: progress.update(bar, completed=done, total=of)
         )
     save_sheet(report.judged, sheet)
-    write_card(report, cascade, card)
+    write_card(report, cascade, card, training_time(EMBEDDED.get(model, Path(model))))
     for aspect, name in ASPECTS.items():
         scores = (
             f"{what} {report.score(aspect, number)}" for number, what in enumerate(("one", "two"), start=1)

@@ -20,7 +20,7 @@ Logger = FilteringBoundLogger
 def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
     """A logger for `stream` (standard error when None). Values are escaped: one event, one line."""
     stream = stream or sys.stderr
-    is_console = settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())
+    is_console = is_for_people(settings, stream)
     # repr_native_str: a line break or an escape sequence in a value must not reach the terminal.
     renderer: Processor = (
         structlog.dev.ConsoleRenderer(colors=stream.isatty(), repr_native_str=True, pad_event_to=20)
@@ -68,3 +68,8 @@ class Relay(logging.Handler):
         if not self._is_muted():
             log = self._logger.error if record.levelno >= logging.ERROR else self._logger.warning
             log(record.getMessage(), source=record.name, exc_info=record.exc_info)
+
+
+def is_for_people(settings: Settings, stream: TextIO) -> bool:
+    """Whether lines for the eye are wanted, and not one JSON object each for a program."""
+    return settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())

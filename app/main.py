@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import files, health, jobs, native, openai
+from app.api import docs, files, health, jobs, native, openai
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
@@ -30,7 +31,7 @@ from app.jobs.links import Launch, ProcessLauncher, ThreadLauncher
 from app.jobs.seat import take_seat
 from app.jobs.store import JobStore
 from app.jobs.supervisor import Supervisor
-from app.logs import Logger, make_logger
+from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
 from app.settings import Settings, SettingsError, load_settings
 from app.storage.images import ImageStore
@@ -84,19 +85,19 @@ def create_app(
             announcing = asyncio.create_task(_announce(services, on_ready, on_unusable))
             stack.push_async_callback(_cancel, announcing)
             yield
+        parts.logger.info("stopped")
 
     app = FastAPI(
         title="Stable Cascade Server",
         description="Pictures from prompts, by Stable Cascade.",
         version=version(DISTRIBUTION),
         lifespan=lifespan,
-        docs_url="/docs",
+        docs_url=None,  # ours, which needs no other server
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         telemetry=parts.tracing.config,
     )
-    for router in (openai.router, native.router, jobs.router, files.router, health.router):
+    for router in (openai.router, native.router, jobs.router, files.router, health.router, docs.router):
         app.include_router(router)
     install_handlers(app)
     describe(app)
@@ -214,11 +215,14 @@ async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
     logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
-    if not settings.api_keys:
+    if not (settings.api_keys or settings.is_loopback):
         logger.warning("no API key is set: everybody who can connect may ask for pictures")
-    key = ' -H "authorization: Bearer $KEY"' if settings.api_keys else ""
-    example = (
-        f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"
-    )
-    logger.info(example)  # as the event itself, which no renderer escapes
+    if sys.stderr.isatty() and is_for_people(settings, sys.stderr):
+        sys.stderr.write(f"{_example(url, has_keys=bool(settings.api_keys))}\n")
     on_ready()
+
+
+def _example(url: str, *, has_keys: bool) -> str:
+    """A first request, as a command for a shell."""
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    return f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"

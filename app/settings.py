@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -111,7 +112,17 @@ def _parse_weights(value: object) -> object:
     return {name.strip(): share for name, _, share in pairs}
 
 
+def _dtype(value: object) -> object:
+    if value in ("float16", "fp16", "half"):
+        raise ValueError(
+            "float16 is refused: the activations of Stage C exceed its range and pictures turn black; "
+            "use bfloat16, which takes as little memory"
+        )
+    return value
+
+
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)]
 Devices = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -131,7 +142,7 @@ class Settings(BaseSettings):
     devices: Devices = Field(
         ("auto",), min_length=1, description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Arithmetic of the networks")
+    dtype: Dtype = Field("auto", description="Arithmetic of the networks")
     compile: Literal["off", "graphs", "full"] = Field(
         "off", description="On CUDA: `graphs` records CUDA graphs, `full` compiles the blocks, too"
     )
@@ -215,7 +226,7 @@ class Settings(BaseSettings):
     @property
     def jobs_url(self) -> str:
         """The database of jobs, as SQLAlchemy names it."""
-        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.absolute() / 'jobs.db'}"
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'jobs.db'}"
 
     @property
     def profiles_dir(self) -> Path:
@@ -237,7 +248,7 @@ class Settings(BaseSettings):
     def _refuse_unknown_variables(cls, values: Any) -> Any:
         unknown = unknown_variables(os.environ, cls.model_fields)
         if unknown:
-            raise ValueError("; ".join(unknown))
+            raise ValueError("\n".join(unknown))
         return values
 
     @field_validator("quality_steps")
@@ -254,7 +265,7 @@ class Settings(BaseSettings):
         if not (self.is_loopback or self.api_keys or self.allow_anonymous):
             raise ValueError(
                 f"listening on {self.host} lets others call this server without a key: set {PREFIX}API_KEYS, "
-                f"or {PREFIX}ALLOW_ANONYMOUS=true if that is meant"
+                f"or give --allow-anonymous ({PREFIX}ALLOW_ANONYMOUS=true) if that is meant"
             )
         return self
 
@@ -273,10 +284,12 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        lines = [_one_line(problem["loc"], problem["msg"]) for problem in error.errors()]
+        lines = [_one_line(problem["loc"], problem["msg"], overrides) for problem in error.errors()]
         raise SettingsError("\n".join(lines)) from None
     except ValueError as error:  # pydantic-settings: a structured setting that is not JSON
-        raise SettingsError(str(error).splitlines()[0]) from None
+        name = re.sub(r'.*?"(\w+)".*', r"\1", str(error), flags=re.DOTALL)
+        default = json.dumps(Settings.model_fields[name].default)
+        raise SettingsError(f"{PREFIX}{name.upper()}: must be JSON, such as {default}") from None
 
 
 def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
@@ -294,6 +307,12 @@ def _nearest(name: str, names: list[str]) -> str:
     return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
-def _one_line(location: tuple[int | str, ...], message: str) -> str:
-    message = message.removeprefix("Value error, ").replace("Input should", "should")
-    return f"{PREFIX}{str(location[0]).upper()} {message}" if location else message
+def _one_line(location: tuple[int | str, ...], message: str, overrides: Mapping[str, Any]) -> str:
+    """A mistake, with the option or else the variable that brought the setting."""
+    message = re.sub(r"^(Input|String) should", "must", message.removeprefix("Value error, "))
+    message = message.partition(", unable")[0]
+    if not location:
+        return message
+    name, *inside = map(str, location)
+    shown = f"--{name.replace('_', '-')}" if name in overrides else f"{PREFIX}{name.upper()}"
+    return f"{' '.join([shown, *inside])}: {message[:1].lower()}{message[1:]}"

@@ -1,10 +1,25 @@
 """Dimensions of every network as frozen dataclasses, and the published variants as data.
 
 Field names follow the vocabulary of the diffusers configuration files. A level's pattern is a string of
-block letters: C (convolution and MLP), T (noise level), A (attention).
+block letters: C (convolution and MLP), T (noise level), A (attention). Dimensions with which no network could
+be built or run are refused with a `CheckpointError`, because it is a checkpoint that states them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from cascade.errors import CheckpointError
+
+
+def _check_counts(config: object, but: tuple[str, ...] = ()) -> None:
+    """Raise unless all whole numbers of a config are at least 1."""
+    for field in fields(config):  # type: ignore[arg-type]  # always a dataclass of this module
+        value = getattr(config, field.name)
+        if field.type not in (int, tuple[int, ...]) or field.name in but:
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(type(number) is not int or number < 1 for number in numbers):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise CheckpointError(f"{field.name} must be a whole number of at least 1, but is {shown!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,11 @@ class StageCConfig:
     switch_level: tuple[bool, ...] = (False,)
     timestep_conditioning_type: tuple[str, ...] = ("sca", "crp")
 
+    def __post_init__(self) -> None:
+        _check_unet(self)
+        if len(self.switch_level) != len(self.block_out_channels) - 1:
+            raise CheckpointError(f"switch_level = {self.switch_level} is not one value less than levels")
+
 
 @dataclass(frozen=True, slots=True)
 class StageBConfig:
@@ -62,6 +82,9 @@ class StageBConfig:
     self_attn: tuple[bool, ...] = (True, True, True, True)
     timestep_conditioning_type: tuple[str, ...] = ("sca",)
 
+    def __post_init__(self) -> None:
+        _check_unet(self)
+
 
 @dataclass(frozen=True, slots=True)
 class StageAConfig:
@@ -78,6 +101,13 @@ class StageAConfig:
     codebook_size: int = 8192
     scale_factor: float = 0.43
 
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        if self.hidden_channels % 2 ** (self.levels - 1):
+            raise CheckpointError(
+                f"hidden_channels = {self.hidden_channels} cannot be halved for each of {self.levels} levels"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class EffNetStage:
@@ -88,6 +118,13 @@ class EffNetStage:
     stride: int
     channels: int
     repeats: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        if self.kind not in ("fused", "mbconv"):
+            raise CheckpointError(f"a stage has the kind {self.kind!r}; known are fused and mbconv")
+        if self.stride > 2:
+            raise CheckpointError(f"a stage has the stride {self.stride}; allowed are 1 and 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +143,15 @@ class EffNetConfig:
     head_channels: int = 1280
     latent_channels: int = 16
 
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        entering = (self.stem_channels, *(stage.channels for stage in self.stages))
+        for stage, channels in zip(self.stages, entering, strict=False):
+            if stage.kind == "mbconv" and channels < 4:  # a quarter of them is what it squeezes to
+                raise CheckpointError(
+                    f"a stage of the kind mbconv needs 4 channels before it, has {channels}"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class PreviewerConfig:
@@ -114,6 +160,9 @@ class PreviewerConfig:
     in_channels: int = 16
     hidden_channels: int = 512
     out_channels: int = 3
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +178,56 @@ class ScheduleConfig:
     clamp_min: float = 1e-4
     clamp_max: float = 0.9999
     shift: float = 1.0
+
+
+def _check_unet(config: StageBConfig | StageCConfig) -> None:
+    """Raise unless a UNet of Stage B or C can be built and run."""
+    _check_counts(config, but=("num_attention_heads",))  # of levels without attention any number is stated
+    _check_patterns(config.block_types_per_layer)
+    for name in _PER_LEVEL:
+        if len(getattr(config, name)) != len(config.block_out_channels):
+            raise CheckpointError(
+                f"{name} = {getattr(config, name)} has not one value for each of "
+                f"{len(config.block_out_channels)} levels"
+            )
+    if config.kernel_size % 2 == 0:
+        raise CheckpointError(f"kernel_size must be odd, but is {config.kernel_size}")
+    if config.timestep_ratio_embedding_dim < 4:
+        raise CheckpointError(
+            f"timestep_ratio_embedding_dim must be at least 4, but is {config.timestep_ratio_embedding_dim}"
+        )
+    levels = zip(
+        config.block_types_per_layer, config.block_out_channels, config.num_attention_heads, strict=True
+    )
+    for pattern, width, heads in levels:
+        if "A" in pattern and (heads < 1 or width % heads):
+            raise CheckpointError(f"num_attention_heads: {heads} heads do not divide the width {width}")
+
+
+def _check_patterns(patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        if unknown := set(pattern) - set("CTA"):
+            raise CheckpointError(
+                f"block_types_per_layer: {min(unknown)!r} is not a known block; known are C, T and A"
+            )
+        if not pattern.startswith("C"):  # nowhere else would the skip of a level be joined
+            raise CheckpointError(
+                f"block_types_per_layer: {pattern!r} must begin with C, which joins the skip"
+            )
+    if not any("T" in pattern for pattern in patterns):
+        raise CheckpointError("block_types_per_layer: no level has a block T, so the noise level is unknown")
+
+
+_PER_LEVEL = (
+    "num_attention_heads",
+    "down_num_layers_per_block",
+    "up_num_layers_per_block",
+    "down_blocks_repeat_mappers",
+    "up_blocks_repeat_mappers",
+    "block_types_per_layer",
+    "dropout",
+    "self_attn",
+)
 
 
 STAGE_C_3_6B = StageCConfig()

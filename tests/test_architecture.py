@@ -22,7 +22,13 @@ APP_LAYERS = (
     ("app.main",),
     ("app.api",),
     # Of the rooms of jobs, those that talk to engines stand above them, and those that keep jobs below.
-    tuple(f"app.jobs.{room}" for room in ("dispatcher", "fleet", "flights", "links", "pictures", "supervisor")),
+    tuple(
+        f"app.jobs.{room}"
+        for room in (
+            *("dispatcher", "chores", "fleet", "flights", "forecast", "keeping"),
+            *("links", "pictures", "supervisor"),
+        )
+    ),
     ("app.engine",),
     ("app.jobs", "app.storage"),
     ("app.schemas", "app.errors", "app.settings", "app.logs", "app.metrics"),
@@ -285,12 +291,12 @@ def test_the_search_for_work_finds_it() -> None:
 BROUGHT_ALONG = {"pydantic-core": "pydantic", "starlette": "fastapi", "typing-extensions": "pydantic"}
 
 
-NEVER_IMPORTED = {"aiosqlite", "asyncpg", "greenlet"}  # but by SQLAlchemy, when a URL asks for them
+NEVER_IMPORTED = {"asyncpg", "greenlet"}  # but by SQLAlchemy, when a URL asks for them
 
 
 def test_every_dependency_is_declared_and_earns_its_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"]["telemetry"]
+    optional = project["optional-dependencies"]["tracing"]
     entries = [*project["dependencies"], *optional]
     declared = {re.split(r"[<>=\[]", entry)[0] for entry in entries} - NEVER_IMPORTED
     homes = packages_distributions()

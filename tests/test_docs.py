@@ -1,12 +1,15 @@
 """What the documents say is so: settings, routes, make targets, and the examples of README."""
 
+import base64
 import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -14,7 +17,8 @@ import typer
 from app.api.bodies import ImageGenerationBody, NativeImageBody, parse_image_generation, parse_native
 from app.cli import app as command_line
 from app.main import create_app
-from app.settings import Settings
+from app.settings import Settings, load_settings
+from cascade.training.scenes import NATIVE_SIZES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -146,8 +150,39 @@ def test_examples_of_requests_are_valid(line: str) -> None:
 
 def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "openai", SimpleNamespace(OpenAI=FakeOpenAI))
     examples = blocks("python")
     assert examples
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-7.png", "out-8.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle.png", "out-7.png", "out-8.png"]
+    assert (tmp_path / "circle.png").read_bytes() == b"a picture"
+
+
+class FakeOpenAI:
+    """Takes what OpenAI's client takes, and checks it as this server would."""
+
+    def __init__(self, *, base_url: str, api_key: str) -> None:
+        assert base_url.endswith("/v1")
+        assert api_key
+        self.images = self
+
+    def generate(self, *, extra_body: dict[str, object], **members: object) -> SimpleNamespace:
+        assert parse_image_generation(members | extra_body).ignored == []
+        return SimpleNamespace(data=[SimpleNamespace(b64_json=base64.b64encode(b"a picture"))])
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("CASCADE_")])
+def test_examples_of_settings_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)
+    start = words.index("cascade")
+    for assignment in words[:start]:
+        monkeypatch.setenv(*assignment.split("=", 1))
+    parse(words[start + 1 :])
+    load_settings()
+
+
+def test_the_sizes_of_the_embedded_checkpoint_are_documented() -> None:
+    [text] = re.findall(r"It draws at (.*?) and the same upright", README)
+    named = [tuple(map(int, size)) for size in re.findall(r"(\d+)x(\d+)", text)]
+    assert [*named, *((height, width) for width, height in named[1:])] == list(NATIVE_SIZES)

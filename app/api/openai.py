@@ -40,6 +40,7 @@ from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
 from app.jobs.job import Job
 from app.schemas import GenerationRequest, OutputFormat, parse_size
+from app.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(authenticate)])
 
@@ -49,6 +50,7 @@ QUALITIES = {
     "hd": "high",
     "xhigh": "max",
 }
+PROJECT = "stable-cascade-server"
 LISTED_ALIASES = ("dall-e-2", "dall-e-3", "gpt-image-1")
 
 
@@ -118,7 +120,8 @@ async def create_image(
 async def list_models(services: TheServices) -> ModelList:
     """One model, and with `CASCADE_LIST_ALIASES` the names that common clients insist on."""
     aliases = LISTED_ALIASES if services.settings.list_aliases else ()
-    return ModelList(data=[ModelView(id=name) for name in (MODEL_ID, *aliases)])
+    owner = _owner(services.settings)
+    return ModelList(data=[ModelView(id=name, owned_by=owner) for name in (MODEL_ID, *aliases)])
 
 
 @router.get(
@@ -131,7 +134,15 @@ async def list_models(services: TheServices) -> ModelList:
 async def retrieve_model(model: str, services: TheServices) -> ModelView:
     """The model of that name, which may be an alias."""
     resolve_model(model, services)
-    return ModelView(id=MODEL_ID)
+    return ModelView(id=MODEL_ID, owned_by=_owner(services.settings))
+
+
+def _owner(settings: Settings) -> str:
+    """Whose weights are served: the embedded ones are this project's, a repository has its owner."""
+    if settings.model == Settings.model_fields["model"].default:
+        return PROJECT
+    owner, slash, _ = settings.model_name.partition("/")
+    return owner if slash else "unknown"
 
 
 def _order(

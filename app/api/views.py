@@ -32,7 +32,7 @@ class ModelView(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int = 1707868800  # the day of the release of Stable Cascade
-    owned_by: str = "stabilityai"
+    owned_by: str
 
 
 class ModelList(BaseModel):

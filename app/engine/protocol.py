@@ -175,9 +175,7 @@ class DeviceLost(FromEngine, tag="device_lost"):
 
 
 AnyToEngine = Configure | Run | Cancel | WantPreviews | Drain
-AnyFromEngine = (
-    Ready | Unusable | Stepped | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
-)
+AnyFromEngine = Ready | Unusable | Stepped | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(AnyToEngine)

@@ -1,7 +1,7 @@
 """A job: one accepted request on its way to pictures, as the database keeps it.
 
-Jobs are values. Only their own methods move them, queued -> running -> succeeded | failed | canceled | expired,
-and a store writes the moved job only if the row still is what it was moved from. The fence counts claims: a
+Jobs are values. Only their own methods move them, queued -> running ->
+succeeded | failed | canceled | expired, and a store writes the moved job only if the row still is what it was moved from. The fence counts claims: a
 worker that lost its lease holds an old one, and nothing it writes is taken.
 """
 

@@ -8,6 +8,7 @@ import filecmp
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,12 +120,14 @@ class Scan:
     parts: list[Part] = field(default_factory=list)
     pickles: list[Path] = field(default_factory=list)
     unknown: list[Path] = field(default_factory=list)
+    damaged: list[CheckpointError] = field(default_factory=list)
 
 
-def scan(path: Path, found: Scan | None = None) -> Scan:
+def scan(path: Path, found: Scan | None = None, *, named: Path | None = None) -> Scan:
     """Everything under a folder, or in one file, that could belong to a checkpoint; added to `found`.
 
-    Raises `CheckpointError` naming the file when one is cut, lying or incomplete.
+    Raises `CheckpointError` naming the file when one is cut, lying or incomplete. When only the file `named`
+    was asked for, damage in the others is kept in `found`.
     """
     found = Scan() if found is None else found
     if path.is_file():
@@ -137,7 +140,8 @@ def scan(path: Path, found: Scan | None = None) -> Scan:
         raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     for folder, files in listings:
         found.pickles += [file for file in files if file.suffix.lower() in REFUSED_SUFFIXES]
-        _scan_folder(found, path, folder, [file for file in files if file.suffix == ".safetensors"])
+        weights = [file for file in files if file.suffix == ".safetensors"]
+        _scan_folder(found, path, folder, weights, named)
     return found
 
 
@@ -158,7 +162,7 @@ def find_parts(
     folder = path.parent if path.is_file() else path
     found = Scan()
     for place in (folder, *others):
-        scan(place, found)
+        scan(place, found, named=path if path.is_file() else None)
     if missing := _missing(found.parts):
         found.parts += _from_siblings(folder, missing)
     if missing := _missing(found.parts):
@@ -274,18 +278,34 @@ def _tower_variant(part: Part) -> str:
     return name if norm and norm.shape == (width,) else "custom"
 
 
-def _scan_folder(found: Scan, root: Path, folder: Path, files: Sequence[Path]) -> None:
+def _scan_folder(found: Scan, root: Path, folder: Path, files: Sequence[Path], named: Path | None) -> None:
     """Add the parts in `files`, safetensors of one folder, to what was found."""
     joined: set[Path] = set()
-    for shards in _sharded_sets(folder):
-        joined.update(shards)
-        _add_parts(found, root, shards)
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        with _keeping_damage(found, named, files=()):
+            shards = _shards(index)
+            joined.update(shards)
+            _add_parts(found, root, shards)
     for file in files:
-        match = re.search(r"-\d{5}-of-(\d{5})\.safetensors$", file.name)
-        if match and file not in joined:
-            raise CheckpointError(f"{file}: one of {int(match[1])} shards, but their index.json is missing")
-        if file not in joined:
+        if file in joined:
+            continue
+        with _keeping_damage(found, named, files=(file,)):
+            if match := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", file.name):
+                raise CheckpointError(
+                    f"{file}: one of {int(match[1])} shards, but their index.json is missing"
+                )
             _add_parts(found, root, (file,))
+
+
+@contextmanager
+def _keeping_damage(found: Scan, named: Path | None, files: Sequence[Path]) -> Iterator[None]:
+    """Keep an error in `files` for later, if the user has named another file and may not need these."""
+    try:
+        yield
+    except CheckpointError as error:
+        if named is None or named in files:
+            raise
+        found.damaged.append(error)
 
 
 def _add_parts(found: Scan, root: Path, files: tuple[Path, ...]) -> None:
@@ -300,18 +320,17 @@ def _add_parts(found: Scan, root: Path, files: tuple[Path, ...]) -> None:
         found.unknown += files
 
 
-def _sharded_sets(folder: Path) -> Iterator[tuple[Path, ...]]:
-    """The groups of files that an index.json joins."""
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{index}: has no weight_map")
-        files = sorted(set(map(str, names.values())))
-        if outside := [name for name in files if Path(name).name != name]:
-            raise CheckpointError(f"{index}: points out of its folder: {outside[0]}")
-        if missing := [name for name in files if not (folder / name).is_file()]:
-            raise CheckpointError(f"{index}: {len(missing)} of {len(files)} shards are missing: {missing[0]}")
-        yield tuple(folder / name for name in files)
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index.json joins."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: has no weight_map")
+    files = sorted(set(map(str, names.values())))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise CheckpointError(f"{index}: points out of its folder: {outside[0]}")
+    if missing := [name for name in files if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index}: {len(missing)} of {len(files)} shards are missing: {missing[0]}")
+    return tuple(index.parent / name for name in files)
 
 
 def _folders(path: Path, depth: int) -> Iterator[Path]:
@@ -356,8 +375,11 @@ def _is_related(name: str, other: str) -> bool:
 
 
 def _incomplete(path: Path, found: Scan, missing: Sequence[Component]) -> str:
+    if not (found.parts or found.unknown or found.pickles or found.damaged):
+        return f"{path}: holds no checkpoint: no .safetensors file lies here or up to two folders below"
     lines = [f"{path}: incomplete checkpoint"]
     lines += [f"  found: {describe(part)}" for part in found.parts[:12]] or ["  found: no component"]
+    lines += [f"  damaged: {error}" for error in found.damaged[:6]]
     if found.unknown:
         lines.append(f"  not recognised: {', '.join(file.name for file in found.unknown[:6])}")
     if found.pickles:

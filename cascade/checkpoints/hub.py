@@ -7,6 +7,7 @@ use the pinned files without asking the hub. Naming a revision again, also "main
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from cascade.checkpoints.selection import select_files, variant_words
 from cascade.checkpoints.transfer import RemoteFile, clear_errors, fetch_file, repository_folder
 from cascade.checkpoints.writing import write_json
-from cascade.errors import CheckpointError
+from cascade.errors import CheckpointError, InvalidSetting
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LOCK_NAME = "cascade.lock.json"
 # The official model is two repositories; either one stands for both.
 PAIRS = {
@@ -73,8 +75,12 @@ def download(
 
     Raises:
         CheckpointError: the hub refuses, cannot be reached or sent wrong bytes, or the disk is full.
-        InvalidSetting: `variant` is unknown.
+        InvalidSetting: `variant` is unknown, or `repository` cannot be the name of one.
     """
+    if not REPOSITORY.fullmatch(repository):
+        raise InvalidSetting(
+            "repository", f"must be OWNER/NAME, such as stabilityai/stable-cascade, but is {repository!r}"
+        )
     from huggingface_hub import HfApi, constants
 
     words = variant_words(variant)

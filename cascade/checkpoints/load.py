@@ -1,6 +1,5 @@
 """Loading: from a name, folder or repository to models that are ready to run."""
 
-import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -43,7 +42,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CLASSES: Mapping[Component, type[nn.Module]] = {
     Component.STAGE_C: StageC,
     Component.STAGE_B: StageB,
@@ -131,7 +129,11 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     name = str(dtype).removeprefix("torch.")
     if name in ("float16", "fp16", "half"):
-        raise InvalidSetting("dtype", "float16 overflows in Stage C and gives black pictures; use bfloat16")
+        raise InvalidSetting(
+            "dtype",
+            "float16 is refused: the activations of Stage C exceed its range and pictures turn black; "
+            "use bfloat16, which takes as little memory",
+        )
     if name not in DTYPES:
         raise InvalidSetting("dtype", f"{name!r} is unknown; allowed are auto, float32, bfloat16")
     return DTYPES[name]
@@ -147,10 +149,15 @@ def _resolve(
     """The folder or file of a source; two folders for a pair of repositories, which are downloaded first."""
     if source in EMBEDDED:
         return (existing(EMBEDDED[str(source)]),)
-    if not _REPOSITORY.fullmatch(str(source)) or Path(source).exists():
-        return (existing(source),)
-    from cascade.checkpoints.hub import download
+    from cascade.checkpoints.hub import REPOSITORY, download
 
+    if source != "" and Path(source).expanduser().exists():
+        return (existing(source),)
+    if not REPOSITORY.fullmatch(str(source)):
+        raise CheckpointError(
+            f"{_no_such(source)}; give {', '.join(EMBEDDED)}, a folder, a .safetensors file in its folder, "
+            "or a repository such as stabilityai/stable-cascade"
+        )
     return download(
         str(source), revision=revision, token=token, variant=variant, local_files_only=local_files_only
     )
@@ -161,10 +168,14 @@ def existing(source: str | PathLike[str]) -> Path:
     path = EMBEDDED.get(str(source), Path(source).expanduser())
     if source == "" or not path.exists():  # for Path, an empty name is the current folder
         raise CheckpointError(
-            f"{source or 'an empty name'}: no such checkpoint; give {', '.join(EMBEDDED)}, a folder, "
-            "a .safetensors file in its folder, or a repository such as stabilityai/stable-cascade"
+            f"{_no_such(source)}; give {', '.join(EMBEDDED)}, a folder or a .safetensors file; "
+            "`cascade download OWNER/NAME` fetches a repository and prints its folder"
         )
     return path
+
+
+def _no_such(source: str | PathLike[str]) -> str:
+    return f"{source or 'an empty name'}: no such checkpoint"
 
 
 class _Loader:

@@ -201,10 +201,9 @@ def _block(config: StageBConfig | StageCConfig, level: int, kind: str, skip_chan
     if kind == "T":
         conditions = config.timestep_conditioning_type
         return TimestepBlock(channels, config.timestep_ratio_embedding_dim, conditions)
-    if kind == "A":
-        heads = config.num_attention_heads[level]
-        return AttnBlock(channels, config.conditioning_dim, heads, config.self_attn[level])
-    raise ValueError(f"block_types_per_layer: {kind!r} is not a known block; known are C, T and A")
+    assert kind == "A"
+    heads = config.num_attention_heads[level]
+    return AttnBlock(channels, config.conditioning_dim, heads, config.self_attn[level])
 
 
 def _repeat_mappers(widths: Sequence[int], repeats: Sequence[int]) -> nn.ModuleList:

@@ -15,6 +15,8 @@ from torch import Tensor
 from cascade.sampling.samplers import clean_latents
 from cascade.sampling.schedule import CosineSchedule, signal_and_noise
 
+_DECIDED = 0.0  # log SNR from which on the latents themselves say what they show
+
 
 @dataclass(frozen=True, slots=True)
 class Emphasis:
@@ -24,6 +26,7 @@ class Emphasis:
     decoys: float  # share of rows whose noised latents show another picture more or less strongly
     overshot: float  # share of rows whose noised latents lie beyond the right ones, as after strong guidance
     wobbly: float  # share of rows whose noised latents have crooked outlines, as a sampler's own mistakes
+    rough: float  # share of rows with more noise than their level says, as guidance leaves behind
     low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
     highest: float  # ... but at least 1 and at most this
 
@@ -38,11 +41,22 @@ class NoisedBatch:
     ratio: Tensor  # (b,)
     weight: Tensor  # (b,)
 
+    def implied(self, noise: Tensor) -> Tensor:
+        """The clean latents that a predicted `noise` implies, (b, c, h, w)."""
+        return clean_latents(self.latents, noise.float(), self.log_snr)
+
+    def disagreement(self, noise: Tensor, other: Tensor) -> Tensor:
+        """Weighted distance of the clean latents that two predictions imply, where the picture is decided.
+
+        Guidance multiplies the difference of the predictions with and without text. Late in a run that should
+        be nothing, but two errors of a small network differ, and what guidance makes of that is noise.
+        """
+        distance = (self.implied(noise) - self.implied(other)).square().mean((1, 2, 3))
+        return (distance * self.weight * (self.log_snr > _DECIDED)).mean()
+
     def loss(self, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents that the predicted `noise` implies, and figures by level."""
-        error = (
-            (clean_latents(self.latents, noise.float(), self.log_snr) - self.clean).square().mean((1, 2, 3))
-        )
+        error = (self.implied(noise) - self.clean).square().mean((1, 2, 3))
         figures = {}
         for name, rows in (("start", self.ratio >= self.ratio.max()), ("late", self.ratio < 0.3)):
             if rows.any():
@@ -68,6 +82,7 @@ def noise_batch(
     shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
     shown = _wobble(shown, rng.random(count) < emphasis.wobbly, rng)
     shown = _overshoot(shown, rng.random(count) < emphasis.overshot, rng)
+    shown = _roughen(shown, rng.random(count) < emphasis.rough, rng)
     shown[:num_starts] = 0
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     noise[:num_starts] /= sigma[:num_starts]
@@ -82,6 +97,15 @@ def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generato
     offset = 0.3 * rng.standard_normal((count, num_channels)) * rows[:, None]
     grow, move = (torch.from_numpy(v.astype(np.float32))[:, :, None, None] for v in (scale, offset))
     return latents * grow + move
+
+
+def _roughen(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
+    """Add noise of up to .4 to some rows."""
+    if not rows.any():
+        return latents
+    reach = rng.uniform(0, 0.4, (len(latents), 1, 1, 1)) * rows[:, None, None, None]
+    noise = rng.standard_normal(tuple(latents.shape), dtype=np.float32)
+    return latents + torch.from_numpy(reach.astype(np.float32)) * torch.from_numpy(noise)
 
 
 def _wobble(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:

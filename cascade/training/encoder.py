@@ -42,7 +42,7 @@ TINY_EFFNET = EffNetConfig(
     head_channels=256,
 )
 TINY_PREVIEWER = PreviewerConfig(hidden_channels=64)
-PLAN = Plan(steps=900, learning_rate=3e-3, save_every=100)
+PLAN = Plan(steps=2300, learning_rate=3e-3, matrix_rate=1e-2, save_every=100)
 
 _BATCH = 32
 _MAX_SIGMA = 0.3  # of the noise on the previewer's codes

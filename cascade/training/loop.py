@@ -85,7 +85,8 @@ def fit(
     average = deepcopy(module).eval().requires_grad_(False)
     worker = module if plan.compute_dtype == torch.float32 else deepcopy(module).to(plan.compute_dtype)
     copies = {name: p for name, p in worker.named_parameters() if name in parameters}
-    start = _resume(folder / STATE_FILE, module, average, optimizer)
+    start, spent = _resume(folder / STATE_FILE, module, average, optimizer)
+    began = time.monotonic()
     figures: dict[str, float] = {}
     with _progress(title) as progress:
         task = progress.add_task(title, total=plan.steps, completed=start, figures="")
@@ -108,7 +109,8 @@ def fit(
             progress.update(task, advance=1, figures=_format(figures))
             done = step + 1
             if done % plan.save_every == 0 or done == plan.steps:
-                _save(folder / STATE_FILE, module, average, optimizer, done)
+                seconds = None if spent is None else spent + time.monotonic() - began
+                _save(folder / STATE_FILE, module, average, optimizer, done, seconds)
                 progress.log_line(done, figures)
             if judge and (done == plan.steps or (plan.judge_every and done % plan.judge_every == 0)):
                 progress.console.print(f"step {done}  {_format(judge(average, done))}", highlight=False)
@@ -174,21 +176,42 @@ def _update_average(average: nn.Module, module: nn.Module, decay: float) -> None
         kept.copy_(current)
 
 
-def _save(path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer", step: int) -> None:
+def seconds_spent(state: Path) -> float | None:
+    """Time that went into the run with this state file, over all its parts; None if that is not known."""
+    with safe_open(state, framework="pt") as file:
+        progress = json.loads((file.metadata() or {}).get("progress", "{}"))
+    seconds = progress.get("seconds")
+    return None if seconds is None else float(seconds)
+
+
+def _save(
+    path: Path,
+    module: nn.Module,
+    average: nn.Module,
+    optimizer: "_Optimizer",
+    step: int,
+    seconds: float | None,
+) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"progress": json.dumps({"step": step})})
+    progress = {"step": step, "seconds": seconds}
+    save_file(contiguous, partial, metadata={"progress": json.dumps(progress)})
     partial.replace(path)
 
 
-def _resume(path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer") -> int:
-    """Fill everything from the state file, if there is one; the number of steps already done."""
+def _resume(
+    path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer"
+) -> tuple[int, float | None]:
+    """Fill everything from the state file, if there is one; the steps and seconds already spent.
+
+    The seconds of a state file of earlier versions are not known, and stay so.
+    """
     if not path.exists():
-        return 0
+        return 0, 0.0
     with safe_open(path, framework="pt") as file:
         step = int(json.loads(file.metadata()["progress"])["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -199,7 +222,7 @@ def _resume(path: Path, module: nn.Module, average: nn.Module, optimizer: "_Opti
     module.load_state_dict(part("module."))
     average.load_state_dict(part("average."))
     optimizer.restore(part("optimizer."))
-    return step
+    return step, seconds_spent(path)
 
 
 class _Optimizer:

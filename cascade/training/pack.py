@@ -10,11 +10,13 @@ import torch
 
 from cascade.checkpoints.load import load_cascade
 from cascade.checkpoints.save import save_cascade
+from cascade.checkpoints.sums import write_sums
 from cascade.errors import CheckpointError
 from cascade.sizes import NativeSizes
 from cascade.training.scenes import NATIVE_SIZES
 from cascade.training.stage_b import SCHEDULE as DECODER_SCHEDULE
 from cascade.training.stage_c import SCHEDULE as PRIOR_SCHEDULE
+from cascade.training.times import save_times
 
 COMPONENTS = (
     "prior",
@@ -49,6 +51,8 @@ def pack(run: Path, destination: Path) -> None:
             native=NativeSizes(NATIVE_SIZES, resamples=True),
         )
         save_cascade(models, packed, torch.float16)
+        save_times(run, packed)
+        write_sums(packed)
         shutil.rmtree(destination, ignore_errors=True)
         shutil.move(packed, destination)
 

@@ -11,11 +11,12 @@ sigma, and the final norm divides by the pair. The idea is the preconditioning o
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from cascade.config import StageBConfig, StageCConfig
 from cascade.networks.blocks import AttnBlock, Downsample, Pointwise, ResBlock, TimestepBlock, ratio_embedding
 from cascade.networks.stage_b import StageB
 from cascade.networks.stage_c import StageC
@@ -26,23 +27,31 @@ _PAIR_IN = 40.0  # of the input's embedding; large against the input's norm of a
 
 
 @dataclass(slots=True)
-class _Channels:
+class Channels:
     """The groups of channels of the first level, and which entries of which parameter may be trained."""
 
     width: int
     size: int  # values of a token
     trainable: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, config: StageBConfig | StageCConfig) -> Self:
+        """The groups of a network's first level."""
+        return cls(config.block_out_channels[0], config.in_channels * config.patch_size**2)
+
     @property
     def pair(self) -> list[int]:
+        """The constant +K and -K."""
         return [0, 1]
 
     @property
     def input(self) -> list[int]:
+        """The input, one more than a token has values."""
         return list(range(2, 3 + self.size))
 
     @property
     def prediction(self) -> list[int]:
+        """The predicted clean latent, as many."""
         return list(range(3 + self.size, 4 + 2 * self.size))
 
     @property
@@ -66,7 +75,7 @@ def precondition(unet: StageB | StageC, schedule: CosineSchedule, pair: float) -
     Returns masks by parameter name, 1 where training may change an entry: what carries the input is frozen.
     """
     config = unet.config
-    channels = _Channels(config.block_out_channels[0], config.in_channels * config.patch_size**2)
+    channels = Channels.of(config)
     _plain_start(unet)
     builder = _Builder(unet, channels, pair)
     builder.embed()
@@ -98,7 +107,7 @@ def _plain_start(unet: UNet) -> None:
 class _Builder:
     """Writes the carrying weights into the first level and freezes them."""
 
-    def __init__(self, unet: StageB | StageC, channels: _Channels, pair: float) -> None:
+    def __init__(self, unet: StageB | StageC, channels: Channels, pair: float) -> None:
         self.unet = unet
         self.channels = channels
         self.pair = pair
@@ -181,7 +190,7 @@ class _Builder:
 
     @torch.no_grad()
     def mix(self, block: TimestepBlock, schedule: CosineSchedule) -> None:
-        """Scale the prediction by -alpha and the pair by sigma, fitted over all noise levels."""
+        """Scale the prediction by -alpha and the pair by sigma, fitted over all levels; drop the rest."""
         width, channels = self.channels.width, self.channels
         log_snr = schedule.log_snr(torch.linspace(0, 1, 2001, dtype=torch.float64))
         ratios = schedule.ratio(log_snr)
@@ -194,6 +203,10 @@ class _Builder:
             block.mapper.weight[rows] = fitted[:-1, column]
             block.mapper.bias[rows] = fitted[-1, column]
         fixed = self.carriers + channels.prediction
+        if self.level("up")[-1] is block:  # nothing reads the other channels any more but the final norm
+            others = [index for index in range(width) if index not in fixed]
+            block.mapper.bias[others] = -1
+            fixed = list(range(width))
         for mapper in block.children():
             linear = cast(nn.Linear, mapper)
             for parameter in (linear.weight, linear.bias):

@@ -55,32 +55,52 @@ def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.anyio
-async def test_the_first_lines_can_be_pasted(
-    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+async def test_without_a_terminal_the_log_is_json_and_nothing_else(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with announced(runner, data_dir=tmp_path, log_format="json", port=8123, host="::1") as told:
-        ready, warning, example = logged(capsys)[-3:]
-    assert told.is_ready
+    async with serve(log_level="info", port=8123, host="::1"):
+        pass
+    ready, stopped = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (ready["event"], ready["url"], ready["model"], ready["device"]) == (
         "ready",
         "http://[::1]:8123",
         "tiny",
         "cpu",
     )
-    assert "no API key" in warning["event"]
-    words = shlex.split(example["event"])
-    assert words[:3] == ["curl", "-s", "http://[::1]:8123/v1/images/generations"]
-    assert json.loads(words[-1])["prompt"] == "a red circle on a blue background"
+    assert stopped["event"] == "stopped"
 
 
 @pytest.mark.anyio
-async def test_with_keys_the_example_asks_for_one(
-    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+async def test_only_beyond_this_machine_a_missing_key_is_worth_a_warning(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with announced(runner, data_dir=tmp_path, log_format="console", api_keys="secret"):
-        *_, example = capsys.readouterr().err.splitlines()
+    async with serve(log_level="warning", host="0.0.0.0", allow_anonymous=True):
+        pass
+    assert "no API key" in json.loads(capsys.readouterr().err)["event"]
+    async with serve(log_level="warning"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.anyio
+async def test_a_terminal_gets_a_request_to_paste(
+    serve: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    async with serve(port=8123):
+        pass
+    [example] = capsys.readouterr().err.splitlines()
+    words = shlex.split(example)
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8123/v1/images/generations"]
+    assert json.loads(words[-1])["prompt"] == "a red circle on a blue background"
+    async with serve(api_keys="secret"):
+        pass
+    example = capsys.readouterr().err
     assert "-H \"authorization: Bearer $KEY\" -H 'content-type: application/json'" in example
     assert "secret" not in example
+    async with serve(log_format="json"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.anyio

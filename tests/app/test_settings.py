@@ -47,10 +47,20 @@ def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -
         ("CASCADE_WEIGHTS", "a=much", ["CASCADE_WEIGHTS"]),
         ("CASCADE_PUBLIC_BASE_URL", "host", ["CASCADE_PUBLIC_BASE_URL", "https://"]),
         ("CASCADE_TRUSTED_PROXIES", "everyone", ["CASCADE_TRUSTED_PROXIES"]),
-        ("CASCADE_QUALITY_STEPS", "{", ["quality_steps"]),
+        ("CASCADE_QUALITY_STEPS", "{", ["CASCADE_QUALITY_STEPS: must be JSON", '{"low": [12, 6]']),
+        (
+            "CASCADE_QUALITY_STEPS",
+            '{"low": [1, "x"]}',
+            ["CASCADE_QUALITY_STEPS low 1: must be a valid integer"],
+        ),
+        ("CASCADE_DTYPE", "float16", ["CASCADE_DTYPE: float16 is refused", "Stage C", "use bfloat16"]),
         ("CASCADE_QUALITY_STEPS", "{}", ["CASCADE_QUALITY_STEPS", "low, medium, high and max"]),
         ("CASCADE_API_KEYS", "ok, x=sha256:abc", ["CASCADE_API_KEYS", "entry 2", "64"]),
-        ("CASCADE_HOST", "0.0.0.0", ["0.0.0.0", "CASCADE_API_KEYS", "CASCADE_ALLOW_ANONYMOUS"]),
+        (
+            "CASCADE_HOST",
+            "0.0.0.0",
+            ["0.0.0.0", "CASCADE_API_KEYS", "--allow-anonymous (CASCADE_ALLOW_ANONYMOUS=true)"],
+        ),
         ("CASCADE_HOST", "server.example", ["CASCADE_API_KEYS"]),
         ("CASCADE_MAX_PIXELS", "4194305", ["CASCADE_MAX_PIXELS", "4194304"]),
         ("CASCADE_SERVICE_PROT", "80", ["CASCADE_SERVICE_PROT"]),
@@ -64,6 +74,24 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: s
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_each_mistake_has_a_line_and_the_name_by_which_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_MAX_QUEUE", "-1")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(port=70000)
+    assert str(caught.value).splitlines() == [
+        "--port: must be less than or equal to 65535",
+        "CASCADE_MAX_QUEUE: must be greater than or equal to 0",
+    ]
+    monkeypatch.setenv("CASCADE_MAX_QEUE", "1")
+    monkeypatch.setenv("CASCADE_PROT", "1")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).splitlines() == [
+        "CASCADE_MAX_QEUE is no setting; did you mean CASCADE_MAX_QUEUE?",
+        "CASCADE_PROT is no setting; did you mean CASCADE_PORT?",
+    ]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
@@ -86,7 +114,7 @@ def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> N
 def test_devices_shares_and_the_places_of_things(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings()
     assert settings.devices == ("auto",)
-    assert settings.jobs_url == f"sqlite+aiosqlite:///{Path('data').absolute()}/jobs.db"
+    assert settings.jobs_url == f"sqlite:///{Path('data').absolute()}/jobs.db"
     assert settings.profiles_dir == Path("data/cache")
     monkeypatch.setenv("CASCADE_DEVICES", "cuda:0, cuda:1")
     monkeypatch.setenv("CASCADE_WEIGHTS", "web=2, batch = 0.5,a=b=3")

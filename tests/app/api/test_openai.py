@@ -252,7 +252,7 @@ async def test_models_are_listed(serve: Serve) -> None:
         "id": "stable-cascade",
         "object": "model",
         "created": 1707868800,
-        "owned_by": "stabilityai",
+        "owned_by": "stable-cascade-server",
     }
     async with serve() as client:
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": [model]}

@@ -29,19 +29,45 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (("generate",), "prompt"),
-        (("generate", "a cat", "--steps", "many"), "--steps"),
-        (("generate", "a cat", "--setps", "3"), "--setps"),
-        (("draw", "a cat"), "draw"),
+        ("generate", "prompt: is missing (see cascade generate --help)"),
+        (
+            "generate cat --steps many",
+            "--steps: must be a whole number, but is 'many' (see cascade generate ",
+        ),
+        ("generate cat --guidance-scale x", "--guidance-scale: must be a number, but is 'x' (see "),
+        ("generate cat --quality 0", "--quality: must be at least 1, but is 0 (see "),
+        ("generate cat --quality 101", "--quality: must be at most 100, but is 101 (see "),
+        ("generate cat --setps 3", "--setps: no such option; did you mean --steps? (see "),
+        ("generate cat --xyz", "--xyz: no such option (see "),
+        ("generate cat --steps", "--steps: requires an argument (see cascade generate --help)"),
+        ("generate cat --offline=1", "--offline: does not take a value (see "),
+        ("generate a cat", "unexpected extra argument(s) (cat); a text of several words needs quotes (see "),
+        ("convert tiny new", "--layout: is missing; allowed are original, diffusers (see cascade convert "),
+        ("convert tiny new --layout x", "--layout: 'x' is not one of 'original', 'diffusers' (see "),
+        ("train tiny -c d", "--component: 'd' is not one of 'text', "),
+        ("draw cat", "no such command 'draw'; known are generate, serve, "),
+        ("generat cat", "no such command 'generat'; did you mean 'generate'? (see cascade --help)"),
+        ("train tony", "no such command 'tony'; did you mean 'tiny'? (see cascade train --help)"),
     ],
 )
-def test_a_mistyped_command_line_names_the_mistake(run: Run, arguments: tuple[str, ...], words: str) -> None:
+def test_a_mistyped_command_line_is_one_line_that_names_the_mistake(
+    run: Run, arguments: str, message: str
+) -> None:
+    outcome = run(*arguments.split())
+    assert outcome.status == 2
+    [line] = outcome.err.splitlines()
+    assert line.startswith(f"cascade: {message}")
+    assert line.endswith("--help)")
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",)])
+def test_without_a_command_there_is_help(run: Run, arguments: tuple[str, ...]) -> None:
     outcome = run(*arguments)
     assert outcome.status == 2
-    assert words in outcome.err
-    assert "Traceback" not in outcome.err
+    assert outcome.err.startswith("Usage: cascade")
+    assert "cascade: " not in outcome.err
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import cascade
+from app.cli_generate import hint_at_vocabulary
 from tests.app.cli.running import SMALL, Run, files, pixels
 
 TWO_STEPS = ("--seed", 7, "--steps", 2, "--decoder-steps", 1)
@@ -27,7 +28,9 @@ def test_generate_saves_several_pictures_and_a_grid(run: Run, checkpoint: Path, 
     outcome = run("generate", "a cat", "-n", 2, "-o", to, "-m", checkpoint, "--seed", 7, *SMALL)
     assert outcome.status == 0
     assert files(tmp_path) == ["a-0.webp", "a-1.webp", "a-grid.webp"]
-    assert [line.split()[-1] for line in outcome.out.splitlines()] == ["7", "8"]
+    first, second, grid = outcome.out.splitlines()
+    assert [line.split()[-1] for line in (first, second)] == ["7", "8"]
+    assert grid == f"{tmp_path / 'a-grid.webp'}  all of them"
     assert pixels(tmp_path / "a-grid.webp").shape == (128, 260, 3)
 
 
@@ -43,21 +46,22 @@ def test_generate_embeds_settings_on_request(run: Run, checkpoint: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--steps", 0), "steps: must be a whole number from 1 to 100, but is 0"),
-        (("--decoder-steps", 61), "decoder_steps: must be a whole number from 1 to 60"),
-        (("--guidance-scale", "nan"), "guidance_scale: must be a number from 0 to 20"),
-        (("--width", 100, "--height", 128), "width: must be a multiple of 8"),
+        (("--steps", 0), "--steps: must be a whole number from 1 to 100, but is 0"),
+        (("--decoder-steps", 61), "--decoder-steps: must be a whole number from 1 to 60"),
+        (("--guidance-scale", "nan"), "--guidance-scale: must be a number from 0 to 20"),
+        (("--width", 100, "--height", 128), "--width: must be a multiple of 8"),
+        (("--width", 64), "64x1024 is beyond the aspect ratios"),
         (("--width", 4096, "--height", 4096), "more than 4194304 pixels"),
-        (("--seed", -1), "seed: must be a whole number from 0 to 4294967295"),
-        (("-n", 11), "num_images: must be a whole number from 1 to 10"),
-        (("--sampler", "euler"), "sampler: must be one of ddpm, ddim, lcm"),
-        (("--preset", "best"), "preset: must be one of official, diffusers"),
-        (("--device", "toaster"), "device: "),
-        (("--dtype", "int8"), "dtype: "),
-        (("-o", "a.gif"), "output: must end in .png"),
-        (("-o", "nowhere/a.png"), "output: the folder nowhere does not exist"),
-        (("--preview", "now.gif"), "preview: must end in .png"),
-        (("--preview", "nowhere/a.png"), "preview: the folder nowhere does not exist"),
+        (("--seed", -1), "--seed: must be a whole number from 0 to 4294967295"),
+        (("-n", 11), "--num-images: must be a whole number from 1 to 10"),
+        (("--sampler", "euler"), "--sampler: must be one of ddpm, ddim, lcm"),
+        (("--preset", "best"), "--preset: must be one of official, diffusers"),
+        (("--device", "toaster"), "--device: "),
+        (("--dtype", "int8"), "--dtype: "),
+        (("-o", "a.gif"), "--output: must end in .png"),
+        (("-o", "nowhere/a.png"), "--output: the folder nowhere does not exist"),
+        (("--preview", "now.gif"), "--preview: must end in .png"),
+        (("--preview", "nowhere/a.png"), "--preview: the folder nowhere does not exist"),
         (("-m", "nowhere/at/all"), "nowhere/at/all"),
         (("-m", "model.ckpt"), "model.ckpt"),
     ],
@@ -110,9 +114,26 @@ def test_interrupting_ends_cleanly(
 
     monkeypatch.setattr(cascade.Cascade, "from_pretrained", interrupted)
     outcome = run("generate", "a cat", "-o", tmp_path / "a.png", "-m", checkpoint)
-    assert outcome.status == 130
-    assert "Traceback" not in outcome.err
+    assert (outcome.status, outcome.err) == (130, "cascade: interrupted\n")
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "has_hint"),
+    [
+        ("a castle at dusk", "tiny", True),
+        ("two Discs on blue", "tiny", False),
+        ("crosses", "tiny", False),
+        ("a castle at dusk", "elsewhere", False),
+    ],
+)
+def test_only_the_embedded_checkpoint_says_what_it_knows(
+    capsys: pytest.CaptureFixture[str], prompt: str, model: str, has_hint: bool
+) -> None:
+    hint_at_vocabulary(model, prompt)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == has_hint
+    assert all(line.startswith("hint: tiny draws only flat shapes (circle, square,") for line in lines)
 
 
 def test_the_preview_shows_what_stage_c_draws_after_every_step(
@@ -144,6 +165,6 @@ def test_without_a_previewer_there_is_no_preview(run: Run, checkpoint: Path, tmp
     outcome = run("generate", "a cat", "-o", to, "--preview", now, "-m", checkpoint, *SMALL)
     assert outcome.status == 2
     [line] = outcome.err.splitlines()
-    assert line.startswith("cascade: preview: the checkpoint")
+    assert line.startswith("cascade: --preview: the checkpoint")
     assert line.endswith("has no previewer")
     assert files(tmp_path) == []

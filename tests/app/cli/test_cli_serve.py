@@ -37,6 +37,14 @@ def test_a_model_that_cannot_be_loaded_stops_the_server(run: Run, tmp_path: Path
     last = outcome.err.splitlines()[-1]
     assert last.startswith("cascade: ")
     assert str(tmp_path / "nothing") in last
+    assert not data.exists(), "a start that failed leaves no new folder"
+
+
+def test_a_start_that_fails_leaves_the_pictures_of_an_earlier_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "secret").write_text("0" * 64)
+    assert run("serve", "--port", 0, "--data-dir", tmp_path, "--model", tmp_path / "nothing").status == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "secret"]
 
 
 def test_a_public_address_needs_a_key_or_a_word(run: Run, tmp_path: Path) -> None:
@@ -44,14 +52,21 @@ def test_a_public_address_needs_a_key_or_a_word(run: Run, tmp_path: Path) -> Non
     assert outcome.status == 2
     [line] = outcome.err.splitlines()
     assert "CASCADE_API_KEYS" in line
-    assert "--allow-anonymous" in line or "CASCADE_ALLOW_ANONYMOUS" in line
+    assert "--allow-anonymous (CASCADE_ALLOW_ANONYMOUS=true)" in line
 
 
 def test_a_wrong_setting_of_the_server_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASCADE_PROT", "9000")
     outcome = run("serve", "--port", "0")
     assert outcome.status == 2
-    assert "CASCADE_PROT is no setting; did you mean CASCADE_PORT?" in outcome.err
+    assert outcome.err == "cascade: CASCADE_PROT is no setting; did you mean CASCADE_PORT?\n"
+    monkeypatch.delenv("CASCADE_PROT")
+    monkeypatch.setenv("CASCADE_MAX_QUEUE", "-1")
+    outcome = run("serve", "--port", "70000")
+    assert [line.split(": ")[:2] for line in outcome.err.splitlines()] == [
+        ["cascade", "--port"],
+        ["cascade", "CASCADE_MAX_QUEUE"],
+    ]
 
 
 def test_an_unknown_host_is_one_line_that_names_it(run: Run, tmp_path: Path) -> None:
@@ -142,6 +157,10 @@ def test_a_server_that_stops_answers_all_who_wait_and_keeps_their_jobs(tmp_path:
         answers = [visit.result() for visit in visits]
         status, log = server.wait()
     assert "Traceback" not in log
+    assert [json.loads(line)["event"] for line in (log.splitlines()[0], log.splitlines()[-1])] == [
+        "loading",
+        "stopped",
+    ]
     for answer in answers:
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "5"

@@ -131,6 +131,13 @@ def test_a_small_encoder_needs_its_config_for_the_strides_only() -> None:
     assert network_config(component, tensors, to_json(other_strides)) == other_strides
 
 
+def test_a_stride_that_no_encoder_can_have_is_refused() -> None:
+    content = to_json(SMALL_EFFNET)
+    content["stages"][1]["stride"] = 0
+    with pytest.raises(CheckpointError, match="stride must be a whole number of at least 1, but is 0"):
+        network_config(*unread(SMALL_EFFNET), content)
+
+
 @pytest.mark.parametrize(
     "config",
     [DEEP_C, FLAT_B, STAGE_C_1B, SMALL_EFFNET, PreviewerConfig(16, 64, 3), StageAConfig(codebook_size=9)],

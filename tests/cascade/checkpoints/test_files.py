@@ -183,8 +183,9 @@ def test_half_a_checkpoint_is_described_in_one_message(folder: Path) -> None:
 
 
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="found: no component"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint: no \.safetensors file") as error:
         find_parts(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_pickle_is_refused_by_name(folder: Path) -> None:
@@ -205,3 +206,22 @@ def test_a_named_file_goes_before_others_of_its_kind(folder: Path) -> None:
     other = random_pipelines(seed=8).prior.prior
     save_file(other.state_dict(), folder / "tuned.safetensors")
     assert find_parts(folder / "tuned.safetensors")[Component.STAGE_C][0].files[0].name == "tuned.safetensors"
+
+
+@pytest.mark.parametrize("name", ["another.safetensors", "another-00001-of-00002.safetensors"])
+def test_a_damaged_neighbour_does_not_hide_the_named_file(folder: Path, name: str) -> None:
+    file = folder / "stage_c.safetensors"
+    save_file(random_pipelines(seed=8).prior.prior.state_dict(), file)
+    (folder / name).write_bytes(b"x")
+    assert find_parts(file)[Component.STAGE_C][0].files == (file,)
+    with pytest.raises(CheckpointError, match=name):
+        find_parts(folder)
+    with pytest.raises(CheckpointError, match=name):
+        find_parts(folder / name)
+
+
+def test_damage_is_told_when_something_is_missing(folder: Path) -> None:
+    damaged = folder / "decoder" / "diffusion_pytorch_model.safetensors"
+    damaged.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=rf"damaged: {damaged}: .*\n(.*\n)*.*missing: stage_b"):
+        find_parts(folder / "prior" / "diffusion_pytorch_model.safetensors", folder)

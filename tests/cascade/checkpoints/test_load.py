@@ -295,8 +295,16 @@ def test_an_empty_tensor_is_named(folder: Path) -> None:
         load_network(file)
 
 
-@pytest.mark.parametrize(("name", "value"), [("channels", 10**12), ("repeats", "x")])
-def test_a_config_of_impossible_dimensions_is_refused(name: str, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("channels", 10**12, "no network can have these dimensions"),
+        ("repeats", "x", "repeats must be a whole number of at least 1, but is 'x'"),
+    ],
+)
+def test_a_config_of_impossible_dimensions_is_refused(
+    name: str, value: object, message: str, tmp_path: Path
+) -> None:
     """It is complete, and so believed where the tensors lack something."""
     stages = (EffNetStage("fused", 1, 1, 8, 1), EffNetStage("fused", 1, 2, 8, 1))
     network = EffNetEncoder(EffNetConfig(stem_channels=8, stages=stages, head_channels=16))
@@ -309,7 +317,7 @@ def test_a_config_of_impossible_dimensions_is_refused(name: str, value: object, 
     for stage in content["stages"]:
         stage[name] = value
     file.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="no network can have these dimensions") as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load_network(tmp_path)
     assert str(error.value).startswith(f"{weights}: ")
 
@@ -342,8 +350,8 @@ def test_one_component_alone_loads(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "float16"}, "dtype: float16 overflows in Stage C.*use bfloat16"),
-        ({"dtype": torch.float16}, "dtype: float16 overflows"),
+        ({"dtype": "float16"}, "dtype: float16 is refused: .* Stage C exceed its range.*use bfloat16"),
+        ({"dtype": torch.float16}, "dtype: float16 is refused"),
         ({"dtype": "int8"}, "dtype: 'int8' is unknown; allowed are auto, float32, bfloat16"),
         ({"device": "quantum"}, "device: 'quantum' is not here; allowed are auto, cpu"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not here"),

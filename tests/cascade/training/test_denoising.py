@@ -7,7 +7,7 @@ from cascade.sampling.schedule import CosineSchedule, signal_and_noise
 from cascade.training.denoising import Emphasis, noise_batch
 
 SCHEDULE = CosineSchedule(ScheduleConfig(clamp_min=0.02))
-PLAIN = Emphasis(starts=0.0, decoys=0.0, overshot=0.0, wobbly=0.0, low_noise=0.25, highest=8.0)
+PLAIN = Emphasis(starts=0.0, decoys=0.0, overshot=0.0, wobbly=0.0, rough=0.0, low_noise=0.25, highest=8.0)
 
 
 def test_the_true_noise_has_no_loss() -> None:
@@ -25,7 +25,9 @@ def test_levels_are_spread_evenly_over_time() -> None:
 
 
 def test_starts_show_nothing_of_the_picture() -> None:
-    emphasis = Emphasis(starts=0.5, decoys=0.0, overshot=0.0, wobbly=0.0, low_noise=0.25, highest=8.0)
+    emphasis = Emphasis(
+        starts=0.5, decoys=0.0, overshot=0.0, wobbly=0.0, rough=0.0, low_noise=0.25, highest=8.0
+    )
     batch = noise_batch(torch.full((8, 4, 32, 32), 50.0), SCHEDULE, emphasis, np.random.default_rng(0))
     assert batch.latents[:4].mean().abs() < 0.1
     assert batch.latents[:4].std().item() == pytest.approx(1.0, abs=0.02)
@@ -35,7 +37,9 @@ def test_starts_show_nothing_of_the_picture() -> None:
 def test_decoys_show_another_picture_and_lead_to_the_right_one() -> None:
     clean = torch.zeros(64, 1, 4, 4)
     clean[1::2] = 1000.0
-    emphasis = Emphasis(starts=0.0, decoys=1.0, overshot=0.0, wobbly=0.0, low_noise=0.25, highest=8.0)
+    emphasis = Emphasis(
+        starts=0.0, decoys=1.0, overshot=0.0, wobbly=0.0, rough=0.0, low_noise=0.25, highest=8.0
+    )
     batch = noise_batch(clean, SCHEDULE, emphasis, np.random.default_rng(0))
     assert torch.equal(batch.clean, clean)
     wrong = batch.latents[0::2].mean((1, 2, 3)) > 10
@@ -53,7 +57,9 @@ def test_low_noise_counts_more_within_bounds() -> None:
 
 def test_overshot_latents_are_larger_and_lead_back() -> None:
     clean = torch.ones(64, 2, 4, 4) * 10
-    emphasis = Emphasis(starts=0.0, decoys=0.0, overshot=0.5, wobbly=0.0, low_noise=0.25, highest=8.0)
+    emphasis = Emphasis(
+        starts=0.0, decoys=0.0, overshot=0.5, wobbly=0.0, rough=0.0, low_noise=0.25, highest=8.0
+    )
     batch = noise_batch(clean, SCHEDULE, emphasis, np.random.default_rng(0))
     alpha = signal_and_noise(batch.log_snr)[0].float()
     ratio = batch.latents.mean((1, 2, 3)) / (10 * alpha)
@@ -66,7 +72,9 @@ def test_overshot_latents_are_larger_and_lead_back() -> None:
 def test_wobbly_latents_have_the_same_content_elsewhere() -> None:
     clean = torch.zeros(32, 1, 30, 30)
     clean[:, :, 10:20, 10:20] = 1
-    emphasis = Emphasis(starts=0.0, decoys=0.0, overshot=0.0, wobbly=1.0, low_noise=0.25, highest=8.0)
+    emphasis = Emphasis(
+        starts=0.0, decoys=0.0, overshot=0.0, wobbly=1.0, rough=0.0, low_noise=0.25, highest=8.0
+    )
     batch = noise_batch(clean, SCHEDULE, emphasis, np.random.default_rng(0))
     latest = batch.ratio.argmin()
     shown = batch.latents[latest] / signal_and_noise(batch.log_snr[latest])[0].float()
@@ -74,3 +82,16 @@ def test_wobbly_latents_have_the_same_content_elsewhere() -> None:
     assert shown[:, 13:17, 13:17].mean() == pytest.approx(1, abs=0.1)
     assert shown[:, :7, :7].mean() == pytest.approx(0, abs=0.1)
     assert (shown - clean[latest]).abs().max() > 0.3
+
+
+def test_rough_latents_have_more_noise_than_their_level_says() -> None:
+    clean = torch.zeros(400, 1, 8, 8)
+    emphasis = Emphasis(
+        starts=0.0, decoys=0.0, overshot=0.0, wobbly=0.0, rough=0.5, low_noise=0.25, highest=8.0
+    )
+    batch = noise_batch(clean, SCHEDULE, emphasis, np.random.default_rng(0))
+    sigma = signal_and_noise(batch.log_snr)[1].float()
+    late = batch.ratio < 0.2
+    excess = batch.latents[late].std((1, 2, 3)) / sigma[late]
+    assert torch.equal(batch.clean, clean)
+    assert (excess > 1.4).float().mean() == pytest.approx(0.4, abs=0.15)

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.training.loop import STATE_FILE, Plan, fit
+from cascade.training.loop import STATE_FILE, Plan, fit, seconds_spent
 
 PLAN = Plan(steps=12, learning_rate=0.05, warmup=2, ema_decay=0.9, save_every=4)
 
@@ -53,6 +54,32 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path: Path, m
         fit(network(), failing, plan, tmp_path / "b", title="test")
     resumed = fit(network(seed=2), loss, plan, tmp_path / "b", title="test")
     assert torch.equal(weights(resumed), weights(undisturbed))
+
+
+def test_the_time_of_all_parts_of_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def slow(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        clock[0] += 10
+        return loss(module, step, rng)
+
+    fit(linear(), slow, replace(PLAN, steps=4), tmp_path, title="test")
+    assert seconds_spent(tmp_path / STATE_FILE) == 40
+    clock[0] += 500  # between the parts
+    fit(linear(), slow, PLAN, tmp_path, title="test")
+    assert seconds_spent(tmp_path / STATE_FILE) == 10 * PLAN.steps
+
+
+def test_a_state_without_a_time_is_continued_and_its_time_stays_unknown(tmp_path: Path) -> None:
+    fit(linear(), loss, replace(PLAN, steps=4), tmp_path / "a", title="test")
+    state = load_file(tmp_path / "a" / STATE_FILE)
+    (tmp_path / "b").mkdir()
+    save_file(state, tmp_path / "b" / STATE_FILE, metadata={"progress": '{"step": 4}'})
+    resumed = [fit(linear(), loss, PLAN, tmp_path / name, title="test") for name in ("a", "b")]
+    assert torch.equal(weights(resumed[0]), weights(resumed[1]))
+    assert seconds_spent(tmp_path / "a" / STATE_FILE) is not None
+    assert seconds_spent(tmp_path / "b" / STATE_FILE) is None
 
 
 def test_no_partial_file_stays_behind(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from cascade.checkpoints.save import save_component
 from cascade.config import EffNetConfig, EffNetStage, PreviewerConfig
 from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.previewer import Previewer
+from cascade.training.loop import STATE_FILE
 from cascade.training.pack import num_bytes, pack
 from cascade.training.scenes import NATIVE_SIZES
 from cascade.training.stage_b import SCHEDULE as DECODER_SCHEDULE
 from cascade.training.stage_c import SCHEDULE as PRIOR_SCHEDULE
+from cascade.training.times import training_time
 from tests.cascade.diffusers_pipelines import random_pipelines
 
 
@@ -45,6 +47,23 @@ def test_a_packed_run_is_an_ordinary_checkpoint_in_half_precision(trained: Path,
     weights = load_file(tmp_path / "tiny" / "prior" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert num_bytes(tmp_path / "tiny") < 0.6 * num_bytes(trained)
+
+
+def test_the_times_of_the_training_go_into_the_checkpoint_and_its_checksums(
+    trained: Path, tmp_path: Path
+) -> None:
+    pack(trained, tmp_path / "untimed")
+    assert training_time(tmp_path / "untimed") == ""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    for name, seconds in (("stage_b", 7230.5), ("text_training", 600.0)):
+        (run / name).mkdir()
+        progress = json.dumps({"step": 3, "seconds": seconds})
+        save_file({"x": torch.zeros(1)}, run / name / STATE_FILE, metadata={"progress": progress})
+    pack(run, tmp_path / "timed")
+    sentence = training_time(tmp_path / "timed")
+    assert sentence == "The training took, by the clock: `stage_b` 121 min, `text` 10 min."
+    assert "  training.json\n" in (tmp_path / "timed" / "SHA256SUMS").read_text()
+    assert Cascade.from_pretrained(tmp_path / "timed").previewer is not None
 
 
 def test_packing_again_replaces_the_old_checkpoint(trained: Path, tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""How long the components of a run took: kept in the packed checkpoint, told by its card."""
+
+import json
+from pathlib import Path
+
+from cascade.training.loop import STATE_FILE, seconds_spent
+
+TIMES_NAME = "training.json"
+
+
+def save_times(run: Path, folder: Path) -> None:
+    """Write what the state files of a run tell into a checkpoint folder; nothing where they tell nothing."""
+    states = sorted(run.glob(f"*/{STATE_FILE}"))
+    seconds = {state.parent.name.removesuffix("_training"): seconds_spent(state) for state in states}
+    known = {name: round(value, 1) for name, value in seconds.items() if value is not None}
+    if known:
+        (folder / TIMES_NAME).write_text(json.dumps({"seconds": known}, indent=2) + "\n", encoding="utf-8")
+
+
+def training_time(folder: Path) -> str:
+    """A sentence on the training of a packed checkpoint; empty where nothing is recorded."""
+    path = folder / TIMES_NAME
+    if not path.is_file():
+        return ""
+    seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    times = ", ".join(f"`{name}` {value / 60:.0f} min" for name, value in seconds.items())
+    return f"The training took, by the clock: {times}."
