@@ -18,11 +18,11 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=False, omit_defa
     """The root of all messages."""
 
 
-class ToEngine(Message):
+class ToEngine(Message, frozen=True):
     """From the API process."""
 
 
-class Configure(ToEngine, tag="configure"):
+class Configure(ToEngine, frozen=True, tag="configure"):
     """The first message: which model to load, and how to work."""
 
     model: str
@@ -36,7 +36,7 @@ class Configure(ToEngine, tag="configure"):
     faults: tuple[str, ...] = ()  # armed fault points; tests only
 
 
-class Run(ToEngine, tag="run"):
+class Run(ToEngine, frozen=True, tag="run"):
     """Make one picture of a job."""
 
     job: str
@@ -51,28 +51,28 @@ class Run(ToEngine, tag="run"):
     is_alone: bool = False  # quarantined: nothing else may be in work beside it
 
 
-class Cancel(ToEngine, tag="cancel"):
+class Cancel(ToEngine, frozen=True, tag="cancel"):
     """Stop the work on a job; no more is said of it."""
 
     job: str
 
 
-class WantPreviews(ToEngine, tag="previews"):
+class WantPreviews(ToEngine, frozen=True, tag="previews"):
     """Somebody watches a picture: send so many previews of it, spread over Stage C."""
 
     job: str
     count: int
 
 
-class Drain(ToEngine, tag="drain"):
+class Drain(ToEngine, frozen=True, tag="drain"):
     """Finish what is aboard, then exit with 0."""
 
 
-class FromEngine(Message):
+class FromEngine(Message, frozen=True):
     """To the API process."""
 
 
-class Ready(FromEngine, tag="ready"):
+class Ready(FromEngine, frozen=True, tag="ready"):
     """The model is loaded, profiled and warm."""
 
     device: str
@@ -83,13 +83,13 @@ class Ready(FromEngine, tag="ready"):
     step_seconds: dict[str, float]  # per row, by "stage:HxW" of profiled shapes; see cost.py
 
 
-class Unusable(FromEngine, tag="unusable"):
+class Unusable(FromEngine, frozen=True, tag="unusable"):
     """The model cannot be loaded; the engine exits with 2, and starting it again would not help."""
 
     reason: str
 
 
-class Stepped(FromEngine, tag="stepped"):
+class Stepped(FromEngine, frozen=True, tag="stepped"):
     """Where pictures stand; at most ten times a second per job."""
 
     job: str
@@ -100,7 +100,7 @@ class Stepped(FromEngine, tag="stepped"):
     remaining: float  # seconds that its work is predicted to take from here, alone
 
 
-class Previewed(FromEngine, tag="previewed"):
+class Previewed(FromEngine, frozen=True, tag="previewed"):
     """A small picture of what Stage C has in mind."""
 
     job: str
@@ -111,7 +111,7 @@ class Previewed(FromEngine, tag="previewed"):
     pixels: bytes  # RGB, 8 bits, rows from the top
 
 
-class Latents(FromEngine, tag="latents"):
+class Latents(FromEngine, frozen=True, tag="latents"):
     """Stage C is done; with these, Stage B can be repeated alone."""
 
     job: str
@@ -119,7 +119,7 @@ class Latents(FromEngine, tag="latents"):
     latents: bytes
 
 
-class Pixels(FromEngine, tag="pixels"):
+class Pixels(FromEngine, frozen=True, tag="pixels"):
     """A finished picture."""
 
     job: str
@@ -135,7 +135,7 @@ class Pixels(FromEngine, tag="pixels"):
     decode_seconds: float
 
 
-class Failed(FromEngine, tag="failed"):
+class Failed(FromEngine, frozen=True, tag="failed"):
     """A picture cannot be made; the others of its job are dropped too."""
 
     job: str
@@ -156,7 +156,7 @@ class Observation(msgspec.Struct, frozen=True):
     is_backlogged: bool  # whether the batch left rows of its own kind behind
 
 
-class Heartbeat(FromEngine, tag="heartbeat"):
+class Heartbeat(FromEngine, frozen=True, tag="heartbeat"):
     """The engine lives. Sent every second by a thread of its own, with what the loop is busy with."""
 
     busy_seconds: float  # since the step in work began; 0 when idle
@@ -168,7 +168,7 @@ class Heartbeat(FromEngine, tag="heartbeat"):
     events: dict[str, int] = {}  # halvings, bisections, cache hits and misses since the last heartbeat
 
 
-class DeviceLost(FromEngine, tag="device_lost"):
+class DeviceLost(FromEngine, frozen=True, tag="device_lost"):
     """The device answers nothing but errors; the engine exits with 3, to be replaced."""
 
     reason: str
@@ -178,8 +178,8 @@ AnyToEngine = Configure | Run | Cancel | WantPreviews | Drain
 AnyFromEngine = Ready | Unusable | Stepped | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(AnyToEngine)
-_from_engine = msgspec.msgpack.Decoder(AnyFromEngine)
+_to_engine: msgspec.msgpack.Decoder[AnyToEngine] = msgspec.msgpack.Decoder(AnyToEngine)
+_from_engine: msgspec.msgpack.Decoder[AnyFromEngine] = msgspec.msgpack.Decoder(AnyFromEngine)
 
 
 def pack(message: Message) -> bytes:

@@ -56,11 +56,11 @@ def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 @pytest.mark.anyio
 async def test_without_a_terminal_the_log_is_json_and_nothing_else(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with serve(log_level="info", port=8123, host="::1"):
+    async with announced(runner, data_dir=tmp_path, port=8123, host="::1"):
         pass
-    ready, stopped = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    ready, stopped = (line for line in logged(capsys) if line["event"] in ("ready", "stopped"))
     assert (ready["event"], ready["url"], ready["model"], ready["device"]) == (
         "ready",
         "http://[::1]:8123",
@@ -72,33 +72,35 @@ async def test_without_a_terminal_the_log_is_json_and_nothing_else(
 
 @pytest.mark.anyio
 async def test_only_beyond_this_machine_a_missing_key_is_worth_a_warning(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with serve(log_level="warning", host="0.0.0.0", allow_anonymous=True):
+    quiet = {"data_dir": tmp_path, "log_level": "warning"}
+    async with announced(runner, host="0.0.0.0", allow_anonymous=True, **quiet):
         pass
-    assert "no API key" in json.loads(capsys.readouterr().err)["event"]
-    async with serve(log_level="warning"):
+    assert "no API key" in logged(capsys)[0]["event"]
+    async with announced(FakeRunner(), **quiet):
         pass
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.anyio
 async def test_a_terminal_gets_a_request_to_paste(
-    serve: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    async with serve(port=8123):
+    quiet = {"data_dir": tmp_path, "log_level": "error"}
+    async with announced(FakeRunner(), port=8123, **quiet):
         pass
     [example] = capsys.readouterr().err.splitlines()
     words = shlex.split(example)
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:8123/v1/images/generations"]
     assert json.loads(words[-1])["prompt"] == "a red circle on a blue background"
-    async with serve(api_keys="secret"):
+    async with announced(FakeRunner(), api_keys="secret", **quiet):
         pass
     example = capsys.readouterr().err
     assert "-H \"authorization: Bearer $KEY\" -H 'content-type: application/json'" in example
     assert "secret" not in example
-    async with serve(log_format="json"):
+    async with announced(FakeRunner(), log_format="json", **quiet):
         pass
     assert capsys.readouterr().err == ""
 
@@ -161,14 +163,14 @@ async def test_old_jobs_and_their_pictures_are_removed_in_the_background(
 
 @pytest.mark.anyio
 async def test_nothing_is_left_behind_when_a_server_stops(tmp_path: Path, serve: Serve) -> None:
-    descriptors = open_descriptors()
+    descriptors, others = open_descriptors(), set(threading.enumerate())
     for _ in range(5):
         async with serve() as client:
             answers = [client.post("/v1/images/generations", json={"prompt": "x"}) for _ in range(4)]
             await asyncio.gather(*answers)
     names = ("engine", "encoder", "reader", "writer", "database")
-    ours = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
-    assert ours == []
+    left = set(threading.enumerate()) - others
+    assert [thread for thread in left if thread.name.startswith(names)] == []
     assert open_descriptors() <= descriptors + 2
 
 
