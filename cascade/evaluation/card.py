@@ -13,7 +13,7 @@ from cascade.training.scenes import COLOURS, NATIVE_SIZES, SHAPES
 _RECIPE = (
     ("tokenizer, text tower", "facts of captions read by linear layers", "text"),
     ("vision tower", "contrast with the frozen text tower, facts read by linear layers", "vision"),
-    ("Stage A", "squared and absolute error on crops with edges, codebook", "stage_a"),
+    ("Stage A", "error on crops with edges, codebook; at last the decoder alone, by contrast", "stage_a"),
     ("semantic encoder, previewer", "squared error to the code, to small pictures", "encoder"),
     ("Stage C", "text to code, noise prediction", "stage_c"),
     ("Stage B", "code to Stage A latents, noise prediction", "stage_b"),

@@ -59,7 +59,7 @@ TINY_STAGE_B = StageBConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.02)
 PLAN = Plan(
-    steps=4000,
+    steps=6500,
     learning_rate=5e-4,
     matrix_rate=1e-3,
     compute_dtype=torch.bfloat16,

@@ -58,7 +58,7 @@ TINY_STAGE_C = StageCConfig(
 )
 SCHEDULE = ScheduleConfig(clamp_min=0.005)
 PLAN = Plan(
-    steps=8400,
+    steps=10400,
     learning_rate=1.5e-3,
     matrix_rate=7e-3,
     compute_dtype=torch.bfloat16,

@@ -88,15 +88,40 @@ def test_a_few_steps_lower_the_loss_and_the_norm_stays_the_identity(small_batche
     assert torch.equal(norm["weight"], torch.ones(4))
 
 
+def test_in_the_end_only_the_decoder_learns_and_pale_edges_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_batches: None
+) -> None:
+    monkeypatch.setattr(stage_a, "held_out_pictures", lambda count: torch.rand(1, 3, 64, 64))
+    exported: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        stage_a, "save_component", lambda model, folder, dtype: exported.append(model.state_dict())
+    )
+    for steps in (0, 2):
+        stage_a.train(tmp_path, Plan(steps=1, learning_rate=1e-3), Plan(steps=steps, learning_rate=1e-2))
+    before, after = exported
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"up_blocks", "out_block"}
+
+    model = StageA(stage_a.TINY_STAGE_A)
+    stage_a.initialise(model)
+    edges = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    values = []
+    for contrast in (1.0, 0.3):
+        monkeypatch.setattr(stage_a, "crops", lambda rng, count, c=contrast: 0.5 + c * (edges - 0.5))
+        values.append(stage_a.decoder_loss(model, 0, np.random.default_rng(0))[0].item())
+    assert values[1] > values[0]
+
+
 def test_training_writes_a_component_with_unit_variance_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_batches: None
 ) -> None:
     pictures = stage_a.held_out_pictures(2)
     monkeypatch.setattr(stage_a, "held_out_pictures", lambda count: pictures)
-    stage_a.train(tmp_path, Plan(steps=2, learning_rate=1e-3))
+    plans = Plan(steps=2, learning_rate=1e-3), Plan(steps=1, learning_rate=1e-3)
+    stage_a.train(tmp_path, *plans)
     saved: dict[str, StageA] = {}
     monkeypatch.setattr(stage_a, "save_component", lambda model, folder, dtype: saved.update(model=model))
-    stage_a.train(tmp_path, Plan(steps=2, learning_rate=1e-3))  # finds the finished run and only exports it
+    stage_a.train(tmp_path, *plans)  # finds the finished run and only exports it
     weights = load_file(tmp_path / "vqgan" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(weights["out_block.0.weight"], saved["model"].state_dict()["out_block.0.weight"])
     with torch.inference_mode():
