@@ -23,7 +23,12 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
     is_console = is_for_people(settings, stream)
     # repr_native_str: a line break or an escape sequence in a value must not reach the terminal.
     renderer: Processor = (
-        structlog.dev.ConsoleRenderer(colors=stream.isatty(), repr_native_str=True, pad_event_to=20)
+        structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(),
+            repr_native_str=True,
+            pad_event_to=20,
+            exception_formatter=structlog.dev.plain_traceback,  # the pretty one shows variables, and so prompts
+        )
         if is_console
         else structlog.processors.JSONRenderer()
     )

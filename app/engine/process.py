@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--log-format", default="json")
     options = parser.parse_args(arguments)
     settings = {"log_level": options.log_level, "log_format": options.log_format}
-    logger = make_logger(Settings.model_validate(settings))
+    # Not from the environment: its other settings are the server's, and checked by it.
+    logger = make_logger(Settings.model_construct(**settings))
 
     from app.engine.runner import CascadeRunner
 

@@ -31,3 +31,15 @@ def test_lines_of_a_library_are_passed_on_while_the_block_lasts() -> None:
     assert "ValueError: broken" in failed["exception"]
     assert logging.getLogger("some.library").handlers == []
     assert logging.getLogger("some.library").propagate
+
+
+def test_no_traceback_shows_the_variables_of_the_code_that_failed() -> None:
+    for log_format in ("console", "json"):
+        stream = io.StringIO()
+        prompt = " ".join(("a", "secret", "wish"))
+        try:
+            raise ValueError(f"broken after {len(prompt)} characters")
+        except ValueError:
+            make_logger(Settings(log_format=log_format), stream).exception("failed")
+        assert "broken after 13 characters" in stream.getvalue()
+        assert prompt not in stream.getvalue()

@@ -1,6 +1,7 @@
 """An engine at the other end of a socket: what it says first and last, how it ends, whom it outlives."""
 
 import io
+import os
 import signal
 import socket
 import subprocess
@@ -263,7 +264,10 @@ def test_a_process_heeds_no_signals_and_never_outlives_its_parent(
 def test_the_module_is_the_process(sockets: tuple[socket.socket, socket.socket]) -> None:
     here, there = sockets
     command = [sys.executable, "-m", "app.engine.process", "--socket-fd", str(there.fileno())]
-    with subprocess.Popen(command, pass_fds=[there.fileno()], cwd=ROOT, stderr=subprocess.PIPE) as child:
+    environment = {**os.environ, "CASCADE_HOST": "0.0.0.0", "CASCADE_MAX_QUEUE": "?"}  # the server's affair
+    with subprocess.Popen(
+        command, pass_fds=[there.fileno()], cwd=ROOT, stderr=subprocess.PIPE, env=environment
+    ) as child:
         there.close()
         parent = Parent(here, from_engine)
         here.settimeout(120)
