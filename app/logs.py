@@ -27,7 +27,7 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
             colors=stream.isatty(),
             repr_native_str=True,
             pad_event_to=20,
-            exception_formatter=structlog.dev.plain_traceback,  # the pretty one shows variables, and so prompts
+            exception_formatter=structlog.dev.plain_traceback,  # the pretty one shows prompts
         )
         if is_console
         else structlog.processors.JSONRenderer()

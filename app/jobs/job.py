@@ -1,8 +1,8 @@
 """A job: one accepted request on its way to pictures, as the database keeps it.
 
 Jobs are values. Only their own methods move them: from queued over running to succeeded, failed, canceled or
-expired. A store writes the moved job only if the row still is what it was moved from. The fence counts claims:
-a worker that lost its lease holds an old one, and nothing it writes is taken.
+expired. A store writes the moved job only if the row still is what it was moved from. The fence counts
+claims: a worker that lost its lease holds an old one, and nothing it writes is taken.
 """
 
 import secrets
