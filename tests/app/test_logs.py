@@ -41,5 +41,5 @@ def test_no_traceback_shows_the_variables_of_the_code_that_failed() -> None:
             raise ValueError(f"broken after {len(prompt)} characters")
         except ValueError:
             make_logger(Settings(log_format=log_format), stream).exception("failed")
-        assert "broken after 13 characters" in stream.getvalue()
+        assert "broken after 12 characters" in stream.getvalue()
         assert prompt not in stream.getvalue()
