@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -90,6 +91,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
     feeding: list[asyncio.Task[None]] = []
 
     def ready() -> None:
+        gc.freeze()  # or each look at what stays for ever would hold up everybody for a tenth of a second
         manager.ready(f"serving {settings.model_name}")
         feeding.append(asyncio.create_task(manager.keep_alive()))
 
@@ -127,8 +129,8 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):  # the latter of names that cannot be one
         raise OSError(f"the host {host!r} is not known here; choose an address with --host") from None
-    family, _, _, _, address = found[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where the protocol is named
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)

@@ -270,6 +270,14 @@ class Settings(BaseSettings):
         return self
 
 
+def engine_environment() -> dict[str, str]:
+    """What an engine process is started with: ours, and memory in huge pages where the system has some.
+
+    They make a CPU some 5 to 10 % faster, and only the start of a process can choose them.
+    """
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+
+
 def service_environment() -> dict[str, str]:
     """What a service manager set for this process, by names that are its own."""
     names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")

@@ -1,12 +1,16 @@
 """What a program that owns its process does to run networks well on a CPU; the library does none of it."""
 
 import ctypes
+import os
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from cascade.models import Models
 
+_NICENESS = 5  # beyond that of the process that started us
 _SMALL = 50_000_000  # parameters
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -42,3 +46,14 @@ def suit_threads(models: "Models") -> None:
     num_parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
     if models.device.type == "cpu" and num_parameters < _SMALL:
         torch.set_num_threads(1)
+
+
+def give_way(device: "torch.device") -> None:
+    """Let the process that started this one come first where a network takes the processor itself.
+
+    It takes all that it can get, and a server would wait for whole slices of the scheduler before it says a
+    word. Holds for this thread and those that it starts.
+    """
+    if device.type == "cpu":
+        parent, own = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getppid(), 0))
+        os.setpriority(os.PRIO_PROCESS, 0, max(own, parent + _NICENESS))

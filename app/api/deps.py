@@ -55,12 +55,12 @@ class Services:
     clock: Callable[[], float]  # seconds since 1970
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
-def _exchange(request: Request) -> Exchange:
+async def _exchange(request: Request) -> Exchange:
     exchange: Exchange = request.state.exchange
     return exchange
 
@@ -88,7 +88,7 @@ async def authenticate(request: Request, services: TheServices, exchange: TheExc
     exchange.key_name = found.name
 
 
-def count_request(services: TheServices, exchange: TheExchange) -> None:
+async def count_request(services: TheServices, exchange: TheExchange) -> None:
     """Refuse a key that asks for pictures too often. Stands behind `authenticate`."""
     exchange.headers.update(services.limit.take(exchange.tenant))
 

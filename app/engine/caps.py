@@ -24,6 +24,12 @@ class Caps:
         rows = self._estimated(key)
         return max(1, rows if self._max_rows is None else min(rows, self._max_rows))
 
+    @property
+    def largest(self) -> int:
+        """Of those of the profiled shapes."""
+        rows = max(self._profiled.values())
+        return rows if self._max_rows is None else min(rows, self._max_rows)
+
     def halve(self, key: BatchKey) -> None:
         """Allow half of the rows from now on, but at least 1."""
         self._halved[key] = max(1, self.cap(key) // 2)
@@ -33,4 +39,4 @@ class Caps:
         cells = key.shape[0] * key.shape[1]
         known = [area for stage, area in self._profiled if stage == key.stage]
         nearest = min(known, key=lambda area: abs(area - cells))
-        return self._profiled[key.stage, nearest] * nearest // cells
+        return round(self._profiled[key.stage, nearest] * nearest / cells)

@@ -101,7 +101,9 @@ class Finisher:
                 return None
             self._is_working = True
             if self._drawn:
-                return partial(self._finish, self._take_alike())
+                pictures = self._take_alike()
+                is_backlogged = any(picture.key == pictures[0].key for picture in self._drawn)
+                return partial(self._finish, pictures, is_backlogged)
             picture = next(iter(self._previews))
             return partial(self._show, picture, self._previews.pop(picture))
 
@@ -112,22 +114,22 @@ class Finisher:
             pictures.append(self._drawn.popleft())
         return pictures
 
-    def _finish(self, pictures: list[Picture]) -> None:
+    def _finish(self, pictures: list[Picture], is_backlogged: bool) -> None:
         """Decode and send. When that fails for two, each is tried alone."""
         try:
-            decoded = self._decode(pictures)
+            decoded = self._decode(pictures, is_backlogged)
         except Exception as error:
             raise_if_gone(error)
             if len(pictures) == 1:
                 self._report(Finished(pictures[0], error))
             else:
                 for picture in pictures:
-                    self._finish([picture])
+                    self._finish([picture], is_backlogged=False)
         else:
             for picture, made in zip(pictures, decoded, strict=True):
                 self._send_off(picture, made)
 
-    def _decode(self, pictures: list[Picture]) -> list[Decoded]:
+    def _decode(self, pictures: list[Picture], is_backlogged: bool) -> list[Decoded]:
         with self._pulse.busy(sum(picture.entry.cost_left for picture in pictures)):
             began = self._clock()
             decoded = self._runner.decode([picture.track for picture in pictures])
@@ -139,7 +141,7 @@ class Finisher:
             samples=rows,
             seconds=seconds,
             cap=AT_ONCE,
-            is_backlogged=bool(self._drawn),
+            is_backlogged=is_backlogged,
         )
         self._report(tick)
         return decoded

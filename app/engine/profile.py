@@ -40,7 +40,9 @@ def measure(
                 of_stage[rows] = seconds(stage, rows)
             except OutOfMemory:
                 break
-            if _gain(of_stage, rows) < WORTHWHILE_GAIN:
+            if not _is_worthwhile(of_stage, rows):  # once more, in case something else was in the way
+                of_stage[rows] = min(of_stage[rows], seconds(stage, rows))
+            if not _is_worthwhile(of_stage, rows):
                 break
     return measured
 
@@ -55,7 +57,7 @@ def _doubled(limit: int) -> Iterator[int]:
 def best_rows(measured: Mapping[int, float]) -> int:
     """The rows beyond which twice as many are not worth it."""
     rows = 1
-    while 2 * rows in measured and _gain(measured, 2 * rows) >= WORTHWHILE_GAIN:
+    while 2 * rows in measured and _is_worthwhile(measured, 2 * rows):
         rows *= 2
     return rows
 
@@ -97,6 +99,6 @@ def save_profile(path: Path, profile: Profile) -> None:
         partial.replace(path)
 
 
-def _gain(measured: Mapping[int, float], rows: int) -> float:
-    """How many times the rows per second of half as many rows."""
-    return measured[rows // 2] * 2 / measured[rows]
+def _is_worthwhile(measured: Mapping[int, float], rows: int) -> bool:
+    """Whether a step of so many rows brings enough more rows per second than one of half as many."""
+    return measured[rows // 2] * 2 / measured[rows] >= WORTHWHILE_GAIN

@@ -81,6 +81,7 @@ class Ready(FromEngine, frozen=True, tag="ready"):
     native_height: int
     max_samples: int  # pictures that fit into memory together
     step_seconds: dict[str, float]  # per row, by "stage:HxW" of profiled shapes; see cost.py
+    full_rows: int = 1  # of a batch, beyond which more are not worth it in any stage
 
 
 class Unusable(FromEngine, frozen=True, tag="unusable"):

@@ -95,10 +95,11 @@ class CascadeRunner:
     def load(self, configure: Configure) -> Ready:
         """Read the checkpoint onto the device, find out how many rows it likes, and warm up."""
         from cascade.checkpoints.load import load_cascade
-        from cascade.cpu import keep_freed_memory, suit_threads
+        from cascade.cpu import give_way, keep_freed_memory, suit_threads
 
         keep_freed_memory()
         models = load_cascade(configure.model, device=configure.device, dtype=configure.dtype)
+        give_way(models.device)
         suit_threads(models)
         return self.take(models, configure)
 
@@ -125,6 +126,7 @@ class CascadeRunner:
             native_height=height,
             max_samples=min(rehearsal.num_pictures(), MAX_SAMPLES),
             step_seconds=row_seconds(profile),
+            full_rows=self._caps.largest,
         )
 
     def start(self, run: Run) -> CascadeTrack:

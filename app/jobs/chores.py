@@ -59,6 +59,7 @@ class Chores:
             self._has_news.clear()
             if loop.time() >= next_round:
                 next_round = loop.time() + ROUND_SECONDS
+                self._may_claim = True  # what others put into the queue
                 await self._try(self._renew, self._expire, self._claim, self._look_around, self._count)
             else:
                 await self._try(self._claim)
@@ -111,7 +112,6 @@ class Chores:
     async def _look_around(self) -> None:
         """See to the jobs that are in nobody's hands here: others may have them done, or end them."""
         self._round += 1
-        self._may_claim = True  # what others put into the queue
         for job_id, is_awaited, is_watched in self._means.events.unended():
             is_due = is_watched or self._round % IDLE_ROUNDS == 0
             is_due |= is_awaited and (not self._is_sole or self._round % OTHERS_ROUNDS == 0)

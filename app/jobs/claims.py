@@ -20,10 +20,18 @@ TOO_MANY_CRASHES = Failure(
 )
 
 
-def claim(connection: Connection, worker: str, limit: int, lease_seconds: float, now: float) -> list[Job]:
-    """Take up to `limit` of the jobs that are next."""
+def claim(
+    connection: Connection,
+    worker: str,
+    limit: int,
+    lease_seconds: float,
+    without: Collection[str],
+    now: float,
+) -> list[Job]:
+    """Take up to `limit` of the jobs that are next, but none of the tenants `without`."""
     order = claim_order(now)
-    query = select(jobs).join(order, jobs.c.number == order.c.number).where(IS_QUEUED)
+    query = select(jobs).join(order, jobs.c.number == order.c.number)
+    query = query.where(IS_QUEUED, jobs.c.tenant.not_in(without))
     query = query.order_by(order.c.turn, jobs.c.number).limit(limit)
     found = rows.lock(connection, query, skip_locked=True)
     return [rows.put(connection, job.claimed(worker, now, lease_seconds)) for job in found]
@@ -37,13 +45,22 @@ def renew(connection: Connection, worker: str, lease_seconds: float, now: float)
     return [row.id for row in found if row.cancel_requested]
 
 
-def save_picture(connection: Connection, job: Job, index: int, columns: Mapping[str, object]) -> bool:
-    """Write what became of a picture; False when the job is not held under this fence any more."""
+def save_picture(
+    connection: Connection, job: Job, index: int, columns: Mapping[str, object], ended: Job | None = None
+) -> bool:
+    """Write what became of a picture, and of its job when that has `ended` with it.
+
+    False when the job is not held under this fence any more, or never had such a picture.
+    """
     held = select(jobs.c.id).where(jobs.c.id == job.id, jobs.c.fence == job.fence, IS_RUNNING)
     if connection.scalar(held.with_for_update()) is None:
         return False
     picture = (pictures.c.job_id == job.id) & (pictures.c.idx == index)
-    return connection.execute(update(pictures).where(picture).values(columns)).rowcount == 1
+    if connection.execute(update(pictures).where(picture).values(columns)).rowcount != 1:
+        return False
+    if ended is not None:
+        rows.put(connection, ended)
+    return True
 
 
 def load_latents(connection: Connection, job_id: str) -> dict[int, bytes]:

@@ -20,7 +20,7 @@ Point = Literal[
     "after_claim",  # the job is ours, no engine knows
     "after_latents",  # the latents of Stage C are in the row, Stage B goes on
     "after_image_before_commit",  # the file is there, no row names it
-    "after_image",  # the picture is in its row, the job has not ended
+    "after_image",  # the picture is in its row, nobody is told
     "after_commit_before_event",  # the job has ended, nobody who waits knows
     "engine_before_step",  # a batch is chosen, not stepped
 ]

@@ -4,17 +4,16 @@ Whatever dies, here or there, at whatever moment: what is missing is made again,
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Stepped
-from app.jobs.flights import MAX_IMAGES, Flight, Slot
+from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
 from app.jobs.keeping import Keeper, Means
 from app.jobs.supervisor import Supervisor
 
-CLAIMED_AT_ONCE = 16  # jobs; boarding more would hold up the event loop
 LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines
 
 
@@ -54,18 +53,15 @@ class Fleet:
 
     async def claim(self, lease_seconds: float) -> bool:
         """Fill the engines, the one with the least to do first. True when there may be more than fits."""
+        done: set[Slot] = set()
         async with self._boarding:
             await self._return_strays()
-            while not self.keeper.is_leaving and (slot := self._emptiest()) is not None:
-                fitting = min(max(slot.room // MAX_IMAGES, 1), CLAIMED_AT_ONCE)
-                limit = fitting if len(self.slots) == 1 else 1
-                slot.may_hold_strays = True  # until all that was claimed is known here
-                jobs = await self._store.claim(slot.worker, limit=limit, lease_seconds=lease_seconds)
-                for job in jobs:
-                    await self._board(slot, job)
-                slot.may_hold_strays = False
-                if len(jobs) < limit:
-                    return False
+            while not self.keeper.is_leaving and (slot := self._emptiest(done)) is not None:
+                sated = slot.sated
+                if not await self._claim(slot, lease_seconds, sated):
+                    if not sated:
+                        return False
+                    done.add(slot)
         return True
 
     async def renew(self, lease_seconds: float) -> None:
@@ -147,9 +143,18 @@ class Fleet:
     def _slot(self, engine: Supervisor) -> Slot:
         return next(slot for slot in self.slots if slot.engine is engine)
 
-    def _emptiest(self) -> Slot | None:
-        roomy = [slot for slot in self.slots if slot.room > 0]
+    def _emptiest(self, done: Collection[Slot]) -> Slot | None:
+        roomy = [slot for slot in self.slots if slot.room > 0 and slot not in done]
         return min(roomy, key=lambda slot: slot.seconds_left, default=None)
+
+    async def _claim(self, slot: Slot, lease_seconds: float, sated: Collection[str]) -> bool:
+        """Board one job that is not of these tenants. The next one may be for another engine."""
+        slot.may_hold_strays = True  # until all that was claimed is known here
+        jobs = await self._store.claim(slot.worker, limit=1, lease_seconds=lease_seconds, without=sated)
+        for job in jobs:
+            await self._board(slot, job)
+        slot.may_hold_strays = False
+        return bool(jobs)
 
     async def _return_strays(self) -> None:
         """Jobs that a failed claim left under our name, unknown to us, go back when nothing else is there."""

@@ -5,7 +5,7 @@ Nothing here is written down. When this process dies, the database knows what th
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from app.engine.protocol import Cancel, Pixels, Run, Stepped, WantPreviews
@@ -13,7 +13,8 @@ from app.jobs.job import Job, Progress, StoredImage, Timings
 from app.jobs.supervisor import Supervisor
 
 ALMOST_DONE = 0.99  # what a fraction is at most before the job has ended
-MAX_IMAGES = 10  # of a job
+ROWS_OF_GUIDED = 2
+LEAST_PLENTY = 16  # pictures of a tenant that are aboard before it is sated, however small the batches are
 LOAD_SECONDS = 0.2  # between two sums of what is left to do
 
 
@@ -70,10 +71,10 @@ class Flight:
                 self._longest.get(step.index, 0.0), step.remaining, self.picture_seconds
             )
 
-    def keep(self, image: StoredImage) -> None:
-        """A picture is in the database."""
+    def job_with(self, image: StoredImage) -> Job:
+        """The job once a picture is in the database."""
         images = sorted([*self.job.images, image], key=lambda image: image.index)
-        self.job = replace(self.job, images=tuple(images))
+        return replace(self.job, images=tuple(images))
 
     def arrived(self, made: Pixels, encode_seconds: float) -> None:
         """Take note of what a picture took; of several, which share the device, the longest counts."""
@@ -155,6 +156,20 @@ class Slot:
         return max(ready.max_samples - self.num_aboard, int(not self.flights))
 
     @property
+    def sated(self) -> frozenset[str]:
+        """Tenants with enough pictures here to fill the batches.
+
+        More would only wait here instead of in the queue, where they count against its bound; each would take
+        longer, and none would be done sooner.
+        """
+        full_rows = self.engine.ready.full_rows if self.engine.ready else 0
+        plenty = max(LEAST_PLENTY, full_rows // ROWS_OF_GUIDED)
+        num_missing: Counter[str] = Counter()
+        for flight in self.flights.values():
+            num_missing[flight.job.tenant] += len(flight.missing)
+        return frozenset(tenant for tenant, number in num_missing.items() if number >= plenty)
+
+    @property
     def seconds_left(self) -> float:
         """Of work in its hands. Summed up now and then, for it is asked for with every step of every job."""
         now = time.monotonic()
@@ -177,6 +192,8 @@ class Slot:
 
     def board(self, now: float) -> None:
         """Send those who may go, in their order."""
+        if not self._waiting:  # as a rule, and to count who is aboard takes long with many jobs
+            return
         num_aboard = self.num_aboard
         while self._waiting and self._may_board(self._waiting[0][0], num_aboard):
             flight, index = self._waiting.popleft()
@@ -191,7 +208,8 @@ class Slot:
         if self.flights.pop(flight.job.id, None) is None:
             return
         self._load_known_until = 0.0
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not flight)
+        if self._waiting:
+            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not flight)
         if flight.is_aboard:
             self.engine.send(Cancel(flight.job.id))
 

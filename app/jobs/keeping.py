@@ -186,15 +186,18 @@ class Keeper:
                 await self._add_picture(flight, image)
 
     async def _add_picture(self, flight: Flight, image: StoredImage) -> None:
-        if not await self.persist(partial(self._store.save_image, flight.job, image)):
+        job = flight.job_with(image)
+        is_last = len(job.images) == job.num_images
+        ended = job.succeeded(self._means.clock(), flight.timings) if is_last else None
+        if not await self.persist(partial(self._store.save_image, flight.job, image, ended)):
             await self._let_go(flight)
             return
-        flight.keep(image)
+        flight.job = job
         self._means.metrics.pictures.inc()
-        self._events.publish(flight.job.id, image)
-        self._events.publish(flight.job.id, flight.progress())
-        if len(flight.job.images) == flight.job.num_images:
-            await self._end(flight, flight.job.succeeded(self._means.clock(), flight.timings))
+        self._events.publish(job.id, image)
+        self._events.publish(job.id, flight.progress())
+        if ended is not None:
+            self._tell_end(flight, ended)
 
     def _failed(self, failure: Failure, job: Job) -> Job:
         return job.failed(failure, self._means.clock())
@@ -204,12 +207,15 @@ class Keeper:
     async def _end(self, flight: Flight, after: Job) -> None:
         """Write the end of a flight, then tell of it. If the job moved on without us, tell where it is."""
         is_ours = await self.persist(partial(self._store.move, flight.job, after))
-        self._means.faults.hit("after_commit_before_event")
         if is_ours and after.is_finished:
-            self.drop(flight)
-            self.tell(after, is_ours=True)
+            self._tell_end(flight, after)
         else:
             await self._let_go(flight, is_ours=is_ours)
+
+    def _tell_end(self, flight: Flight, ended: Job) -> None:
+        self._means.faults.hit("after_commit_before_event")
+        self.drop(flight)
+        self.tell(ended, is_ours=True)
 
     async def _let_go(self, flight: Flight, *, is_ours: bool = False) -> None:
         """The job is not in our hands any more."""

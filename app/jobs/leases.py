@@ -6,8 +6,10 @@ lease with a clock: it is out when its holder has not renewed it for so long whi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 
 LOOKS = 3  # a worker must have been found silent so many times
+LOOK_SECONDS = 0.25  # from one look to the next; a claim in between does not wait for one
 
 
 @dataclass(slots=True)
@@ -23,6 +25,12 @@ class LeaseWatch:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._holders: dict[str, _Holder] = {}
+        self._looked_at = -inf
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look again."""
+        return self._clock() - self._looked_at >= LOOK_SECONDS
 
     def silent(self, leases: Mapping[str, float], lease_seconds: float) -> set[str]:
         """The workers among those that hold `leases` now which gave no sign of life for a lease's length.
@@ -30,7 +38,7 @@ class LeaseWatch:
         The time between two looks counts only up to a part of the lease: when the database was away for
         minutes, nobody could renew, and we did not see anybody fail to.
         """
-        now = self._clock()
+        now = self._looked_at = self._clock()
         holders = {worker: self._look(worker, lease, now, lease_seconds) for worker, lease in leases.items()}
         self._holders = holders
         return {worker for worker, holder in holders.items() if holder.silent_seconds >= lease_seconds}

@@ -12,7 +12,7 @@ from app.engine.contract import AnyRunner
 from app.engine.process import serve_in_thread
 from app.engine.protocol import AnyFromEngine, ToEngine, frame_length, from_engine, pack
 from app.logs import Logger
-from app.settings import Settings
+from app.settings import Settings, engine_environment
 
 HEAD_BYTES = 4
 BUFFER_BYTES = 1024**2
@@ -97,6 +97,7 @@ class ProcessLauncher:
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
+                    env=engine_environment(),
                     start_new_session=True,  # Ctrl-C is for us, who then drain it
                 )
             except BaseException:

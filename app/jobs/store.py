@@ -108,15 +108,26 @@ class JobStore:
 
     # What workers do
 
-    async def claim(self, worker: str, *, limit: int, lease_seconds: float) -> Sequence[Job]:
-        """Take up to `limit` queued jobs whose deadline is not over, also those that lost their worker."""
-        leases = await self._database.read(claims.leases, worker)
-        for silent in self._watch.silent(leases, lease_seconds):
-            await self._database.write(claims.release_lost, silent, leases[silent], self._clock())
-        claimed = await self._database.write(claims.claim, worker, limit, lease_seconds, self._clock())
+    async def claim(
+        self, worker: str, *, limit: int, lease_seconds: float, without: Collection[str] = ()
+    ) -> Sequence[Job]:
+        """Take up to `limit` queued jobs whose deadline is not over, also those that lost their worker.
+
+        Those of the tenants `without` are left where they are.
+        """
+        if self._watch.is_due:
+            await self._release_lost(worker, lease_seconds)
+        claimed = await self._database.write(
+            claims.claim, worker, limit, lease_seconds, without, self._clock()
+        )
         if claimed:
             self._faults.hit("after_claim")
         return claimed
+
+    async def _release_lost(self, worker: str, lease_seconds: float) -> None:
+        leases = await self._database.read(claims.leases, worker)
+        for silent in self._watch.silent(leases, lease_seconds):
+            await self._database.write(claims.release_lost, silent, leases[silent], self._clock())
 
     async def renew(self, worker: str, lease_seconds: float) -> Sequence[str]:
         """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
@@ -133,11 +144,14 @@ class JobStore:
         """What is kept of the pictures that are not finished, by index."""
         return await self._database.read(claims.load_latents, job_id)
 
-    async def save_image(self, job: Job, image: StoredImage) -> bool:
-        """Keep a finished picture; False when the job is not held under this fence any more."""
+    async def save_image(self, job: Job, image: StoredImage, ended: Job | None = None) -> bool:
+        """Keep a finished picture; False when the job is not held under this fence any more.
+
+        With the last one the job has ended, too: `ended` is written in the same moment.
+        """
         self._faults.hit("after_image_before_commit")
         columns = {"image": rows.to_json(image), "latents": None}
-        is_saved = await self._database.write(claims.save_picture, job, image.index, columns)
+        is_saved = await self._database.write(claims.save_picture, job, image.index, columns, ended)
         if is_saved:
             self._faults.hit("after_image")
         return is_saved

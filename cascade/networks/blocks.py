@@ -117,8 +117,8 @@ class GlobalResponseNorm(nn.Module):
     def scale(self, x: Tensor) -> Tensor:
         """The factor of every channel, (b, h, w, c) -> (b, 1, 1, c): the norm is x * scale + beta."""
         norms = energy(x)
-        mean = norms.mean(dim=-1, keepdim=True) + NORM_EPS
-        return torch.addcmul(torch.ones_like(mean), self.gamma.float(), norms / mean).to(x.dtype)
+        mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
+        return norms.div_(mean).mul_(self.gamma).add_(1).to(x.dtype)
 
 
 class _ResponseNorm(torch.autograd.Function):

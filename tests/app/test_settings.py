@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import Settings, SettingsError, load_settings, service_environment
+from app.settings import Settings, SettingsError, engine_environment, load_settings, service_environment
 
 
 def test_the_defaults_serve_this_machine_only() -> None:
@@ -132,6 +132,17 @@ def test_what_a_service_manager_sets_is_handed_down(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     assert service_environment()["NOTIFY_SOCKET"] == "/run/x"
     assert "WATCHDOG_PID" not in service_environment()
+
+
+def test_engines_get_huge_pages_unless_the_operator_tunes_the_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_PATH", "/usr/lib")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert engine_environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert engine_environment()["SOME_PATH"] == "/usr/lib"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert engine_environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -1,9 +1,11 @@
+import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from cascade.cpu import keep_freed_memory, suit_threads
+from cascade.cpu import give_way, keep_freed_memory, suit_threads
 from tests.cascade.small_models import small_cascade
 
 
@@ -36,3 +38,15 @@ def test_freed_memory_is_kept() -> None:
     for _ in range(4):
         _ = b"x" * size
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size // resource.getpagesize()
+
+
+def test_a_network_on_a_processor_gives_way_to_the_process_that_started_it_and_only_once() -> None:
+    parent, own = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getppid(), 0))
+    with ThreadPoolExecutor(1) as thread:
+
+        def niceness_on(device: str) -> int:
+            thread.submit(give_way, torch.device(device)).result()
+            return thread.submit(os.getpriority, os.PRIO_PROCESS, 0).result()
+
+        assert niceness_on("cuda") == own
+        assert niceness_on("cpu") == niceness_on("cpu") == min(max(own, parent + 5), 19)

@@ -20,7 +20,7 @@ from PIL import Image
 from tests.chaos.orders import Order
 
 FINAL = ("succeeded", "failed", "canceled", "expired")
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.2  # asking more often would only take the processor from those who draw
 LONGEST_PAUSE_SECONDS = 1.0  # of a Retry-After: a chaos run has no time for more
 READ_SECONDS = 60.0  # without a byte, not even a comment: the connection counts as lost
 

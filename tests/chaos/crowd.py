@@ -1,4 +1,4 @@
-"""Eight clients that keep a server busy while it is tormented."""
+"""Clients that keep a server busy while it is tormented."""
 
 import asyncio
 import itertools
@@ -10,7 +10,7 @@ from typing import Self
 from tests.chaos.client import Client, Outcome, Way
 from tests.chaos.orders import Order
 
-NUM_CLIENTS = 8
+NUM_CLIENTS = 8  # where nobody says otherwise
 WAYS = tuple(Way)
 PATIENCE_SECONDS = 150.0  # of one client with one request; after that the job counts as lost
 
@@ -18,12 +18,21 @@ PATIENCE_SECONDS = 150.0  # of one client with one request; after that the job c
 class Crowd:
     """Clients in a closed loop; `async with` starts them, and waits in the end for what they asked for."""
 
-    def __init__(self, url: str, orders: Sequence[Order], name: str, *, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        orders: Sequence[Order],
+        name: str,
+        *,
+        num_clients: int = NUM_CLIENTS,
+        limit: int | None = None,
+    ) -> None:
         self.outcomes: list[Outcome] = []
         self.in_flight: set[str] = set()
         self.finished_at: list[float] = []
         self._client = Client(url)
         self._name = name
+        self._num_clients = num_clients
         self._orders = itertools.cycle(orders)
         self._numbers: Iterator[int] = iter(range(limit)) if limit is not None else itertools.count()
         self._is_over = False
@@ -31,7 +40,7 @@ class Crowd:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._one_client()) for _ in range(NUM_CLIENTS)]
+        self._tasks = [asyncio.create_task(self._one_client()) for _ in range(self._num_clients)]
         return self
 
     async def __aexit__(

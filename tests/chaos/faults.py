@@ -9,11 +9,9 @@ from tests.chaos.site import Missed, Site
 from tests.server_process import POLL_SECONDS
 
 ENGINE_PREFIX = "engine_"
-SERVER_PASSAGES = (1, 8)  # at which passage of its point a server dies
-ENGINE_PASSAGES = (
-    80,
-    200,
-)  # of an engine: each of its successors dies so, too, and jobs must get on meanwhile
+SERVER_PASSAGES, FEW_SERVER_PASSAGES = (1, 8), (1, 3)  # at one of which a server dies
+ENGINE_PASSAGES = (80, 200)  # of an engine: its successors die so, too, and jobs must get on meanwhile
+FEW_ENGINE_PASSAGES = (10, 40)  # where only one engine dies
 REACHED_SECONDS = 60.0
 
 
@@ -27,17 +25,19 @@ def engine_points() -> list[str]:
     return [point for point in POINTS if point.startswith(ENGINE_PREFIX)]
 
 
-def at_points(points: Sequence[str]) -> Callable[[Site], Awaitable[Sequence[Outcome]]]:
-    """A scenario that dies so many rounds at each of `points`."""
+def at_points(
+    points: Sequence[str], passages: tuple[int, int]
+) -> Callable[[Site], Awaitable[Sequence[Outcome]]]:
+    """A scenario that dies so many rounds at each of `points`, between the first and last of `passages`."""
 
     async def die(site: Site) -> Sequence[Outcome]:
         await site.start()
         async with site.crowd() as crowd:
             for point in points:
                 if point.startswith(ENGINE_PREFIX):
-                    await _die_in_engines(site, point)
+                    await _die_in_engines(site, point, passages)
                 else:
-                    await _die_in_servers(site, point)
+                    await _die_in_servers(site, point, passages)
             site.server.kill()
             site.server.start()
             await crowd.finished(1)
@@ -46,19 +46,19 @@ def at_points(points: Sequence[str]) -> Callable[[Site], Awaitable[Sequence[Outc
     return die
 
 
-async def _die_in_servers(site: Site, point: str) -> None:
+async def _die_in_servers(site: Site, point: str, passages: tuple[int, int]) -> None:
     for _ in range(site.rounds):
         if site.server.is_alive:
             site.server.kill()
-        site.server.start(CASCADE_FAULTS=f"{point}:kill@{site.chance.randint(*SERVER_PASSAGES)}")
+        site.server.start(CASCADE_FAULTS=f"{point}:kill@{site.chance.randint(*passages)}")
         await _until(lambda: not site.server.is_alive, point)
         site.kills += 1
     site.server.start()
 
 
-async def _die_in_engines(site: Site, point: str) -> None:
+async def _die_in_engines(site: Site, point: str, passages: tuple[int, int]) -> None:
     site.server.kill()
-    site.server.start(CASCADE_FAULTS=f"{point}:kill@{site.chance.randint(*ENGINE_PASSAGES)}")
+    site.server.start(CASCADE_FAULTS=f"{point}:kill@{site.chance.randint(*passages)}")
     for _ in range(site.rounds):
         engine = await site.engine()
         await _until(lambda engine=engine: not engine.is_running(), point)  # type: ignore[misc]

@@ -7,6 +7,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "blue", "green", "yellow", "white", "purple")
 SIZES = ((256, 256), (256, 256), (384, 256), (128, 128))  # the last is resampled by the embedded checkpoint
 NUM_ORDERS = 24
+NUM_QUICK_ORDERS = 9  # the first that have every size, guidance on and off, one picture and two
 
 
 @dataclass(frozen=True, slots=True)

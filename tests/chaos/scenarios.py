@@ -7,11 +7,12 @@ that were aboard get the time to end before the next one.
 import asyncio
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from tests.chaos.client import FINAL, Client, Outcome, Refused
 from tests.chaos.crowd import WAYS, Crowd
-from tests.chaos.orders import NUM_ORDERS, all_orders, long_order
+from tests.chaos.orders import long_order
 from tests.chaos.site import Missed, Site
 
 WORK_SECONDS = 1.0  # about what a picture takes in company; kills come at a random moment of it
@@ -75,27 +76,37 @@ async def hang(site: Site) -> Sequence[Outcome]:
     return crowd.outcomes
 
 
-async def poison(site: Site) -> Sequence[Outcome]:
-    """A job that kills every engine that works on it, among fifty good ones."""
-    await site.start()
-    client = Client(site.server.url)
-    try:
-        async with site.crowd(limit=50) as crowd:
-            await crowd.finished(1)
-            job = await client.submit(long_order(), "poison", Prefer="respond-async")
-            reached = 0.0
-            while job["status"] not in FINAL:
-                fraction = job["progress"]["fraction"]
-                if job["status"] == "running" and fraction > reached:  # it is at work in this moment
-                    reached = fraction + 0.01
-                    await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
-                job = await client.job(job["id"])
-            await crowd.all_done()
-    finally:
-        await client.close()
-    if (job["status"], site.kills) != ("failed", 3):
-        raise Missed(f"the poisonous job is {job['status']} after {site.kills} kills")
-    return crowd.outcomes
+def poison(num_good: int) -> Callable[[Site], Awaitable[Sequence[Outcome]]]:
+    """A scenario with a job that kills every engine that works on it, among so many good ones."""
+
+    async def poisoned(site: Site) -> Sequence[Outcome]:
+        await site.start()
+        client = Client(site.server.url)
+        try:
+            async with site.crowd(limit=num_good) as crowd:
+                await crowd.finished(1)
+                job = await _die_of_it(site, client)
+                await crowd.all_done()
+        finally:
+            await client.close()
+        if (job["status"], site.kills) != ("failed", 3):
+            raise Missed(f"the poisonous job is {job['status']} after {site.kills} kills")
+        return crowd.outcomes
+
+    return poisoned
+
+
+async def _die_of_it(site: Site, client: Client) -> dict[str, Any]:
+    """Submit the poisonous job and kill whichever engine works on it; returns it when it has ended."""
+    job = await client.submit(long_order(), "poison", Prefer="respond-async")
+    reached = 0.0
+    while job["status"] not in FINAL:
+        fraction = job["progress"]["fraction"]
+        if job["status"] == "running" and fraction > reached:  # it is at work in this moment
+            reached = fraction + 0.01
+            await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
+        job = await client.job(job["id"])
+    return job
 
 
 async def same_key(site: Site) -> Sequence[Outcome]:
@@ -105,20 +116,29 @@ async def same_key(site: Site) -> Sequence[Outcome]:
     outcomes: list[Outcome] = []
     try:
         for number in range(site.rounds):
-            order, ticket = all_orders()[number % NUM_ORDERS], f"same-{number}"
-            visits = [
-                asyncio.create_task(client.make(order, ticket, WAYS[index % 3], PATIENCE_SECONDS))
-                for index, client in enumerate(clients)
-            ]
-            await site.pause(WORK_SECONDS / 2)
-            await site.kill_server()
-            site.server.start()
-            outcomes += await asyncio.gather(*visits)
-            await _require_refusal(clients[0], ticket)
+            outcomes += await _visit_together(site, clients, number)
+            await _require_refusal(clients[0], f"same-{number}")
     finally:
         for client in clients:
             await client.close()
     return outcomes
+
+
+async def _visit_together(site: Site, clients: Sequence[Client], number: int) -> list[Outcome]:
+    """All clients ask for the same, while the server dies and comes back."""
+    order = site.orders[number % len(site.orders)]
+    visits = [
+        asyncio.create_task(client.make(order, f"same-{number}", WAYS[index % 3], PATIENCE_SECONDS))
+        for index, client in enumerate(clients)
+    ]
+    try:
+        await site.pause(WORK_SECONDS / 2)
+        await site.kill_server()
+        site.server.start()
+        return await asyncio.gather(*visits)
+    finally:
+        for visit in visits:
+            visit.cancel()
 
 
 async def _require_refusal(client: Client, ticket: str) -> None:

@@ -13,7 +13,7 @@ import psutil
 
 from tests.chaos.audit import Audit, References, audit
 from tests.chaos.client import FINAL, Client, Gone, Outcome
-from tests.chaos.crowd import Crowd
+from tests.chaos.crowd import NUM_CLIENTS, Crowd
 from tests.chaos.orders import Order, all_orders
 from tests.server_process import POLL_SECONDS, ServerProcess
 
@@ -36,6 +36,7 @@ class Site:
     references: References
     rounds: int
     settings: dict[str, Any] = field(default_factory=dict)
+    num_clients: int = NUM_CLIENTS
     server: ServerProcess = field(init=False)
     chance: Random = field(init=False)
     notes: dict[str, list[float]] = field(default_factory=dict)  # seconds of what, as the table shows them
@@ -54,9 +55,14 @@ class Site:
         self.server = ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)
         self.chance = Random(self.name)  # reproducible
 
-    def crowd(self, *, limit: int | None = None, orders: Sequence[Order] | None = None) -> Crowd:
+    @property
+    def orders(self) -> list[Order]:
+        """What may be asked for: all that has a reference."""
+        return [order for order in all_orders() if order.number in self.references]
+
+    def crowd(self, *, limit: int | None = None) -> Crowd:
         """Clients of this server; give what they got to `judge`."""
-        return Crowd(self.server.url, orders or all_orders(), self.name, limit=limit)
+        return Crowd(self.server.url, self.orders, self.name, num_clients=self.num_clients, limit=limit)
 
     def note(self, what: str, seconds: float) -> None:
         """Remember how long something took."""

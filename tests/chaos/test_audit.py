@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from tests.chaos.audit import audit
 from tests.chaos.client import Outcome, Way
 from tests.chaos.faults import engine_points, server_points
-from tests.chaos.orders import all_orders
+from tests.chaos.orders import NUM_QUICK_ORDERS, SIZES, Order, all_orders
 
 ORDERS = all_orders()
 REFERENCES = {order.number: (f"digest {order.number}",) for order in ORDERS}
@@ -54,8 +56,13 @@ def test_other_pixels_are_different() -> None:
 
 def test_orders_differ_so_that_no_picture_passes_for_another() -> None:
     assert len({replace(order, number=0) for order in ORDERS}) == len(ORDERS)
-    assert {order.guidance_scale for order in ORDERS} == {1.0, 4.0}
-    assert {order.num_images for order in ORDERS} == {1, 2}
+
+
+@pytest.mark.parametrize("orders", [ORDERS, ORDERS[:NUM_QUICK_ORDERS]], ids=["full", "quick"])
+def test_orders_are_of_every_kind(orders: list[Order]) -> None:
+    assert {(order.width, order.height) for order in orders} == set(SIZES)
+    assert {order.guidance_scale for order in orders} == {1.0, 4.0}
+    assert {order.num_images for order in orders} == {1, 2}
 
 
 def test_every_fault_point_has_its_scenario() -> None:

@@ -1,5 +1,6 @@
 """`cascade serve`: how it refuses to start, and how it stops."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Self
 import httpx2
 import pytest
 
+from app.cli_serve import listen
 from tests.app.cli.running import Run
 
 PATH = "/v1/images/generations"
@@ -69,6 +71,24 @@ def test_a_wrong_setting_of_the_server_is_one_line(run: Run, monkeypatch: pytest
     ]
 
 
+@pytest.mark.anyio
+async def test_answers_leave_at_once() -> None:
+    """Without this option a short answer waits 40 ms for an acknowledgement of its head."""
+    accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.put_nowait(writer)
+
+    with listen("127.0.0.1", 0) as listener:
+        async with await asyncio.start_server(connected, sock=listener):
+            with socket.create_connection(listener.getsockname()):
+                writer = await accepted.get()
+                connection = writer.get_extra_info("socket")
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+                await writer.wait_closed()
+
+
 def test_an_unknown_host_is_one_line_that_names_it(run: Run, tmp_path: Path) -> None:
     host = "no-such-host.invalid"
     data = tmp_path / "data"
@@ -89,7 +109,7 @@ def test_a_damaged_secret_is_one_line(run: Run, tmp_path: Path) -> None:
 
 # A server whose model makes no step before a file called `go` appears in its folder.
 HELD_SERVER = """
-import functools, pathlib, signal, sys, threading, time
+import functools, gc, pathlib, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 import app.cli, app.main
 from tests.app.fakes import FakeRunner
@@ -99,8 +119,10 @@ runner.max_samples = 1
 runner.gate.clear()
 
 def hold():
-    while not (pathlib.Path(sys.argv[-1]) / "go").exists():
+    folder = pathlib.Path(sys.argv[-1])
+    while not (folder / "go").exists():
         time.sleep(0.01)
+    (folder / "kept").write_text(f"{gc.get_freeze_count()} {len(gc.get_objects())}")
     runner.gate.set()
 
 threading.Thread(target=hold, daemon=True).start()
@@ -170,6 +192,14 @@ def test_a_server_that_stops_answers_all_who_wait_and_keeps_their_jobs(tmp_path:
         assert again.client.get("/api/v1/queue").json()["queued"] >= 2
         (tmp_path / "go").touch()
         wait_until(lambda: again.client.get("/api/v1/jobs?status=succeeded").text.count('"succeeded"') >= 3)
+
+
+def test_what_start_up_made_is_not_looked_at_for_garbage_again(tmp_path: Path) -> None:
+    with Held(tmp_path, grace_seconds=1) as server:
+        (tmp_path / "go").touch()
+        assert server.client.post(PATH, json={"prompt": "x"}).status_code == 200
+    num_frozen, num_watched = map(int, (tmp_path / "kept").read_text().split())
+    assert num_frozen > 5 * num_watched
 
 
 def test_what_is_in_work_is_finished_while_others_are_refused(tmp_path: Path) -> None:

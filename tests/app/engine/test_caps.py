@@ -22,6 +22,8 @@ def test_other_shapes_take_as_many_cells() -> None:
     assert caps.cap(BatchKey("prior", (12, 6))) == 16
     assert caps.cap(BatchKey("prior", (3, 6))) == 64
     assert caps.cap(BatchKey("decoder", (128, 64))) == 4
+    assert caps.cap(BatchKey("decoder", (72, 72))) == 6
+    assert caps.cap(BatchKey("decoder", (68, 68))) == 7, "the nearest number, not the next smaller one"
     assert caps.cap(BatchKey("decoder", (1024, 1024))) == 1
 
 
@@ -34,6 +36,11 @@ def test_the_nearest_profiled_shape_counts() -> None:
 def test_a_bound_is_never_exceeded() -> None:
     assert Caps(PROFILE, max_rows=12).cap(PRIOR) == 12
     assert Caps(PROFILE, max_rows=1).cap(BatchKey("decoder", (128, 128))) == 1
+
+
+def test_the_largest_cap_is_of_a_profiled_shape_and_within_the_bound() -> None:
+    assert Caps(PROFILE).largest == 32
+    assert Caps(PROFILE, max_rows=12).largest == 12
 
 
 def test_a_halved_cap_stays_halved_for_that_key_alone() -> None:

@@ -43,6 +43,16 @@ def test_rows_are_doubled_until_they_bring_nothing() -> None:
     assert tried(line(3, 1e-6))["decoder"] == [1], "longer steps would be too long to wait for"
 
 
+def test_a_step_that_something_else_slowed_down_is_measured_again() -> None:
+    slow = iter([1e-3])
+
+    def seconds(stage: Stage, rows: int) -> float:
+        return 1e-3 + 1e-3 * rows + (next(slow, 0.0) if (stage, rows) == ("prior", 2) else 0.0)
+
+    measured = measure(seconds, lambda: True, 64)["prior"]
+    assert measured == pytest.approx({rows: 1e-3 + 1e-3 * rows for rows in (1, 2, 4, 8, 16, 32)})
+
+
 def test_rows_stop_at_the_bound_and_decoding_at_two_pictures() -> None:
     assert tried(line(1e-3, 1e-6), max_rows=8) == {
         "prior": [1, 2, 4, 8],

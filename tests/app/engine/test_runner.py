@@ -86,6 +86,7 @@ def test_what_is_told_when_the_model_is_ready() -> None:
     assert (ready.device, ready.dtype) == ("cpu", "float32")
     assert (ready.native_width, ready.native_height) == (128, 128)
     assert ready.max_samples == 1000
+    assert ready.full_rows == 16
     assert ready.step_seconds == {
         "prior:3x3": 0.001 * 17 / 16,
         "decoder:32x32": 0.002 * 17 / 16,
@@ -313,9 +314,10 @@ TWICE = [("prior", 1), ("prior", 2), ("decoder", 1), ("decoder", 2), ("decode", 
 def test_what_was_measured_is_remembered_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsals = Rehearsals(monkeypatch)
     _, first = loaded(cache_dir=str(tmp_path))
-    assert (rehearsals.measured, rehearsals.made) == (TWICE, [])
+    measured = list(rehearsals.measured)  # what brought little is measured once more
+    assert (list(dict.fromkeys(measured)), rehearsals.made) == (TWICE, [])
     _, second = loaded(cache_dir=str(tmp_path))
-    assert (rehearsals.measured, rehearsals.made) == (TWICE, ONCE)
+    assert (rehearsals.measured, rehearsals.made) == (measured, ONCE)
     assert first == second
 
 

@@ -42,10 +42,10 @@ PATIENCE_SECONDS = 10
 class Engine(FakeLink):
     """Ready at once, if it fits anything; makes a picture when it is told to."""
 
-    def __init__(self, max_samples: int = 100) -> None:
+    def __init__(self, max_samples: int = 100, full_rows: int = 1) -> None:
         super().__init__()
         if max_samples:
-            self.say(Ready("cpu", "float32", 64, 64, max_samples, {}))
+            self.say(Ready("cpu", "float32", 64, 64, max_samples, {}, full_rows))
         self.beat()
 
     def send(self, message: ToEngine) -> None:
@@ -96,6 +96,7 @@ class Server:
         *,
         devices: int = 1,
         max_samples: int = 100,
+        full_rows: int = 1,
         launch: Launch | None = None,
         is_sole: bool = True,
         faults: Faults = NO_FAULTS,
@@ -116,7 +117,7 @@ class Server:
 
         def launching(device: int) -> Launch:
             async def launch() -> Link:
-                self.engines[device].append(Engine(max_samples))
+                self.engines[device].append(Engine(max_samples, full_rows))
                 return self.engines[device][-1]
 
             return launch

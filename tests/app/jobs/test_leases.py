@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.jobs.leases import LeaseWatch
+from app.jobs.leases import LOOK_SECONDS, LeaseWatch
 from tests.app.jobs.stores import Clock
 
 LEASE = 30.0
@@ -33,6 +33,14 @@ def test_a_time_without_looks_is_no_silence(watch: LeaseWatch, clock: Clock) -> 
         assert watch.silent({"one": 5.0}, LEASE) == set()
         clock.let_pass(1000)
     assert watch.silent({"one": 5.0}, LEASE) == {"one"}  # the third gap that counts a third
+
+
+def test_a_look_is_due_some_time_after_the_last(watch: LeaseWatch, clock: Clock) -> None:
+    due = [watch.is_due]
+    watch.silent({}, LEASE)
+    due.append(watch.is_due)
+    clock.let_pass(LOOK_SECONDS)
+    assert [*due, watch.is_due] == [True, False, True]
 
 
 def test_workers_are_watched_apart(watch: LeaseWatch, clock: Clock) -> None:

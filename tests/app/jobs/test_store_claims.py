@@ -52,6 +52,13 @@ async def test_tenants_take_turns(store: JobStore) -> None:
     assert order == ["ann", "bob", "ann", "bob", "ann", "ann", "ann"]
 
 
+async def test_tenants_may_be_left_out(store: JobStore) -> None:
+    await add(store, new_job("ann"), new_job("bob"), new_job("cy"))
+    claimed = await store.claim("one", limit=10, lease_seconds=LEASE_SECONDS, without=["ann", "cy"])
+    assert [job.tenant for job in claimed] == ["bob"]
+    assert {job.tenant for job in await claim(store, limit=10)} == {"ann", "cy"}
+
+
 async def test_what_a_tenant_has_running_counts_as_turns(store: JobStore) -> None:
     await add(store, *(new_job("ann") for _ in range(5)))
     await claim(store, limit=3)
@@ -227,6 +234,16 @@ async def test_latents_are_kept_until_the_picture_is_there(store: JobStore) -> N
     (again,) = await claim(store)
     assert await store.save_image(again, new_image(0))
     assert await store.load_latents(job.id) == {1: b"\0one"}
+
+
+async def test_a_job_ends_with_its_last_picture_or_not_at_all(store: JobStore, clock: Clock) -> None:
+    job, image = await add_running(store), new_image()
+    ended = replace(job, images=(image,)).succeeded(clock.now)
+    assert not await store.save_image(replace(job, fence=job.fence + 1), image, ended)
+    assert await stored(store, job) == job
+    assert await store.save_image(job, image, ended)
+    assert await stored(store, job) == ended
+    assert not await store.save_image(job, image, ended)
 
 
 async def test_ended_jobs_keep_no_latents(store: JobStore, clock: Clock) -> None:

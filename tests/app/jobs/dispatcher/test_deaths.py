@@ -81,11 +81,29 @@ async def test_a_poisonous_job_fails_and_the_good_ones_are_done(serve: Serve) ->
 
 async def test_who_was_not_sent_yet_is_not_blamed(serve: Serve) -> None:
     server = await serve()
+    suspect = await server.submit(1)
+    await server.runs(1)
+    await server.replace_engine()
+    await server.runs(1)
+    other = await server.submit(2, priority=1)
+    await server.runs(2)
+    await server.replace_engine()
+    await until(lambda: len(server.dispatcher._fleet.flights) == 2)
+    assert [run.job for run in await server.runs(1)] == [other.id]
+    await server.replace_engine()
+    for count in (1, 2):
+        server.engine.finish((await server.runs(count))[-1])
+    ended = [await server.ended(job) for job in (suspect, other)]
+    assert [job.status for job in ended] == [JobStatus.SUCCEEDED] * 2
+    assert [job.crashes for job in ended] == [2, 2]
+
+
+async def test_who_flies_alone_is_alone_to_blame(serve: Serve) -> None:
+    server = await serve()
     jobs = [await server.submit(seed) for seed in range(3)]
     for _ in range(2):
         await server.runs(3)
         await server.replace_engine()
-    await until(lambda: len(server.dispatcher._fleet.flights) == 3)
     await server.runs(1)
     await server.replace_engine()
     for count in (1, 2):

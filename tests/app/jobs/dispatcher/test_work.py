@@ -7,11 +7,10 @@ from msgspec.structs import replace
 from PIL import Image
 
 from app.engine.protocol import Failed, Previewed, WantPreviews
-from app.errors import (
-    StorageFull,
-)
+from app.errors import Overloaded, StorageFull
 from app.jobs import chores
 from app.jobs.events import Preview
+from app.jobs.flights import LEAST_PLENTY
 from app.jobs.job import JobStatus, Progress
 from app.storage.encoding import AI_MADE
 from tests.app.jobs.dispatcher.conftest import Serve
@@ -93,6 +92,47 @@ async def test_no_more_pictures_board_than_fit(serve: Serve) -> None:
     runs = await server.runs(5)
     server.engine.finish(*runs)
     assert [len((await server.ended(job)).images) for job in jobs] == [2, 2, 1]
+
+
+async def test_a_tenant_with_enough_aboard_waits_in_the_queue_and_delays_nobody(serve: Serve) -> None:
+    server = await serve(full_rows=40)
+    plenty = 20  # pictures of two rows
+    jobs = [await server.submit(*range(10 * number, 10 * number + 10), tenant="many") for number in range(3)]
+    await server.runs(plenty)
+    other = await server.submit(99, tenant="few")
+    runs = await server.runs(plenty + 1)
+    assert runs[-1].job == other.id
+    await until(lambda: server.dispatcher._forecast.counts.queued == 1)
+    server.engine.finish(runs[0])
+    await server.runs(plenty + 11)
+    server.engine.finish(*server.engine.runs[1:])
+    assert {(await server.ended(job)).status for job in [*jobs, other]} == {JobStatus.SUCCEEDED}
+
+
+async def test_what_a_tenant_offers_too_much_is_refused_and_not_taken_aboard(serve: Serve) -> None:
+    server = await serve(max_queue=3)
+    for seed in range(LEAST_PLENTY):
+        await server.submit(seed)
+        await server.runs(seed + 1)
+    for seed in range(3):
+        await server.submit(seed)
+    for seed in range(5):
+        with pytest.raises(Overloaded) as refusal:
+            await server.submit(seed)
+        assert int(refusal.value.headers["Retry-After"]) >= 1
+    await server.runs(LEAST_PLENTY)
+
+
+async def test_who_is_sated_on_one_device_goes_to_the_other(serve: Serve) -> None:
+    server = await serve(devices=2)
+    await until(lambda: all(engine.is_ready for engine in server.dispatcher.engines))
+    for seed in range(2 * LEAST_PLENTY + 3):
+        await server.submit(seed)
+    for device in range(2):
+        await server.runs(LEAST_PLENTY, device)
+    server.engines[1][0].finish(*server.engines[1][0].runs[:3])
+    await server.runs(LEAST_PLENTY + 3, 1)
+    await server.runs(LEAST_PLENTY, 0)
 
 
 async def test_several_devices_share_the_queue(serve: Serve) -> None:
