@@ -15,7 +15,7 @@ from app.engine.scheduler import Stage
 from app.errors import OutOfMemory
 
 STAGES: tuple[Stage, ...] = ("prior", "decoder", "decode")
-WORTHWHILE_GAIN = 1.05  # in rows per second, for twice the rows
+WORTHWHILE_GAIN = 1.1  # in rows per second, for twice the rows
 LONGEST_STEP_SECONDS = 5.0  # nothing is tried that should take longer: who waits, waits for whole steps
 DECODE_ROWS = 2  # the activations of Stage A are the largest of all
 

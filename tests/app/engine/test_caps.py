@@ -4,7 +4,7 @@ from app.engine.scheduler import BatchKey
 
 PROFILE: Profile = {
     "prior:6x6": {rows: 0.01 + 0.001 * rows for rows in (1, 2, 4, 8, 16, 32)},
-    "decoder:64x64": {1: 0.014, 2: 0.021, 4: 0.038, 8: 0.07},
+    "decoder:64x64": {1: 0.014, 2: 0.021, 4: 0.038, 8: 0.068},
     "decode:64x64": {1: 0.03, 2: 0.05},
 }
 PRIOR = BatchKey("prior", (6, 6))

@@ -70,6 +70,17 @@ def test_a_guided_picture_is_two_rows(bench: Bench, runner: FakeRunner) -> None:
     assert any(tick.is_backlogged for tick in guided)
 
 
+def test_a_picture_of_another_size_is_no_backlog_of_stage_a(bench: Bench, runner: FakeRunner) -> None:
+    def decode(tracks: Sequence[FakeTrack]) -> None:
+        if not bench.made:
+            wait_until(lambda: bool(bench.engine._finisher._drawn))
+
+    runner.on_decode = decode
+    bench.work(run("a"), run("b", request=asked("b", width=128)))
+    assert len(bench.made) == 2
+    assert not any(tick.is_backlogged for tick in bench.ticks if tick.stage == "decode")
+
+
 def test_latents_are_told_when_stage_c_is_done(bench: Bench) -> None:
     bench.work(run("a"))
     [latents] = bench.of(Latents)
