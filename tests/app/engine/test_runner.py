@@ -86,10 +86,10 @@ def test_what_is_told_when_the_model_is_ready() -> None:
     assert (ready.device, ready.dtype) == ("cpu", "float32")
     assert (ready.native_width, ready.native_height) == (128, 128)
     assert ready.max_samples == 1000
-    assert ready.full_rows == 16
+    assert ready.full_rows == 8
     assert ready.step_seconds == {
-        "prior:3x3": 0.001 * 17 / 16,
-        "decoder:32x32": 0.002 * 17 / 16,
+        "prior:3x3": 0.001 * 9 / 8,
+        "decoder:32x32": 0.002 * 9 / 8,
         "decode:32x32": 0.003 * 3 / 2,
     }
 
@@ -263,9 +263,9 @@ def test_other_errors_stay_what_they_are(runner: CascadeRunner, monkeypatch: pyt
 
 def test_caps_are_lowered_by_halves(runner: CascadeRunner) -> None:
     key = BatchKey("prior", PRIOR, "some adapter")
-    assert runner.cap(key) == 16
-    runner.halve(key)
     assert runner.cap(key) == 8
+    runner.halve(key)
+    assert runner.cap(key) == 4
 
 
 def test_previews_need_a_previewer(runner: CascadeRunner) -> None:
