@@ -1,6 +1,7 @@
 """Devices on a virtual clock: the server's own scheduler, and steps that take as long as was measured."""
 
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def poisson(chance: random.Random, tenant: str, rate: float, number: int) -> Ite
 Answer = Callable[[Picture], Picture | None]  # what somebody wants who has got a picture
 
 
-class Fleet:
+class Fleet(ABC):
     """Some devices and what they did. How they do it is for those below to say."""
 
     def __init__(self, speed: Speed, num_devices: int) -> None:
@@ -92,11 +93,11 @@ class Fleet:
         self.rows: dict[str, list[int]] = {"prior": [], "decoder": []}  # of every tick
         self._numbers = count()
 
+    @abstractmethod
     def run(
         self, pictures: Iterable[Picture], *, until: float = inf, answer: Answer = lambda picture: None
     ) -> None:
         """Go on until all is done, or a time."""
-        raise NotImplementedError
 
     @property
     def utilisation(self) -> float:
