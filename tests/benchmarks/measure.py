@@ -62,6 +62,14 @@ def compare(
 ) -> Comparison:
     """Run both once to warm up, then `rounds` times in turn, swapping who goes first."""
     works = [ours] if theirs is None else [ours, theirs]
+    seconds = take_turns(works, rounds=rounds, advance=advance)
+    return Comparison(name, seconds[0], seconds[1] if theirs else (), target)
+
+
+def take_turns(
+    works: Sequence[Work], *, rounds: int, advance: Advance = lambda: None
+) -> list[tuple[float, ...]]:
+    """Seconds of each work in `rounds` rounds, after one to warm up; who goes first changes."""
     seconds: list[list[float]] = [[] for _ in works]
     for round_number in range(-1, rounds):
         order = list(range(len(works)))
@@ -70,7 +78,7 @@ def compare(
             if round_number >= 0:
                 seconds[which].append(taken)
         advance()
-    return Comparison(name, tuple(seconds[0]), tuple(seconds[1]) if theirs else (), target)
+    return [tuple(each) for each in seconds]
 
 
 def _time(work: Work) -> float:

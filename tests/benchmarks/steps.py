@@ -1,7 +1,7 @@
 """One denoising step of Stages B and C, ours and diffusers', on the same weights and inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class Step:
         half = torch.bfloat16
         return self.reference(self.latents.to(half), self.ratio.to(half))
 
+    def first(self, rows: int) -> "Step":
+        """The same step of the first rows only."""
+        some = slice(0, rows)
+        return replace(self, latents=self.latents[some], prepare=lambda: self.condition[some])
+
     @torch.inference_mode()
     def exact(self) -> Tensor:
         """In fp32; the network stays so, and its condition is prepared anew."""
@@ -65,7 +70,8 @@ def stage_c_step(
         network,
         _inputs(rows, config.in_channels, side, side, device=device).float(),
         torch.inference_mode()(lambda: network.prepare(text, pooled, image)),
-        unet and (lambda latents, ratio: unet(latents, ratio, pooled, text, image).sample),
+        unet
+        and (lambda x, ratio: unet(x, ratio, *(each[: len(x)] for each in (pooled, text, image))).sample),
     )
 
 
@@ -81,7 +87,7 @@ def stage_b_step(
         network,
         _inputs(rows, config.in_channels, side, side, device=device).float(),
         torch.inference_mode()(lambda: network.prepare(effnet, pooled, (side, side))),
-        unet and (lambda latents, ratio: unet(latents, ratio, pooled, effnet=effnet).sample),
+        unet and (lambda x, ratio: unet(x, ratio, pooled[: len(x)], effnet=effnet[: len(x)]).sample),
     )
 
 
