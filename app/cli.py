@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from app import cli_checkpoints, cli_generate, cli_health, cli_serve, cli_training
+from app import cli_checkpoints, cli_generate, cli_health, cli_latents, cli_serve, cli_training
 from app.cli_errors import problems, usage_problem
 
 INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
@@ -26,6 +26,9 @@ app = typer.Typer(
 app.command("generate")(cli_generate.generate)
 app.command("serve")(cli_serve.serve)
 app.command("health")(cli_health.health)
+app.command("encode")(cli_latents.encode)
+app.command("decode")(cli_latents.decode)
+app.command("reconstruct")(cli_latents.reconstruct)
 app.command("inspect")(cli_checkpoints.inspect)
 app.command("convert")(cli_checkpoints.convert)
 app.command("download")(cli_checkpoints.download)

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from app import cli_options as options
+from app.cli_inputs import optional_picture, read_control, read_image_prompts, read_loras
 from app.cli_pictures import check_folder, grid_path, numbered, picture_format, save_pictures, save_preview
 
 if TYPE_CHECKING:
-    from cascade import Cascade, GeneratedImage, Progress, TextToImage
+    from cascade import Cascade, GeneratedImage, ImageSettings, Progress
 
 Result = TypeVar("Result")
 
@@ -22,7 +23,7 @@ STAGE_TITLES = {"prior": "Stage C", "decoder": "Stage B", "decode": "Stage A"}
 
 
 def generate(
-    prompt: options.Prompt,
+    prompt: options.Prompt = None,
     output: options.Output = Path("out.png"),
     num_images: options.NumImages = 1,
     negative_prompt: options.NegativePrompt = "",
@@ -36,6 +37,21 @@ def generate(
     preset: options.Preset = "official",
     sampler: options.Sampler = "ddpm",
     shares_generator: options.SharesGenerator = True,
+    image: options.Image = None,
+    strength: options.Strength = None,
+    mask: options.Mask = None,
+    feather: options.Feather = 0,
+    anchor: options.Anchor = None,
+    image_prompts: options.ImagePrompts = None,
+    control: options.ControlOption = None,
+    control_scale: options.ControlScale = 1.0,
+    control_interval: options.ControlInterval = (0.0, 1.0),
+    preprocess: options.Preprocess = True,
+    loras: options.LoRAs = None,
+    guidance_interval: options.GuidanceInterval = (0.0, 1.0),
+    weighted_prompt: options.WeightedPrompt = False,
+    long_prompt: options.LongPrompt = False,
+    noise_at_sampling_shift: options.NoiseAtSamplingShift = False,
     grid: options.Grid = None,
     preview: options.Preview = None,
     quality: options.Quality = 90,
@@ -47,7 +63,7 @@ def generate(
     variant: options.Variant = None,
     offline: options.Offline = False,
 ) -> None:
-    """Draw pictures of a prompt.
+    """Draw pictures of a prompt, or of other pictures.
 
     \b
     Examples:
@@ -55,15 +71,21 @@ def generate(
       cascade generate "a green star and a pink ring" -n 4 --seed 7 -o stars.webp
       cascade generate "a castle at dusk" --model DIR --width 1536 --height 1024
       cascade generate "a castle at dusk" --model DIR --preview now.png
+      cascade generate "a blue circle" --image circle.png --strength 0.6
+      cascade generate "a blue star" --image circle.png --mask mask.png --feather 8
+      cascade generate "two circles" --image circle.png --anchor left --width 512 --height 256
+      cascade generate --image-prompt circle.png --image-prompt star.png:0.5
     """
     for file, option in ((output, "output"), (preview, "preview")):
         if file is not None:
             picture_format(file, option)
             check_folder(file, option)
-    from cascade import TextToImage
+    from cascade import ImageSettings, InvalidSetting
 
-    settings = TextToImage(  # before the model is loaded: a wrong setting is known at once
-        prompt=prompt,
+    if prompt is None and image is None and not image_prompts:
+        raise InvalidSetting("prompt", "is missing (see cascade generate --help)")
+    settings = ImageSettings(  # before the model is loaded: a wrong setting is known at once
+        prompt=prompt or "",
         negative_prompt=negative_prompt,
         width=width,
         height=height,
@@ -76,8 +98,21 @@ def generate(
         preset=preset,
         sampler=sampler,
         shares_generator=shares_generator,
+        image=optional_picture(image, "image"),
+        strength=strength,
+        mask=optional_picture(mask, "mask"),
+        feather=feather,
+        anchor=anchor,
+        image_prompts=read_image_prompts(image_prompts),
+        control=read_control(control, control_scale, control_interval, preprocess=preprocess),
+        loras=read_loras(loras),
+        guidance_interval=guidance_interval,
+        weighted_prompt=weighted_prompt,
+        long_prompt=long_prompt,
+        noise_at_sampling_shift=noise_at_sampling_shift,
     )
-    hint_at_vocabulary(model, prompt)
+    if prompt:
+        hint_at_vocabulary(model, prompt)
     started = time.monotonic()
     cascade = load(model, device, dtype, revision, variant, is_offline=offline)
     loaded = time.monotonic()
@@ -124,10 +159,10 @@ def load(
     return cascade
 
 
-def draw(cascade: "Cascade", settings: "TextToImage", preview: Path | None) -> list["GeneratedImage"]:
+def draw(cascade: "Cascade", settings: "ImageSettings", preview: Path | None) -> list["GeneratedImage"]:
     """The pictures of one request, with bars on a terminal and a preview in the file of that name."""
     from cascade import InvalidSetting
-    from cascade.tasks.text_to_image import generate as make
+    from cascade.tasks.generation import generate as make
 
     previewer = cascade.previewer
     if preview is not None and previewer is None:

@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 from typer import Option
 
-Prompt = Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="What the picture shows; pictures may say it instead.", show_default=False),
+]
 Output = Annotated[
     Path,
     Option("--output", "-o", metavar="FILE", help="Picture file; .png, .jpg or .webp chooses the format."),
@@ -63,6 +66,79 @@ Preview = Annotated[
         help="Picture file, replaced after every step of Stage C by what it is drawing.",
         show_default="none",
     ),
+]
+
+Image = Annotated[
+    Path | None,
+    Option(metavar="FILE", help="Picture to start from.", show_default="none"),
+]
+Strength = Annotated[
+    float | None,
+    Option(
+        metavar="SHARE",
+        help="How freely the picture is redrawn: 0 keeps it, 1 does not look at it.",
+        show_default="0.75; 1 with a mask or an anchor",
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="Picture of the size of --image: white is drawn anew, black is kept.",
+        show_default="where --image is transparent",
+    ),
+]
+Feather = Annotated[int, Option(metavar="PIXELS", help="Over which the new part fades into the old one.")]
+Anchor = Annotated[
+    str | None,
+    Option(
+        metavar="PLACE",
+        help="Draw around --image, which stands there on the canvas: center, top-left, bottom, ...",
+        show_default="none",
+    ),
+]
+ImagePrompts = Annotated[
+    list[str] | None,
+    Option(
+        "--image-prompt",
+        metavar="FILE[:WEIGHT]",
+        help="Picture that is a prompt; up to 4.",
+        show_default="none",
+    ),
+]
+ControlOption = Annotated[
+    str | None,
+    Option(
+        "--control",
+        metavar="KIND:FILE",
+        help="Follow a picture by a ControlNet: canny, inpainting, super_resolution, identity.",
+        show_default="none",
+    ),
+]
+ControlScale = Annotated[float, Option(metavar="SCALE", help="How closely, 0 to 2.")]
+ControlInterval = Annotated[
+    tuple[float, float], Option(metavar="START END", help="Share of Stage C's run in which it is followed.")
+]
+Preprocess = Annotated[
+    bool,
+    Option(
+        "--preprocess/--no-preprocess", help="Find what the ControlNet reads, or the picture is that already."
+    ),
+]
+LoRAs = Annotated[
+    list[str] | None,
+    Option("--lora", metavar="NAME[:SCALE]", help="LoRA by name; up to 4.", show_default="none"),
+]
+GuidanceInterval = Annotated[
+    tuple[float, float], Option(metavar="START END", help="Share of Stage C's run in which guidance is on.")
+]
+WeightedPrompt = Annotated[
+    bool, Option("--weighted-prompt", help='Read "(word:1.3)" in the texts as a weight.')
+]
+LongPrompt = Annotated[bool, Option("--long-prompt", help="Read texts beyond the text encoder's window.")]
+NoiseAtSamplingShift = Annotated[
+    bool,
+    Option("--noise-at-sampling-shift", help="Noise --image at the schedule's shift; officially at shift 1."),
 ]
 
 Model = Annotated[str, Option("--model", "-m", metavar="MODEL", help="tiny, a folder, or a repository name.")]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from app.schemas import GenerationRequest, OutputFormat
-    from cascade import GeneratedImage, TextToImage
+    from cascade import GeneratedImage, ImageSettings
     from cascade.networks.previewer import Previewer
 
 FORMATS: Mapping[str, "OutputFormat"] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -105,7 +105,7 @@ def contact_sheet(images: list["Image"]) -> "Image":
     return sheet
 
 
-def as_request(settings: "TextToImage") -> "GenerationRequest":
+def as_request(settings: "ImageSettings") -> "GenerationRequest":
     """The settings of one picture, all filled in, as the server would have been asked for it."""
     from app.schemas import GenerationRequest
 

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.api import docs, files, health, jobs, native, openai
+from app.api import docs, files, health, jobs, models, native, openai
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
@@ -35,6 +36,8 @@ from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
 from app.settings import Settings, SettingsError, load_settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
+from app.storage.loras import InstalledLoRAs
 from app.storage.signing import Signer, load_secret
 
 DISTRIBUTION = "stable-cascade-server"
@@ -51,6 +54,7 @@ class Parts:
 
     settings: Settings
     images: ImageStore
+    inputs: InputStore
     signer: Signer
     metrics: Metrics
     tracing: Tracing
@@ -97,8 +101,8 @@ def create_app(
         redirect_slashes=False,
         telemetry=parts.tracing.config,
     )
-    for router in (openai.router, native.router, jobs.router, files.router, health.router, docs.router):
-        app.include_router(router)
+    for part in (openai, native, models, jobs, files, health, docs):
+        app.include_router(part.router)
     install_handlers(app)
     describe(app)
     app.add_middleware(
@@ -113,12 +117,14 @@ def create_app(
 
 def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = settings.data_dir / "files"
-    folder.mkdir(exist_ok=True, mode=0o700)
+    files, inputs = settings.data_dir / "files", settings.data_dir / "inputs"
+    for folder in (files, inputs):
+        folder.mkdir(exist_ok=True, mode=0o700)
     logger = make_logger(settings)
     return Parts(
         settings=settings,
-        images=ImageStore(folder, settings.file_ttl),
+        images=ImageStore(files, settings.file_ttl),
+        inputs=InputStore(inputs, settings.max_pixels),
         signer=Signer(load_secret(settings.data_dir / "secret"), settings.url_ttl),
         metrics=Metrics(),
         tracing=make_tracing(settings.trace_endpoint),
@@ -137,11 +143,13 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     store = await JobStore.open(settings.jobs_url, faults=faults)
     stack.push_async_callback(store.close)
     encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
+    reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader"))
     dispatcher = Dispatcher(
         store,
         _supervisors(parts),
         seat=seat,
         images=parts.images,
+        inputs=parts.inputs,
         encoders=encoders,
         cost=CostModel(),
         settings=settings,
@@ -156,17 +164,22 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         store=store,
         dispatcher=dispatcher,
         images=parts.images,
+        inputs=parts.inputs,
         signer=parts.signer,
         uploads=Uploads(),
         limit=RateLimit(settings.rate_limit),
         encoders=encoders,
+        reader=reader,
+        loras=InstalledLoRAs(),
         metrics=parts.metrics,
         tracing=parts.tracing,
         logger=parts.logger,
         version=version(DISTRIBUTION),
         clock=time.time,
     )
-    tidying = asyncio.create_task(keep_house(store, parts.images, encoders, settings, parts.logger))
+    tidying = asyncio.create_task(
+        keep_house(store, parts.images, parts.inputs, encoders, settings, parts.logger)
+    )
     stack.push_async_callback(_cancel, tidying)
     return services
 
@@ -185,6 +198,8 @@ def _supervisors(parts: Parts) -> list[Supervisor]:
                 is_strict=settings.strict,
                 max_rows=settings.max_rows,
                 cache_dir=str(settings.profiles_dir),
+                lora_dir=_text(settings.lora_dir),
+                controlnet_dir=_text(settings.controlnet_dir),
                 weights=settings.weights,
                 faults=settings.faults,
             ),
@@ -193,6 +208,10 @@ def _supervisors(parts: Parts) -> list[Supervisor]:
         )
         for device in settings.devices
     ]
+
+
+def _text(folder: Path | None) -> str | None:
+    return None if folder is None else str(folder.absolute())
 
 
 async def _cancel(task: "asyncio.Task[None]") -> None:

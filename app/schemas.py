@@ -5,9 +5,11 @@ The engine knows nothing else. The bodies themselves are in `app/api/bodies.py`;
 
 import re
 import secrets
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from math import ceil
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.errors import InvalidRequest
@@ -15,10 +17,17 @@ from app.errors import InvalidRequest
 MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARACTERS = 32_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_ASPECT = 64, 4096, 8, 4
+MAX_IMAGE_PROMPTS = 4
+MAX_LORAS = 4
+DEFAULT_STRENGTH = 0.75  # of image-to-image; what a mask or an anchor leaves free is painted anew, with 1
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Preset = Literal["official", "diffusers"]
 Sampler = Literal["ddpm", "ddim", "lcm"]
+ControlKind = Literal["canny", "inpaint", "super_resolution", "identity"]
+Anchor = Literal[
+    "center", "top", "bottom", "left", "right", "top-left", "top-right", "bottom-left", "bottom-right"
+]
 
 
 def _refuse_boolean(value: object) -> object:
@@ -49,6 +58,61 @@ DecoderSteps = Annotated[int, Field(ge=1, le=60), Number]
 DecoderGuidance = Annotated[float, Field(ge=0.0, le=10.0), Number]
 Quality100 = Annotated[int, Field(ge=1, le=100), Number]
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), Number]
+Feather = Annotated[int, Field(ge=0, le=256), Number]
+Weight = Annotated[float, Field(ge=-2.0, le=2.0), Number]
+ControlScale = Annotated[float, Field(ge=0.0, le=2.0), Number]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] >= interval[1]:
+        raise ValueError("should begin before it ends")
+    return interval
+
+
+Interval = Annotated[tuple[Share, Share], AfterValidator(_check_interval)]  # of the run, from 0 to 1
+
+
+class PictureRef(BaseModel):
+    """A picture that came with a request: where its content is kept, and its size. Never the picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: Sha256  # of the PNG file in the data folder
+    width: int
+    height: int
+
+
+class ImagePrompt(BaseModel):
+    """A picture that guides like a prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: PictureRef
+    weight: Weight = 1.0
+
+
+class Control(BaseModel):
+    """A picture that says where things are, through a ControlNet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: ControlKind
+    image: PictureRef
+    scale: ControlScale = 1.0
+    start: Share = 0.0
+    end: Share = 1.0
+    preprocess: bool = True
+
+
+class LoRA(BaseModel):
+    """An installed LoRA, and how much of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    scale: Weight = Field(1.0, description="0 is without it; negative is the opposite")
 
 
 class GenerationRequest(BaseModel):
@@ -70,11 +134,79 @@ class GenerationRequest(BaseModel):
     output_format: OutputFormat = "png"
     output_quality: Quality100 = 90
     embed_metadata: bool = False
+    image: PictureRef | None = None
+    strength: Share | None = None
+    mask: PictureRef | None = None  # of one channel: white is painted anew
+    feather: Feather = 0
+    anchor: Anchor | None = None
+    image_prompts: Annotated[tuple[ImagePrompt, ...], Field(max_length=MAX_IMAGE_PROMPTS)] = ()
+    control: Control | None = None
+    loras: Annotated[tuple[LoRA, ...], Field(max_length=MAX_LORAS)] = ()
+    guidance_interval: Interval = (0.0, 1.0)
+    weighted_prompt: bool = False
+    long_prompt: bool = False
 
     @property
     def num_images(self) -> int:
         """Pictures to make."""
         return len(self.seeds)
+
+    @property
+    def pictures(self) -> Iterator[PictureRef]:
+        """All that came with the request. One that came twice is there twice."""
+        if self.image is not None:
+            yield self.image
+        if self.mask is not None:
+            yield self.mask
+        for prompt in self.image_prompts:
+            yield prompt.image
+        if self.control is not None:
+            yield self.control.image
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """The sha256 of each picture that came with the request."""
+        return frozenset(picture.sha256 for picture in self.pictures)
+
+    @property
+    def prior_steps(self) -> int:
+        """Steps that Stage C takes: image-to-image begins in the middle of the way."""
+        if self.image is None:
+            return self.prior_num_inference_steps
+        is_partial = self.mask is not None or self.anchor is not None
+        strength = self.strength if self.strength is not None else 1.0 if is_partial else DEFAULT_STRENGTH
+        return max(int(self.prior_num_inference_steps * strength + 1e-9), 1) if strength else 0
+
+    @property
+    def guided_steps(self) -> int:
+        """Those of Stage C's steps that take two rows."""
+        if self.prior_guidance_scale <= 1:
+            return 0
+        start, end = (ceil(share * self.prior_steps - 1e-9) for share in self.guidance_interval)
+        return end - start
+
+    @model_validator(mode="after")
+    def _check_company(self) -> Self:
+        check_company(self)
+        return self
+
+
+def check_company(request: Any) -> None:
+    """Refuse members that mean nothing without another one; for the body of a request and the request itself.
+
+    The error is pydantic's, of the kind `company`, with the name of the member that is alone.
+    """
+
+    def require(is_met: object, member: str, message: str) -> None:
+        if not is_met:
+            words = {"member": member, "message": f"{member} {message}"}
+            raise PydanticCustomError("company", "{message}", words)
+
+    for member in ("strength", "mask", "anchor"):
+        require(getattr(request, member) is None or request.image, member, "needs image")
+    require(not request.feather or request.image, "feather", "needs image")
+    if request.control is not None:
+        require(request.control.start < request.control.end, "control", "should start before it ends")
 
 
 _SIZE = re.compile(r"([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})")
@@ -105,6 +237,29 @@ def check_size(width: int, height: int, *, max_pixels: int, param: str) -> None:
         raise InvalidRequest(
             f"the sides must be within 1:{MAX_ASPECT} to {MAX_ASPECT}:1, not {width}:{height}", param=param
         )
+
+
+def fit_size(width: int, height: int, *, max_pixels: int) -> tuple[int, int]:
+    """The allowed size that is nearest to a picture's, with its proportions as far as they are allowed."""
+    ratio = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
+    area = min(width * height, max_pixels)
+    tall, wide = (area / ratio) ** 0.5, (area * ratio) ** 0.5
+    factor = max(MIN_SIDE / min(tall, wide), 1.0)
+    factor = min(factor, MAX_SIDE / max(tall, wide))
+    sides = [_near_side(side * factor) for side in (wide, tall)]
+    longer = sides.index(max(sides))
+    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # by the rounding
+        sides[longer] -= SIDE_STEP
+    return sides[0], sides[1]
+
+
+def other_side(side: int, ratio: float) -> int:
+    """The allowed side nearest to `side` times `ratio`."""
+    return _near_side(side * ratio)
+
+
+def _near_side(side: float) -> int:
+    return min(max(round(side / SIDE_STEP) * SIDE_STEP, MIN_SIDE), MAX_SIDE)
 
 
 def choose_seeds(seed: int | None, num_images: int) -> tuple[int, ...]:

@@ -160,6 +160,11 @@ class Settings(BaseSettings):
         None, description="`postgresql+asyncpg://USER@HOST/NAME`; unset: SQLite in the data folder"
     )
 
+    lora_dir: Path | None = Field(None, description="Folder of LoRAs, beside those that the model brings")
+    controlnet_dir: Path | None = Field(
+        None, description="Folder of ControlNets, beside those that the model brings"
+    )
+
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: Port = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     api_keys: Keys = Field((), description="Comma-separated `KEY`, `NAME=KEY` or `NAME=sha256:HEX`")
@@ -190,7 +195,8 @@ class Settings(BaseSettings):
     )
     max_images: int = Field(10, ge=1, le=10, description="Pictures of one request at most")
     max_pixels: int = Field(4_194_304, ge=64 * 64, le=4_194_304, description="Width times height at most")
-    max_body_bytes: int = Field(MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")
+    max_upload_bytes: int = Field(64 * MEBIBYTE, ge=1024, description="Size of a multipart body at most")
     header_timeout: float = Field(10.0, gt=0, description="Seconds in which a request's head must come")
     body_timeout: float = Field(30.0, gt=0, description="Seconds in which a request's body must come")
     loading_wait: float = Field(

@@ -1,4 +1,4 @@
-"""Stable Cascade: text to image in three stages.
+"""Stable Cascade: pictures from texts and pictures, in three stages.
 
     from cascade import Cascade
 
@@ -14,18 +14,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cascade.errors import CheckpointError, InvalidSetting
     from cascade.pipeline import Cascade
-    from cascade.tasks.settings import TextToImage
-    from cascade.tasks.text_to_image import GeneratedImage, Progress
+    from cascade.tasks.autoencode import DecodeSettings
+    from cascade.tasks.generation import GeneratedImage, Progress
+    from cascade.tasks.latents import Latents
+    from cascade.tasks.settings import Control, ImagePrompt, ImageSettings, LoRAUse
 
-__all__ = ["Cascade", "CheckpointError", "GeneratedImage", "InvalidSetting", "Progress", "TextToImage"]
+__all__ = [
+    "Cascade",
+    "CheckpointError",
+    "Control",
+    "DecodeSettings",
+    "GeneratedImage",
+    "ImagePrompt",
+    "ImageSettings",
+    "InvalidSetting",
+    "Latents",
+    "LoRAUse",
+    "Progress",
+]
 
 _HOMES = {
     "Cascade": "cascade.pipeline",
     "CheckpointError": "cascade.errors",
-    "GeneratedImage": "cascade.tasks.text_to_image",
+    "Control": "cascade.tasks.settings",
+    "DecodeSettings": "cascade.tasks.autoencode",
+    "GeneratedImage": "cascade.tasks.generation",
+    "ImagePrompt": "cascade.tasks.settings",
+    "ImageSettings": "cascade.tasks.settings",
     "InvalidSetting": "cascade.errors",
-    "Progress": "cascade.tasks.text_to_image",
-    "TextToImage": "cascade.tasks.settings",
+    "Latents": "cascade.tasks.latents",
+    "LoRAUse": "cascade.tasks.settings",
+    "Progress": "cascade.tasks.generation",
 }
 
 

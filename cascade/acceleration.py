@@ -93,12 +93,15 @@ class Graphs:
     def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise, as the network does."""
         size = next((size for size in GRAPH_ROWS if size >= len(latents)), None)
-        if size is None:
+        # What ControlNets and LoRAs add is not recorded.
+        if size is None or condition.control is not None or condition.adapters is not None:
             return self._network(latents, ratio, condition)
         place = (latents.shape[1:], size)
         if place not in self._graphs:
             self._graphs[place] = self._recorded(latents, condition, size)
         graph, rows = self._graphs[place], len(latents)
+        if not _has_room(graph.condition, condition):  # for the tokens of image prompts and of long texts
+            return self._network(latents, ratio, condition)
         graph.latents[:rows] = latents
         graph.ratio[:rows] = ratio
         if graph.holds is not condition:
@@ -122,6 +125,11 @@ class Graphs:
 
 def _room(like: Tensor, rows: int) -> Tensor:
     return like.new_zeros(rows, *like.shape[1:])
+
+
+def _has_room(room: Condition, condition: Condition) -> bool:
+    pairs = zip(room.keys_values, condition.keys_values, strict=True)
+    return all(place.shape[1:] == rows.shape[1:] for place, rows in pairs)
 
 
 def _fill(room: Condition, condition: Condition) -> None:

@@ -1,21 +1,31 @@
 """Prompts and image prompts to the embeddings that guide Stages C and B, by the two CLIP towers."""
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cascade.errors import InvalidSetting
+from cascade.networks.adapters import Adapter, Change
+from cascade.prompts import MAX_PROMPT_CHARACTERS, WeightedText, read_weights, split_chunks
+
+_TOWER = "text_model."
 
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeddings:
     """What the text tower says about some prompts, one row each."""
 
-    hidden: Tensor  # (b, n, d): last layer, before the final norm
+    hidden: Tensor  # (b, n, d): last layer, before the final norm; n is the window, or k windows of k chunks
     pooled: Tensor  # (b, 1, d): normed, at the first end token, projected
-    num_tokens: tuple[int, ...]  # of each prompt before truncation, with begin and end
+    num_tokens: tuple[int, ...]  # of each prompt before truncation, with one begin and one end
     truncated: tuple[bool, ...]  # the prompt was too long and its end was cut off
 
     def __len__(self) -> int:
@@ -37,19 +47,46 @@ class TextEmbeddings:
         return TextEmbeddings(self.hidden[one], self.pooled[one], self.num_tokens[one], self.truncated[one])
 
 
-def encode_texts(encoder: "TextEncoder", texts: Iterable[str]) -> dict[str, TextEmbeddings]:
-    """The embeddings of each text, in one pass of the encoder; a text that comes twice is encoded once."""
+def encode_texts(
+    encoder: "TextEncoder", texts: Iterable[str], *, weighted: bool = False, long: bool = False
+) -> dict[str, TextEmbeddings]:
+    """The embeddings of each text, in one pass of the encoder; a text that comes twice is encoded once.
+
+    With `weighted` or `long`, each is encoded by itself and has the number of chunks that it needs.
+    """
     distinct = list(dict.fromkeys(texts))
+    if weighted or long:
+        return {text: encoder.encode([text], weighted=weighted, long=long) for text in distinct}
     embeddings = encoder.encode(distinct)
     return {text: embeddings.row(index) for index, text in enumerate(distinct)}
+
+
+def pad_chunks(text: TextEmbeddings, empty: TextEmbeddings, length: int) -> TextEmbeddings:
+    """The same texts with hidden states of `length` tokens: chunks of the empty prompt follow.
+
+    So a prompt and a shorter negative prompt guide with the same number of tokens.
+
+    Args:
+        empty: the embedding of "", one row.
+    """
+    rows, present, window = len(text), text.hidden.shape[1], empty.hidden.shape[1]
+    if length == present:
+        return text
+    missing, rest = divmod(length - present, window)
+    if missing < 0 or rest:
+        raise ValueError(f"{present} tokens cannot be padded to {length} by chunks of {window}")
+    padding = empty.hidden.repeat(rows, missing, 1)
+    return replace(text, hidden=torch.cat([text.hidden, padding], dim=1))
 
 
 class TextEncoder:
     """Tokenizer and text tower, as transformers builds them (`CLIPTextModelWithProjection`)."""
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
+    def __init__(self, tokenizer: Any, model: Any, own: Adapter | None = None) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.own = own  # where nothing else is asked for
+        self._changed: WeakKeyDictionary[Adapter, dict[str, Tensor]] = WeakKeyDictionary()
 
     @property
     def max_tokens(self) -> int:
@@ -57,33 +94,204 @@ class TextEncoder:
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        weighted: bool = False,
+        long: bool = False,
+        adapter: Adapter | None = None,
+    ) -> TextEmbeddings:
         """Embed `prompts`; the empty one is a prompt like any other.
 
         The padding mask is passed: it changes the rows of the pad positions, which Stage C reads too.
+
+        Args:
+            weighted: read weights written into the prompts (`cascade.prompts.read_weights`). The hidden
+                states of a weighted token become e + weight (h - e), where e are those of the empty prompt
+                at the same place; so 0 is as if nothing stood there, and tokens of weight 1 keep every bit.
+                This is ComfyUI's rule. The other widespread one, to
+                multiply h and restore the mean of all, does next to nothing here: Stage C norms what it
+                makes of each token, which undoes a factor, and the states before the final norm have
+                channels so large that their mean says nothing. The pooled embedding stays as it is: it
+                sums up the whole prompt, and no token has a share of its own in it.
+            long: prompts longer than the window are read in chunks, each with begin and end, and their
+                hidden states follow one another, (b, window * chunks, d), where `chunks` are those of the
+                longest prompt; after the others come chunks of the empty prompt. The pooled embedding is
+                the first chunk's.
+            adapter: LoRAs, whose learned tokens may stand in the prompts, and which may change the tower.
+
+        Raises:
+            InvalidSetting: a weight is out of range, or a prompt needs too many chunks.
         """
-        device = self.model.device
+        adapter = adapter if adapter is not None and adapter.changes_text else self.own
+        if weighted or long:
+            return self._encode_by_chunks(prompts, adapter, weighted=weighted, long=long)
+        if adapter is not None:
+            return self._encode_adapted(prompts, adapter)
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
             max_length=self.max_tokens,
             truncation=True,
             return_tensors="pt",
-        ).to(device)
-        outputs = self.model.text_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-        )
-        # transformers takes the largest id in old configurations; added tokens (LoRA) are larger than the end
-        first_end = (tokens.input_ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
-        rows = torch.arange(len(prompts), device=device)
-        pooled = self.model.text_projection(outputs.last_hidden_state[rows, first_end])
+        ).to(self.model.device)
+        hidden, pooled = self._run(tokens.input_ids, tokens.attention_mask)
         num_tokens = tuple(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
         return TextEmbeddings(
-            hidden=outputs.hidden_states[-1],
-            pooled=pooled.unsqueeze(1),
+            hidden=hidden,
+            pooled=pooled,
             num_tokens=num_tokens,
             truncated=tuple(count > self.max_tokens for count in num_tokens),
         )
+
+    def _encode_adapted(self, prompts: Sequence[str], adapter: Adapter) -> TextEmbeddings:
+        """The same with an adapter."""
+        rows = [self._tokenize(prompt, adapter)[0] for prompt in prompts]
+        ids, mask = self._windows([row[: self.max_tokens - 2] for row in rows])
+        hidden, pooled = self._run(ids, mask, adapter)
+        num_tokens = tuple(len(row) + 2 for row in rows)
+        truncated = tuple(count > self.max_tokens for count in num_tokens)
+        return TextEmbeddings(hidden, pooled, num_tokens, truncated)
+
+    def _encode_by_chunks(
+        self, prompts: Sequence[str], adapter: Adapter | None, *, weighted: bool, long: bool
+    ) -> TextEmbeddings:
+        """Every prompt with as many chunks as it needs, padded to those of the longest."""
+        rows = [self._encode_one(prompt, adapter, weighted=weighted, long=long) for prompt in prompts]
+        length = max(row.hidden.shape[1] for row in rows)
+        if length > self.max_tokens:
+            empty = self.encode([""], adapter=adapter)
+            rows = [pad_chunks(row, empty, length) for row in rows]
+        return TextEmbeddings.cat(rows)
+
+    def _encode_one(
+        self, prompt: str, adapter: Adapter | None, *, weighted: bool, long: bool
+    ) -> TextEmbeddings:
+        """One prompt. Where it fits into the window and no weight differs from 1: as `encode` does it."""
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise InvalidSetting(
+                "prompt", f"may have {MAX_PROMPT_CHARACTERS} characters, but has {len(prompt)}"
+            )
+        for word in adapter.words if adapter and weighted else ():  # their brackets are no weights
+            prompt = prompt.replace(word, re.sub(r"([()\[\]])", r"\\\1", word))
+        read = read_weights(prompt) if weighted else WeightedText(prompt, (1.0,) * len(prompt))
+        plain = self.encode([read.text], adapter=adapter)
+        is_long = long and plain.truncated[0]
+        if not is_long and read.is_plain:
+            return plain
+        tokens, places = self._tokenize(read.text, adapter)
+        size = self.max_tokens - 2
+        ids = split_chunks(tokens, size) if long else [tokens[:size]]
+        if is_long:
+            hidden, pooled = self._run(*self._windows(ids), adapter)
+        else:
+            hidden, pooled = plain.hidden, plain.pooled
+        if not read.is_plain:
+            weights = [read.weight(*place) for place in places]
+            rows = split_chunks(weights, size) if long else [weights[:size]]
+            hidden = self._weigh(hidden, rows, adapter)
+        return TextEmbeddings(
+            hidden=hidden.reshape(1, -1, hidden.shape[-1]),
+            pooled=pooled[:1],
+            num_tokens=plain.num_tokens,
+            truncated=(plain.truncated[0] and not long,),
+        )
+
+    def _windows(self, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Chunks with begin, end and padding, and the mask of the padding: (chunks, window) each."""
+        first, last, pad = (
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+        )
+        ids = torch.full((len(chunks), self.max_tokens), pad)
+        mask = torch.zeros_like(ids)
+        for row, chunk in enumerate(chunks):
+            real = torch.tensor([first, *chunk, last])
+            ids[row, : len(real)], mask[row, : len(real)] = real, 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _weigh(self, hidden: Tensor, weights: Sequence[Sequence[float]], adapter: Adapter | None) -> Tensor:
+        """Hidden states (chunks, window, d) by weights of their tokens, which count no begin and end."""
+        factors = torch.ones(hidden.shape[:2])
+        for row, chunk in enumerate(weights):
+            factors[row, 1 : 1 + len(chunk)] = torch.tensor(chunk)
+        factors = factors[..., None].to(hidden.device)
+        empty = self.encode([""], adapter=adapter).hidden.float()
+        weighed = (empty + factors * (hidden.float() - empty)).to(hidden.dtype)
+        return torch.where(factors == 1, hidden, weighed)
+
+    def _run(
+        self, input_ids: Tensor, attention_mask: Tensor, adapter: Adapter | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (b, n, d) and pooled embedding (b, 1, d) of tokens and their mask, (b, n)."""
+        changed, ids = ({}, input_ids) if adapter is None else self._with(adapter, input_ids)
+        inputs = {"input_ids": ids, "attention_mask": attention_mask, "output_hidden_states": True}
+        tower = {
+            name.removeprefix(_TOWER): weight for name, weight in changed.items() if name.startswith(_TOWER)
+        }
+        run = self.model.text_model
+        outputs = functional_call(run, tower, kwargs=inputs) if tower else run(**inputs)
+        # transformers takes the largest id in old configurations; added tokens (LoRA) are larger than the end
+        first_end = (input_ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        projection = changed.get("text_projection.weight", self.model.text_projection.weight)
+        pooled = F.linear(outputs.last_hidden_state[rows, first_end], projection)
+        return outputs.hidden_states[-1], pooled.unsqueeze(1)
+
+    def _tokenize(self, text: str, adapter: Adapter | None) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens without begin and end, and the characters that each stands for.
+
+        A word that a LoRA has taught is one token, numbered from the end of the table on. Neither the
+        tokenizer nor the table is changed: other requests do not know the word.
+        """
+        words = list(adapter.words) if adapter else []
+        longest_first = sorted(words, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, longest_first))})"
+        numbers = {word.lower(): index for index, word in enumerate(words, self._table.num_embeddings)}
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
+        for part in re.split(pattern, text, flags=re.IGNORECASE) if words else [text]:
+            if part.lower() in numbers:
+                ids.append(numbers[part.lower()])
+                places.append((start, start + len(part)))
+            elif part:
+                tokens = self.tokenizer(
+                    part, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
+                ids += tokens.input_ids
+                places += [(start + first, start + last) for first, last in tokens.offset_mapping]
+            start += len(part)
+        return ids, places
+
+    def _with(self, adapter: Adapter, input_ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Weights of the tower that an adapter changes, and the tokens as numbers of its small table."""
+        changed = self._changed.get(adapter)
+        if changed is None:
+            changed = self._changed[adapter] = {
+                f"{path}.weight": _changed_weight(self.model.get_parameter(f"{path}.weight"), change)
+                for path, change in adapter.text.items()
+            }
+        table, words = self._table, list(adapter.words.values())
+        present, ids = torch.unique(input_ids, return_inverse=True)
+        rows = [
+            words[index - table.num_embeddings]
+            if index >= table.num_embeddings
+            else adapter.rows.get(index, table.weight[index])
+            for index in present.tolist()
+        ]
+        small = torch.stack([row.to(table.weight) for row in rows])
+        return {**changed, f"{_TOWER}embeddings.token_embedding.weight": small}, ids
+
+    @property
+    def _table(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+
+def _changed_weight(weight: Tensor, change: Change) -> Tensor:
+    return (weight.float() + change.dense(weight)).to(weight.dtype)
 
 
 class ImageEncoder:

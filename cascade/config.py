@@ -5,7 +5,7 @@ block letters: C (convolution and MLP), T (noise level), A (attention). Dimensio
 be built or run are refused with a `CheckpointError`, because it is a checkpoint that states them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from cascade.errors import CheckpointError
 
@@ -145,12 +145,54 @@ class EffNetConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self)
-        entering = (self.stem_channels, *(stage.channels for stage in self.stages))
-        for stage, channels in zip(self.stages, entering, strict=False):
-            if stage.kind == "mbconv" and channels < 4:  # a quarter of them is what it squeezes to
-                raise CheckpointError(
-                    f"a stage of the kind mbconv needs 4 channels before it, has {channels}"
-                )
+        _check_stages(self.stem_channels, self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNetConfig:
+    """A ControlNet of Stage C: a backbone over a picture or a map, and a projection for every injection.
+
+    `mode` names the backbone: "effnet" (EfficientNet-V2 features of a picture), "large" (residual blocks over
+    a latent of Stage C) or "simple" (two convolutions over any map). `injections` are the ResBlocks of Stage
+    C, in the order in which they run and repeats counted, before which the projections are added.
+
+    Dimensions that the mode does not have are 0 or empty.
+    """
+
+    mode: str
+    in_channels: int
+    channels: int  # of the backbone's result
+    injections: tuple[int, ...]
+    out_channels: tuple[int, ...]  # widths of Stage C at the injections
+    stem_channels: int = 0  # effnet
+    stages: tuple[EffNetStage, ...] = ()  # effnet
+    hidden_channels: tuple[int, ...] = ()  # large: of the first two layers; simple: of the first
+    num_blocks: int = 0  # large: residual blocks
+
+    def __post_init__(self) -> None:
+        needed = {"effnet": ("stem_channels",), "large": ("num_blocks",), "simple": ()}
+        if self.mode not in needed:
+            raise CheckpointError(f"mode must be one of {', '.join(needed)}, but is {self.mode!r}")
+        absent = {"stem_channels", "num_blocks"}.difference(needed[self.mode])
+        _check_counts(self, but=("injections", *absent))
+        if len(self.hidden_channels) != {"effnet": 0, "large": 2, "simple": 1}[self.mode]:
+            raise CheckpointError(f"hidden_channels = {list(self.hidden_channels)} do not suit {self.mode!r}")
+        if self.mode == "effnet":
+            _check_stages(self.stem_channels, self.stages)
+        places = list(self.injections)
+        if any(type(place) is not int or place < 0 for place in places) or places != sorted(set(places)):
+            raise CheckpointError(f"injections must be different numbers that rise, but are {places}")
+        if not places or len(places) != len(self.out_channels):
+            raise CheckpointError(
+                f"injections = {places} are not one for each of {len(self.out_channels)} projections"
+            )
+
+    @property
+    def kind(self) -> str:
+        """What it is controlled by, as the shapes tell it; "custom" where none of the published ones fits."""
+        if self.mode == "effnet":
+            return {1: "canny", 4: "inpainting"}.get(self.in_channels, "custom")
+        return {"large": "super_resolution", "simple": "identity"}[self.mode]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +220,14 @@ class ScheduleConfig:
     clamp_min: float = 1e-4
     clamp_max: float = 0.9999
     shift: float = 1.0
+
+
+def _check_stages(stem_channels: int, stages: tuple[EffNetStage, ...]) -> None:
+    """Raise unless the stages of an EfficientNet can follow each other."""
+    entering = (stem_channels, *(stage.channels for stage in stages))
+    for stage, channels in zip(stages, entering, strict=False):
+        if stage.kind == "mbconv" and channels < 4:  # a quarter of them is what it squeezes to
+            raise CheckpointError(f"a stage of the kind mbconv needs 4 channels before it, has {channels}")
 
 
 def _check_unet(config: StageBConfig | StageCConfig) -> None:
@@ -249,6 +299,35 @@ STAGE_B_700M = StageBConfig(
 STAGE_A = StageAConfig()
 EFFNET_V2_S = EffNetConfig()
 PREVIEWER = PreviewerConfig()
+
+_OFFICIAL_INJECTIONS = (0, 4, 8, 12, 51, 55, 59, 63)
+CONTROLNET_CANNY = ControlNetConfig(
+    mode="effnet",
+    in_channels=1,
+    channels=1280,
+    injections=_OFFICIAL_INJECTIONS,
+    out_channels=(2048,) * 8,
+    stem_channels=24,
+    stages=EFFNET_V2_S.stages,
+)
+CONTROLNET_INPAINTING = replace(CONTROLNET_CANNY, in_channels=4)
+CONTROLNET_SUPER_RESOLUTION = ControlNetConfig(
+    mode="large",
+    in_channels=16,
+    channels=1280,
+    injections=_OFFICIAL_INJECTIONS,
+    out_channels=(2048,) * 8,
+    hidden_channels=(16384, 1024),
+    num_blocks=8,
+)
+CONTROLNET_IDENTITY = ControlNetConfig(
+    mode="simple",
+    in_channels=512,
+    channels=512,
+    injections=tuple(range(64)),
+    out_channels=(2048,) * 64,
+    hidden_channels=(2048,),
+)
 
 SCHEDULE_C = ScheduleConfig(shift=2.0)
 SCHEDULE_B = ScheduleConfig(shift=1.0)

@@ -1,13 +1,16 @@
 """Everything that a checkpoint brings, loaded: networks, encoders and the constants that go with them."""
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import torch
 
 from cascade.conditioning import ImageEncoder, TextEncoder
 from cascade.config import ScheduleConfig
+from cascade.networks.adapters import Adapter
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -17,6 +20,16 @@ from cascade.sizes import NativeSizes
 
 OFFICIAL_SCALE_FACTOR = 0.43
 DIFFUSERS_SCALE_FACTOR = 0.3764  # left over from an earlier model, in diffusers' configuration only
+
+
+class LoRAs(Protocol):
+    """The LoRAs that can be asked for by name: `cascade.lora.LoRALibrary`."""
+
+    def names(self) -> list[str]:
+        """The names that can be asked for."""
+
+    def adapter(self, models: "Models", uses: Sequence[tuple[str, float]]) -> Adapter | None:
+        """Some of them by name and scale; raises `InvalidSetting` for one that is not there."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -33,6 +46,8 @@ class Models:
     image_encoder: ImageEncoder | None = None
     effnet: EffNetEncoder | None = None
     previewer: Previewer | None = None
+    loras: LoRAs | None = None
+    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)  # by kind
     native: NativeSizes = field(default_factory=NativeSizes)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32

@@ -1,15 +1,22 @@
 """Cascade: a checkpoint, ready to make pictures. The front door of the library."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from os import PathLike
-from typing import Self
+from typing import Self, TypeVar, Unpack
 
 import torch
+from PIL import Image
 
+from cascade.errors import InvalidSetting
 from cascade.models import Models
-from cascade.tasks.settings import TextToImage
-from cascade.tasks.text_to_image import GeneratedImage, Progress, generate
+from cascade.tasks.autoencode import DecodeSettings, decode_all, reconstruct_all
+from cascade.tasks.encoding import encode
+from cascade.tasks.generation import GeneratedImage, Progress, generate
+from cascade.tasks.latents import Latents
+from cascade.tasks.settings import STRENGTH, ImagePrompt, ImageSettings, Options
+
+R = TypeVar("R")
 
 
 class Cascade(Models):
@@ -53,49 +60,172 @@ class Cascade(Models):
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        num_images: int = 1,
-        seed: int | None = None,
-        steps: int = 20,
-        guidance_scale: float = 4.0,
-        decoder_steps: int = 10,
-        decoder_guidance_scale: float = 0.0,
-        preset: str = "official",
-        sampler: str = "ddpm",
-        shares_generator: bool = True,
         progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
     ) -> list[GeneratedImage]:
         """Make `num_images` pictures of `prompt`, of exactly `width` x `height` pixels.
 
-        The settings are those of `TextToImage`. `progress` is called after every step; what it raises ends
+        The options are those of `ImageSettings`. `progress` is called after every step; what it raises ends
         the run.
 
         Raises:
             InvalidSetting: a setting is out of range; nothing was computed.
         """
-        request = TextToImage(
+        return self._generate(ImageSettings(prompt=prompt, **options), progress)
+
+    def image_to_image(
+        self,
+        image: Image.Image,
+        prompt: str = "",
+        *,
+        strength: float = STRENGTH,
+        noise_at_sampling_shift: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[GeneratedImage]:
+        """Draw `image` again, more freely the larger `strength` is.
+
+        At 0 the picture comes back as the model sees it, at 1 it is not looked at. It is scaled and cut to
+        `width` and `height`; absent, they are its own, or the nearest that are allowed.
+
+        Raises:
+            InvalidSetting: a setting is out of range, or the checkpoint has no encoder.
+        """
+        settings = ImageSettings(
             prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            num_images=num_images,
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            decoder_steps=decoder_steps,
-            decoder_guidance_scale=decoder_guidance_scale,
-            preset=preset,
-            sampler=sampler,
-            shares_generator=shares_generator,
+            image=image,
+            strength=strength,
+            noise_at_sampling_shift=noise_at_sampling_shift,
+            **options,
         )
-        run = generate(self, [request])
-        while True:
-            try:
-                step = next(run)
-            except StopIteration as finished:
-                images: list[list[GeneratedImage]] = finished.value
-                return images[0]
-            if progress is not None:
-                progress(step)
+        return self._generate(settings, progress)
+
+    def inpaint(
+        self,
+        image: Image.Image,
+        prompt: str,
+        mask: Image.Image | None = None,
+        *,
+        strength: float = 1.0,
+        feather: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[GeneratedImage]:
+        """Draw anew what is white in `mask`, or without one what is transparent in `image`.
+
+        The rest is returned as it is, bit for bit. With `strength` below 1 the new part still resembles the
+        old one. The new part fades in over `feather` pixels inside the mask.
+
+        Raises:
+            InvalidSetting: a setting is out of range, there is nothing to draw, or the checkpoint has no
+                encoder.
+        """
+        settings = ImageSettings(
+            prompt=prompt, image=image, mask=mask, strength=strength, feather=feather, **options
+        )
+        if not settings.repaints:
+            raise InvalidSetting("mask", "is needed: no pixel of the image is transparent")
+        return self._generate(settings, progress)
+
+    def outpaint(
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        anchor: str = "center",
+        feather: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[GeneratedImage]:
+        """Draw what is around `image`, which stands at `anchor` on a canvas of `width` x `height`.
+
+        Raises:
+            InvalidSetting: a setting is out of range, the picture is larger than the canvas, or the
+                checkpoint has no encoder.
+        """
+        settings = ImageSettings(prompt=prompt, image=image, anchor=anchor, feather=feather, **options)
+        return self._generate(settings, progress)
+
+    def image_variation(
+        self,
+        images: Image.Image | Sequence[Image.Image | ImagePrompt],
+        prompt: str = "",
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[GeneratedImage]:
+        """Draw what `images` show, up to four of them mixed, with or without words of a prompt.
+
+        Raises:
+            InvalidSetting: a setting is out of range, or the checkpoint has no vision tower.
+        """
+        several = [images] if isinstance(images, Image.Image) else images
+        prompts = [each if isinstance(each, ImagePrompt) else ImagePrompt(each) for each in several]
+        if not prompts:
+            raise InvalidSetting("image_prompts", "must be one picture or more")
+        options["image_prompts"] = tuple(prompts)
+        return self._generate(ImageSettings(prompt=prompt, **options), progress)
+
+    def _generate(
+        self, request: ImageSettings, progress: Callable[[Progress], None] | None
+    ) -> list[GeneratedImage]:
+        """The pictures of one request: what all tasks come to."""
+        [images] = _driven(generate(self, [request]), progress)
+        return images
+
+    def encode(
+        self,
+        image: Image.Image,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        preset: str = "official",
+    ) -> Latents:
+        """The picture as latents of Stage C, 42 times smaller along each side: 1024x1024 are 16 x 24 x 24.
+
+        It is scaled and cut to `width` and `height`; absent, they are its own, or the nearest allowed.
+
+        Raises:
+            InvalidSetting: the size is not allowed, or the checkpoint has no encoder.
+        """
+        return encode(self, [image], width=width, height=height, preset=preset)[0]
+
+    def decode(
+        self,
+        latents: Latents,
+        settings: DecodeSettings | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Image.Image:
+        """The picture that latents say, by Stages B and A.
+
+        Raises:
+            InvalidSetting: a setting is wrong, or another encoder made the latents; nothing was computed.
+        """
+        [image] = _driven(decode_all(self, [latents], [settings or DecodeSettings()]), progress)
+        return image
+
+    def reconstruct(
+        self,
+        image: Image.Image,
+        settings: DecodeSettings | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Image.Image:
+        """The picture encoded and decoded: what the model keeps of it.
+
+        Raises:
+            InvalidSetting: a setting is wrong, or the checkpoint has no encoder; nothing was computed.
+        """
+        [drawn] = _driven(reconstruct_all(self, [image], [settings or DecodeSettings()]), progress)
+        return drawn
+
+
+def _driven(run: Generator[Progress, None, R], progress: Callable[[Progress], None] | None) -> R:
+    """Drive a run to its end; `progress` is called after every step."""
+    while True:
+        try:
+            step = next(run)
+        except StopIteration as finished:
+            result: R = finished.value
+            return result
+        if progress is not None:
+            progress(step)

@@ -107,6 +107,57 @@ def fit_to_size(image: Image.Image, plan: SizePlan) -> Image.Image:
     return image.crop((left, top, left + plan.width, top + plan.height))
 
 
+def fit_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
+    """The inverse of `fit_to_size`: what would be drawn for a picture of the planned size to come out of it.
+
+    What is cut off in the end is filled with the nearest pixels of the edge, and nothing moves.
+    """
+    drawn = (plan.draw_width, plan.draw_height)
+    widened = widen_to_drawing(image, plan)
+    return widened if widened.size == drawn else widened.resize(drawn, Image.Resampling.LANCZOS)
+
+
+def widen_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
+    """A picture of the planned size with what `fit_to_size` cuts off around it, before it is scaled."""
+    width, height = plan.draw_width, plan.draw_height
+    if plan.resampled:
+        scale = max(plan.width / width, plan.height / height)
+        width, height = round(width * scale), round(height * scale)
+    return widen_edges(image, (width, height), (width - plan.width) // 2, (height - plan.height) // 2)
+
+
+def widen_edges(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Image.Image:
+    """A canvas of `size` (width, height) with the picture at `left`, `top`; the rest repeats its edges."""
+    if image.size == size:
+        return image
+    canvas = Image.new(image.mode, size)
+    right, bottom = left + image.width, top + image.height
+    canvas.paste(image, (left, top))
+    for column, gap in ((left, (0, top, left, bottom)), (right - 1, (right, top, size[0], bottom))):
+        if gap[2] > gap[0]:
+            edge = canvas.crop((column, top, column + 1, bottom))
+            canvas.paste(edge.resize((gap[2] - gap[0], image.height), Image.Resampling.NEAREST), gap[:2])
+    for row, gap in ((top, (0, 0, size[0], top)), (bottom - 1, (0, bottom, size[0], size[1]))):
+        if gap[3] > gap[1]:
+            edge = canvas.crop((0, row, size[0], row + 1))
+            canvas.paste(edge.resize((size[0], gap[3] - gap[1]), Image.Resampling.NEAREST), gap[:2])
+    return canvas
+
+
+def nearest_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The allowed size for a picture of any size: its own where it is allowed, else the like.
+
+    A picture that is too large, too small or too long is scaled, and cut where its aspect ratio demands it.
+    """
+    width, height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    scale = min(1, MAX_SIDE / max(width, height), math.sqrt(max_pixels / (width * height)))
+    scale = max(scale, MIN_SIDE / min(width, height))
+    sides = [MULTIPLE * round(scale * side / MULTIPLE) for side in (width, height)]
+    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):
+        sides[sides.index(max(sides))] -= MULTIPLE  # rounding went beyond a limit
+    return sides[0], sides[1]
+
+
 def _nearest_aspect(width: int, height: int, native: NativeSizes) -> tuple[int, int]:
     """The native size of the nearest aspect ratio, and among those the one of the nearest area."""
 

@@ -14,7 +14,14 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from app.api.bodies import ImageGenerationBody, NativeImageBody, parse_image_generation, parse_native
+from app.api.bodies import (
+    ImageGenerationBody,
+    NativeImageBody,
+    parse_image_edit,
+    parse_image_generation,
+    parse_native,
+)
+from app.api.sources import Source
 from app.cli import app as command_line
 from app.main import create_app
 from app.settings import Settings, load_settings
@@ -136,13 +143,21 @@ def test_parsing_finds_mistakes() -> None:
         parse(["generate", "a cat", "--setps", "3"])
 
 
+def form_members(words: list[str]) -> dict[str, object]:
+    """The fields of a form, as `curl -F` is given them."""
+    fields = [words[i + 1].partition("=") for i, word in enumerate(words) if word == "-F"]
+    return {name: Source(b"a file") if value.startswith("@") else value for name, _, value in fields}
+
+
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("curl ")])
 def test_examples_of_requests_are_valid(line: str) -> None:
     words = shlex.split(line)
-    members = json.loads(words[words.index("-d") + 1])
+    members = json.loads(words[words.index("-d") + 1]) if "-d" in words else form_members(words)
     match words[2].removeprefix("localhost:8000"):
         case "/v1/images/generations":
             assert parse_image_generation(members).ignored == []
+        case "/v1/images/edits":
+            assert parse_image_edit(members).ignored == []
         case path:
             assert path == "/api/v1/images"
             parse_native(members)

@@ -6,11 +6,18 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from app.api.sources import INVALID_IMAGE, ControlBody, ImagePromptMember, Picture, Source, parse_source
 from app.errors import InvalidRequest, UnsupportedParameter
 from app.jobs.job import OnDisconnect
 from app.schemas import (
+    MAX_IMAGE_PROMPTS,
+    MAX_LORAS,
+    Anchor,
     DecoderGuidance,
     DecoderSteps,
+    Feather,
+    Interval,
+    LoRA,
     Number,
     NumImages,
     OutputFormat,
@@ -21,10 +28,13 @@ from app.schemas import (
     Quality100,
     Sampler,
     Seed,
+    Share,
     Side,
+    check_company,
 )
 
 Body = TypeVar("Body", bound=BaseModel)
+OpenAIBody = TypeVar("OpenAIBody", bound="ImageGenerationBody")
 
 ResponseFormat = Literal["url", "b64_json"]
 NumPreviews = Annotated[int, Field(ge=0, le=3), Number]
@@ -35,7 +45,7 @@ MetadataText = Annotated[str, Field(max_length=512)]
 MAX_PLACES = 20  # mistakes that one answer lists
 
 # Members that are known to mean something, whose silent loss would give a wrong picture.
-NOT_YET = ("image", "mask", "strength", "image_prompts", "control", "loras", "webhook")
+NOT_YET = ("webhook",)
 _EMPTY: tuple[object, ...] = (None, False, "", "false", [], {})
 
 
@@ -43,15 +53,16 @@ class GenerationMembers(BaseModel):
     """What every contract's body has: the picture, and how the job of making it is treated."""
 
     prompt: Prompt = Field(
-        description="What the picture shows; not blank",
+        description="What the picture shows; may be blank only with `image_prompts`, or with `strength` 0",
         examples=["a red circle on a blue background"],
-        json_schema_extra={"pattern": r"\S"},
     )
     model: str | None = Field(
         None, description="A name of `/v1/models`, or an alias; absent: the model served"
     )
     negative_prompt: Prompt = Field("", description="What the picture does not show")
-    width: Side | None = Field(None, description="Absent: that of the model's native size")
+    width: Side | None = Field(
+        None, description="Absent: that of `image` or of the control picture, or else of the native size"
+    )
     height: Side | None = None
     seed: Seed | None = Field(None, description="-1 or absent: random. Picture i uses seed + i")
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=10)] | None = Field(
@@ -71,12 +82,41 @@ class GenerationMembers(BaseModel):
         "cancel", description="What becomes of the work when the waiting caller leaves"
     )
 
-    @field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("should not be blank")
-        return prompt
+    image: Picture | None = Field(
+        None, description="The picture to start from; what is transparent in it is painted anew"
+    )
+    strength: Share | None = Field(
+        None,
+        description="0 keeps the picture as the model sees it, 1 does not look at it. "
+        "Absent: 0.75, and 1 where a mask or an anchor says what is painted anew",
+    )
+    mask: Picture | None = Field(
+        None, description="As large as `image`: white, or what is transparent, is painted anew"
+    )
+    feather: Feather = Field(0, description="Pixels over which the new part fades into the old")
+    anchor: Anchor | None = Field(
+        None, description="Where `image` stands on a canvas of `width` x `height`; the rest is painted"
+    )
+    image_prompts: Annotated[list[ImagePromptMember], Field(max_length=MAX_IMAGE_PROMPTS)] = Field(
+        [], description="Pictures as prompts, with or without words"
+    )
+    control: ControlBody | None = Field(None, description="A picture that says where things are")
+    loras: Annotated[list[LoRA], Field(max_length=MAX_LORAS)] = Field(
+        [], description="Installed ones: see `GET /api/v1/loras`"
+    )
+    guidance_interval: Interval = Field(
+        (0.0, 1.0), description="The share of the prior's run in which guidance is on"
+    )
+    weighted_prompt: bool = Field(False, description="`(word:1.3)` in a prompt is a weight")
+    long_prompt: bool = Field(False, description="Read prompts beyond the encoder's window, by chunks")
+
+    @model_validator(mode="after")
+    def _check_company(self) -> Self:
+        if not (self.prompt.strip() or self.image_prompts or (self.image and self.strength == 0)):
+            message = "prompt should not be blank"
+            raise PydanticCustomError("company", "{message}", {"member": "prompt", "message": message})
+        check_company(self)
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -125,6 +165,20 @@ class ImageGenerationBody(GenerationMembers):
     def _check_number(self) -> Self:
         _check_number_of_seeds(self.seed, self.seeds, self.n)
         return self
+
+
+class ImageEditBody(ImageGenerationBody):
+    """Body of `POST /v1/images/edits`: that of a generation, and the picture that is edited."""
+
+    size: str = Field("auto", description="`WIDTHxHEIGHT`, or `auto`: that of the first picture")
+    image: Picture = Field(description="The picture to edit; further ones are image prompts")
+
+
+class ImageVariationBody(ImageGenerationBody):
+    """Body of `POST /v1/images/variations`: a picture, and no prompt. It becomes the one image prompt."""
+
+    prompt: Prompt = Field("", description="None is needed")
+    size: str = Field("auto", description="`WIDTHxHEIGHT`, or `auto`: that of the picture")
 
 
 class NativeImageBody(GenerationMembers):
@@ -180,6 +234,56 @@ ALIASES = {
 
 def parse_image_generation(members: Mapping[str, Any]) -> ImageGenerationBody:
     """Check the body of OpenAI's contract. None and an empty text count as absent."""
+    return _parse_openai(ImageGenerationBody, members, {})
+
+
+def parse_image_edit(members: Mapping[str, Any]) -> ImageEditBody:
+    """Check the body of an edit: the first picture is edited, the others are image prompts."""
+    first, *others = _given_pictures(members, 1 + MAX_IMAGE_PROMPTS)
+    given = {name: value for name, value in members.items() if name not in ("image", "images")}
+    prompts = given.get("image_prompts") or []
+    if others and isinstance(prompts, list):
+        given["image_prompts"] = [*({"image": other} for other in others), *prompts]
+    mask = given.get("mask")
+    if isinstance(mask, Mapping) and "image_url" in mask:
+        given["mask"] = mask["image_url"]
+    return _parse_openai(
+        ImageEditBody, {**given, "image": first}, {"image_prompts": "image"} if others else {}
+    )
+
+
+def parse_image_variation(members: Mapping[str, Any]) -> ImageVariationBody:
+    """Check the body of a variation."""
+    [picture] = _given_pictures(members, 1)
+    given = {name: value for name, value in members.items() if name not in ("image", "images")}
+    given["image_prompts"] = [{"image": picture}]
+    return _parse_openai(ImageVariationBody, given, {"image_prompts": "image"})
+
+
+def _given_pictures(members: Mapping[str, Any], most: int) -> list[Source]:
+    """What came as `image`, once or several times, or as `images` in JSON."""
+    name = "image" if members.get("image") not in _EMPTY else "images"
+    given = members.get(name)
+    if given in _EMPTY:
+        raise InvalidRequest("image is required", param="image", code="missing_required_parameter")
+    pictures = given if isinstance(given, list) else [given]
+    if len(pictures) > most:
+        allowed = "one picture" if most == 1 else f"1 to {most} pictures"
+        raise InvalidRequest(f"image must be {allowed}, not {len(pictures)}", param="image")
+    return [_picture(picture, name) for picture in pictures]
+
+
+def _picture(given: object, name: str) -> Source:
+    if isinstance(given, Mapping) and "image_url" in given:
+        given = given["image_url"]
+    try:
+        return parse_source(given, name)
+    except PydanticCustomError as error:
+        message = f"{name} {error.message()}".replace("should", "must", 1)
+        raise InvalidRequest(message, param=name, code=_CODES[error.type]) from None
+
+
+def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: dict[str, str]) -> OpenAIBody:
     _refuse_what_cannot_be_served(members)
     if members.get("background") == "transparent":
         raise UnsupportedParameter("background must be auto or opaque", param="background")
@@ -190,19 +294,27 @@ def parse_image_generation(members: Mapping[str, Any]) -> ImageGenerationBody:
     }
     if members.get("prompt") == "":
         given["prompt"] = ""
-    sent_as = {name: name for name in given}
+    sent_as = {**{name: name for name in given}, **sent_as}
     for alias, name in ALIASES.items():
         if alias in given and name not in given:
             given[name] = given.pop(alias)
             sent_as[name] = alias
-    return _validated(ImageGenerationBody, given, sent_as)
+    _allow_no_prompt(given)
+    return _validated(kind, given, sent_as)
 
 
 def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
     """Check the body of the native contract. None counts as absent."""
     _refuse_what_cannot_be_served(members)
     given = {name: value for name, value in members.items() if value is not None and name not in NOT_YET}
+    _allow_no_prompt(given)
     return _validated(NativeImageBody, given, {})
+
+
+def _allow_no_prompt(given: dict[str, Any]) -> None:
+    """Where a picture takes its place it may be absent as well as empty."""
+    if given.get("image_prompts"):
+        given.setdefault("prompt", "")
 
 
 def _refuse_what_cannot_be_served(members: Mapping[str, Any]) -> None:
@@ -225,6 +337,10 @@ _CODES = {
     "bool_parsing": "invalid_type",
     "list_type": "invalid_type",
     "dict_type": "invalid_type",
+    "model_type": "invalid_type",
+    "tuple_type": "invalid_type",
+    INVALID_IMAGE: INVALID_IMAGE,
+    "unsupported_url": "unsupported_parameter",
 }
 
 
@@ -239,7 +355,7 @@ def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> Inva
     """The first mistake in words, under the name that the caller used, and the places of all."""
     problems = error.errors(include_url=False, include_input=False)
     places = [
-        (_pointer(_path(problem["loc"], sent_as)), _words(problem, _path(problem["loc"], sent_as)))
+        (_pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
         for problem in problems[:MAX_PLACES]
     ]
     first = problems[0]
@@ -248,13 +364,13 @@ def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> Inva
     is_bounded = first["type"] in ("greater_than_equal", "less_than_equal")
     if is_bounded and all(isinstance(bound, int) for bound in bounds):
         code = "integer_out_of_range"
-    param = _path(first["loc"], sent_as)[0]
+    param = _path(first, sent_as)[0]
     return InvalidRequest(places[0][1], param=param, code=code, places=places)
 
 
-def _path(location: tuple[int | str, ...], sent_as: Mapping[str, str]) -> list[str]:
-    """Names from the body down to the mistake. What concerns several members is about the seeds."""
-    first, *rest = location or ("seeds",)
+def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
+    """Names from the body down to the mistake. What concerns several members names one, or else the seeds."""
+    first, *rest = problem["loc"] or (problem.get("ctx", {}).get("member", "seeds"),)
     names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
     return [name if name.isprintable() and len(name) <= 64 else ascii(name[:64]) for name in names]
 

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -33,6 +33,8 @@ from app.logs import Logger
 from app.metrics import Metrics
 from app.settings import Settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
+from app.storage.loras import InstalledLoRAs
 from app.storage.signing import Signer
 
 
@@ -44,10 +46,13 @@ class Services:
     store: JobStore
     dispatcher: Dispatcher
     images: ImageStore
+    inputs: InputStore
     signer: Signer
     uploads: Uploads
     limit: RateLimit
     encoders: Executor  # encoding and disk, which must not hold up the event loop
+    reader: Executor  # one thread for pictures from outside: decoding one may take 300 MB
+    loras: InstalledLoRAs
     metrics: Metrics
     tracing: Tracing
     logger: Logger
@@ -119,14 +124,21 @@ async def read_json_object(request: Request, services: TheServices) -> dict[str,
     """The body as a JSON object, read no further than the limit."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
-        raise UnsupportedMediaType("the body must be JSON: send Content-Type: application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body must not be compressed")
+        raise UnsupportedMediaType(
+            "the body must be JSON or a form: send Content-Type: application/json or multipart/form-data"
+        )
+    refuse_compressed(request)
     async with services.uploads.reading(services.settings.body_timeout):
-        body = await _read(request, services.settings.max_body_bytes)
+        body = b"".join([chunk async for chunk in bounded_stream(request, services.settings.max_body_bytes)])
     if len(body) <= LONG_BODY_BYTES:
         return _parse_object(body)
     return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)
+
+
+def refuse_compressed(request: Request) -> None:
+    """What a compressed body becomes is not known before it is here."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed")
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
@@ -141,22 +153,23 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     return members
 
 
-async def _read(request: Request, limit_bytes: int) -> bytes:
+async def bounded_stream(request: Request, limit_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body, no further than the limit. Raises PayloadTooLarge and ClientGone."""
     too_large = PayloadTooLarge(
         f"the body must be at most {limit_bytes} bytes", headers={"Connection": "close"}
     )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit_bytes:
         raise too_large
-    body = bytearray()
+    num_bytes = 0
     try:
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit_bytes:
+            num_bytes += len(chunk)
+            if num_bytes > limit_bytes:
                 raise too_large
+            yield chunk
     except ClientDisconnect:
         raise ClientGone("the caller left while sending the body") from None
-    return bytes(body)
 
 
 _HOST = re.compile(r"[A-Za-z0-9.\-_]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")

@@ -5,9 +5,17 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.api.bodies import GenerationMembers, ImageGenerationBody, NativeImageBody
+from app.api.bodies import (
+    GenerationMembers,
+    ImageEditBody,
+    ImageGenerationBody,
+    ImageVariationBody,
+    NativeImageBody,
+)
 from app.api.failures import OpenAIError, Problem
+from app.api.forms import STRUCTURED, WITH_PICTURE
 from app.api.views import JobView
+from app.schemas import MAX_IMAGE_PROMPTS
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -25,7 +33,7 @@ MEANINGS = {
     409: "The job is not in a state for this",
     410: "The URL has expired",
     413: "The body is too large",
-    415: "The body is not JSON",
+    415: "The body is neither JSON nor a form",
     416: "The range lies outside the file",
     422: "The idempotency key came before, with another request",
     429: "This key asks too often; see `Retry-After`",
@@ -101,13 +109,48 @@ def problems(*statuses: int) -> Responses:
 
 
 def _body_schema(body: type[GenerationMembers]) -> dict[str, Any]:
-    """The schema of a generation's body, in which every member but the prompt may be null, as if absent."""
-    schema = body.model_json_schema()
+    """The schema of a generation's body, in which every member but the required may be null, as if absent."""
+    schema = body.model_json_schema(ref_template=_REFERENCE)
+    schema.pop("$defs", None)  # among the components: see `describe`
     for name, member in schema["properties"].items():
-        if name not in schema["required"] and "anyOf" not in member:
+        if name not in schema.get("required", ()) and "anyOf" not in member:
             texts = {key: member.pop(key) for key in ("title", "description", "default") if key in member}
             schema["properties"][name] = {"anyOf": [member, {"type": "null"}], **texts}
     return schema
+
+
+_FILE = {"type": "string", "format": "binary"}
+
+
+def _form_schema(
+    body: type[GenerationMembers], *, pictures: int, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The same as a form: pictures are file parts, and what is no plain value is JSON text."""
+    schema = _body_schema(body)
+    properties: dict[str, Any] = {name: m for name, m in schema["properties"].items() if name not in without}
+    if pictures:
+        about = "The picture" if pictures == 1 else "Once or several times, also as `image[]`"
+        several = {"type": "array", "items": _FILE, "minItems": 1, "maxItems": pictures}
+        properties["image"] = {**(_FILE if pictures == 1 else several), "description": about}
+    if "mask" in properties:
+        properties["mask"] = {**_FILE, "description": properties["mask"]["description"]}
+    for name in STRUCTURED:
+        if name in properties:
+            about = f"JSON text. {properties[name].get('description', '')}".strip()
+            properties[name] = {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "description": about,
+            }
+    for name in WITH_PICTURE:
+        if name in properties:
+            properties[name]["description"] += " (a file part of this name is its picture)"
+    properties["params"] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "description": "A whole JSON object; single fields win",
+    }
+    return {**schema, "properties": properties}
 
 
 def _header(name: str, description: str) -> dict[str, Any]:
@@ -125,11 +168,27 @@ _KEY = _header("Idempotency-Key", "Sent again with the same body: the answer of 
 
 
 def _generation(
-    body: type[GenerationMembers], accept: str, examples: dict[str, dict[str, Any]]
+    body: type[GenerationMembers],
+    accept: str,
+    examples: dict[str, dict[str, Any]],
+    *,
+    pictures: int = 1,
+    without: tuple[str, ...] = (),
+    requires: tuple[str, ...] = ("prompt",),
 ) -> dict[str, Any]:
-    """What OpenAPI is told of a route that makes pictures, beyond its answers."""
+    """What OpenAPI is told of a route that makes pictures, beyond its answers.
+
+    `pictures` are the file parts `image` at most, `without` are members that mean nothing there.
+    """
     named = {name: {"value": example} for name, example in examples.items()}
-    content = {"application/json": {"schema": _body_schema(body), "examples": named}}
+    schema = _body_schema(body)
+    schema["properties"] = {name: m for name, m in schema["properties"].items() if name not in without}
+    schema["required"] = list(requires)
+    form = {**_form_schema(body, pictures=pictures, without=without), "required": list(requires)}
+    content = {
+        "application/json": {"schema": schema, "examples": named},
+        "multipart/form-data": {"schema": form},
+    }
     return {
         **NEEDS_KEY,
         "parameters": [_header("Accept", accept), _PREFER, _KEY],
@@ -173,6 +232,30 @@ GENERATION_RESPONSES: Responses = {
     **openai_errors(*_ERRORS),
 }
 
+_PICTURE = "data:image/png;base64,iVBORw0KGgo…"
+
+EDIT = _generation(
+    ImageEditBody,
+    "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
+    {
+        "edit": {"image": _PICTURE, "prompt": "the same on a green background", "strength": 0.6},
+        "inpainting": {"image": _PICTURE, "mask": _PICTURE, "prompt": "a blue square", "feather": 8},
+        "several": {
+            "images": [{"image_url": _PICTURE}, {"image_url": _PICTURE}],
+            "prompt": "the first in the manner of the second",
+        },
+    },
+    pictures=1 + MAX_IMAGE_PROMPTS,
+    requires=("image", "prompt"),
+)
+VARIATION = _generation(
+    ImageVariationBody,
+    "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
+    {"simple": {"image": _PICTURE, "n": 2}},
+    without=("image_prompts", "mask", "strength", "feather", "anchor"),
+    requires=("image",),
+)
+
 NATIVE_GENERATION = _generation(
     NativeImageBody,
     "`image/png` (jpeg, webp) first in preference: the bytes of one picture; `text/event-stream`: events",
@@ -193,6 +276,21 @@ NATIVE_GENERATION = _generation(
             "deadline_seconds": 600,
             "metadata": {"order": "A-99"},
         },
+        "image-to-image": {"prompt": "the same at night", "image": _PICTURE, "strength": 0.6},
+        "inpainting": {"prompt": "a red door", "image": _PICTURE, "mask": _PICTURE, "feather": 8},
+        "outpainting": {
+            "prompt": "a wide landscape",
+            "image": _PICTURE,
+            "anchor": "center",
+            "width": 1024,
+            "height": 512,
+        },
+        "image prompts": {
+            "prompt": "in the snow",
+            "image_prompts": [{"image": _PICTURE, "weight": 1.0}],
+        },
+        "control": {"prompt": "a house", "control": {"type": "canny", "image": _PICTURE, "scale": 0.8}},
+        "LoRA": {"prompt": "a cat", "loras": [{"name": "sketch", "scale": 0.8}]},
     },
 )
 NATIVE_RESPONSES: Responses = {
@@ -220,6 +318,7 @@ def describe(app: FastAPI) -> None:
                 own = model.model_json_schema(mode="serialization", ref_template=_REFERENCE)
                 schemas.update(own.pop("$defs", {}))
                 schemas[model.__name__] = own
+            schemas.update(NativeImageBody.model_json_schema(ref_template=_REFERENCE)["$defs"])
             _remove_framework_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema

@@ -12,17 +12,29 @@ from typing import Any
 
 from fastapi import Request
 
+from app.api.bodies import GenerationMembers
 from app.api.deps import Services
 from app.api.gateway import Exchange
 from app.api.prefer import Preference
+from app.api.sources import Received
 from app.api.views import MODEL_ID
-from app.errors import AppError, Canceled, ClientGone, InvalidRequest, JobFailed, ModelNotFound, TimedOut
+from app.errors import (
+    AppError,
+    Canceled,
+    ClientGone,
+    InvalidRequest,
+    JobFailed,
+    ModelNotFound,
+    TimedOut,
+    UnsupportedParameter,
+)
 from app.jobs.job import Job, JobStatus, OnDisconnect, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.store import Submitted
-from app.schemas import GenerationRequest, check_size, choose_seeds
+from app.schemas import GenerationRequest, PictureRef, check_size, choose_seeds, fit_size, other_side
 
 MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
+SUPER_RESOLUTION = 2  # times the sides of the picture, unless another size is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +48,7 @@ class Order:
     preference: Preference
     metadata: dict[str, str] = field(default_factory=dict)
     idempotency: Idempotency | None = None
+    received: Received = field(default_factory=Received)
 
 
 def resolve_model(name: str | None, services: Services) -> None:
@@ -65,12 +78,92 @@ def seeds_for(
     return tuple(seeds) if seeds is not None else choose_seeds(seed, num_images)
 
 
-def size_for(width: int | None, height: int | None, services: Services, *, param: str) -> tuple[int, int]:
-    """The sides asked for, those of the native size where they are absent, all within the limits."""
-    model = services.dispatcher.model
-    size = (width or model.native_width, height or model.native_height)
-    check_size(*size, max_pixels=services.settings.max_pixels, param=param)
+def size_for(
+    width: int | None,
+    height: int | None,
+    services: Services,
+    *,
+    param: str,
+    like: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """The sides asked for, all within the limits.
+
+    Those that are absent are those of the native size, or of a picture `like` that fits into the limits; one
+    absent side keeps its proportions.
+    """
+    model, most = services.dispatcher.model, services.settings.max_pixels
+    if like is None:
+        size = (width or model.native_width, height or model.native_height)
+    elif width or height:
+        size = (
+            width or other_side(height or 0, like[0] / like[1]),
+            height or other_side(width or 0, like[1] / like[0]),
+        )
+    else:
+        size = fit_size(*like, max_pixels=most)
+    check_size(*size, max_pixels=most, param=param)
     return size
+
+
+def picture_size(received: Received) -> tuple[int, int] | None:
+    """The size that a result has by itself: that of the picture it is made of, or of the control picture."""
+    if received.image is not None:
+        return received.image.width, received.image.height
+    if received.control is None:
+        return None
+    factor = SUPER_RESOLUTION if received.control.type == "super_resolution" else 1
+    return received.control.image.width * factor, received.control.image.height * factor
+
+
+async def check_abilities(generation: GenerationRequest, services: Services) -> None:
+    """Refuse what the model has no network or file for, before anything is queued."""
+    model = services.dispatcher.model
+    if generation.anchor is not None and generation.image is not None:
+        _check_canvas(generation, generation.image)
+    if generation.image is not None and not model.reads_pictures:
+        raise UnsupportedParameter(
+            "image needs an encoder of pictures, which this model lacks", param="image"
+        )
+    if generation.image_prompts and not model.reads_image_prompts:
+        message = "image_prompts need a vision tower, which this model lacks"
+        raise UnsupportedParameter(message, param="image_prompts")
+    control = generation.control
+    if control is not None and control.type not in model.controls:
+        installed = ", ".join(model.controls) or "none"
+        message = f"control {control.type} is not installed; installed are: {installed}"
+        raise UnsupportedParameter(message, param="control", places=[("/control/type", message)])
+    if generation.loras:
+        loop = asyncio.get_running_loop()
+        names = await loop.run_in_executor(services.encoders, services.loras.names, model.lora_dirs)
+        for number, lora in enumerate(generation.loras):
+            if lora.name not in names:
+                message = (
+                    f"loras: there is no {lora.name[:100]!r}; installed are: {', '.join(names) or 'none'}"
+                )
+                raise InvalidRequest(message, param="loras", places=[(f"/loras/{number}/name", message)])
+
+
+def _check_canvas(generation: GenerationRequest, image: PictureRef) -> None:
+    canvas, size = (generation.width, generation.height), (image.width, image.height)
+    if canvas == size or canvas[0] < size[0] or canvas[1] < size[1]:
+        sizes = f"the image is {size[0]}x{size[1]}, the canvas {canvas[0]}x{canvas[1]}"
+        raise InvalidRequest(
+            f"anchor needs width and height beyond those of the image: {sizes}", param="anchor"
+        )
+
+
+def guidance_members(body: GenerationMembers, received: Received) -> dict[str, Any]:
+    """What guides a picture beside words, as members of a GenerationRequest."""
+    return {
+        **received.members(),
+        "strength": body.strength,
+        "feather": body.feather,
+        "anchor": body.anchor,
+        "loras": tuple(body.loras),
+        "guidance_interval": body.guidance_interval,
+        "weighted_prompt": body.weighted_prompt,
+        "long_prompt": body.long_prompt,
+    }
 
 
 async def wait_for_model(services: Services) -> None:
@@ -82,13 +175,18 @@ async def wait_for_model(services: Services) -> None:
 
 
 async def submit(services: Services, exchange: Exchange, order: Order) -> Submitted:
-    """Commit the job of `order`, or find the one that its idempotency key stands for."""
+    """Commit the job of `order`, or find the one that its idempotency key stands for.
+
+    The pictures that came are on the disk before it is.
+    """
     generation = order.generation
+    await check_abilities(generation, services)
     exchange.facts.update(
         images=generation.num_images,
         size=f"{generation.width}x{generation.height}",
         steps=generation.prior_num_inference_steps,
         prompt_characters=len(generation.prompt),
+        **({"pictures": len(generation.input_names)} if generation.input_names else {}),
     )
     if services.settings.log_prompts:
         exchange.facts["prompt"] = generation.prompt
@@ -102,6 +200,7 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
         on_disconnect="finish" if order.preference.is_async else order.on_disconnect,
         metadata=order.metadata,
     )
+    await order.received.keep(services)
     submitted = await services.dispatcher.submit(job, order.idempotency)
     exchange.facts["job"] = submitted.job.id
     return submitted

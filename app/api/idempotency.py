@@ -10,8 +10,10 @@ from fastapi import Request
 
 from app.errors import InvalidRequest
 from app.jobs.keys import Idempotency
+from app.schemas import GenerationRequest
 
 HEADER = "Idempotency-Key"
+PICTURES = ("image", "images", "mask", "image_prompts", "control")  # members that hold pictures
 _KEY = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
 
 
@@ -29,13 +31,18 @@ def read_key(request: Request) -> str | None:
 
 
 def idempotency_of(
-    request: Request, members: Mapping[str, Any], output_format: str, ttl_seconds: float
+    request: Request, members: Mapping[str, Any], generation: GenerationRequest, ttl_seconds: float
 ) -> Idempotency | None:
-    """What the key stands for: method, path, canonical body and format of the files. None without a key."""
+    """What the key stands for: method, path, canonical body and format of the files. None without a key.
+
+    Pictures count by their digests, in whatever form they came.
+    """
     key = read_key(request)
     if key is None:
         return None
-    given = {name: value for name, value in members.items() if value is not None}
-    body = json.dumps(given, sort_keys=True, separators=(",", ":"))
-    text = f"{request.method}\n{request.url.path}\n{output_format}\n{body}"
+    given = {name: value for name, value in members.items() if value is not None and name not in PICTURES}
+    pictures = generation.model_dump(include=set(PICTURES), exclude_defaults=True, mode="json")
+    # A file part that nobody reads has a `repr` without its content, and is as good as any other.
+    body = json.dumps({**given, **pictures}, sort_keys=True, separators=(",", ":"), default=repr)
+    text = f"{request.method}\n{request.url.path}\n{generation.output_format}\n{body}"
     return Idempotency(key, hashlib.sha256(text.encode()).hexdigest(), ttl_seconds)

@@ -23,11 +23,13 @@ from app.api.deps import (
     authenticate,
     count_request,
     public_base,
-    read_json_object,
 )
 from app.api.description import NATIVE_GENERATION, NATIVE_RESPONSES, NEEDS_KEY, problems
+from app.api.forms import read_members
 from app.api.generation import (
     Order,
+    guidance_members,
+    picture_size,
     require_success,
     resolve_model,
     seeds_for,
@@ -40,6 +42,7 @@ from app.api.generation import (
 from app.api.idempotency import idempotency_of
 from app.api.job_events import JobStream
 from app.api.prefer import Preference, parse_prefer
+from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import QueueView
 from app.schemas import GenerationRequest, OutputFormat
@@ -60,7 +63,7 @@ async def generate_images(
     request: Request,
     services: TheServices,
     exchange: TheExchange,
-    members: Annotated[dict[str, Any], Depends(read_json_object)],
+    members: Annotated[dict[str, Any], Depends(read_members)],
 ) -> Response:
     """Answers with the job, a picture or events, as `Accept` has it; or at once, as `Prefer` has it."""
     body = parse_native(members)
@@ -73,7 +76,8 @@ async def generate_images(
     base = public_base(request, services.settings)  # a bad Host is refused before the work
     resolve_model(body.model, services)
     await wait_for_model(services)
-    order = _order(body, raw or body.output_format, preference, request, members, services)
+    received = await receive(body, services, exchange.tenant)
+    order = _order(body, received, raw or body.output_format, preference, request, members, services)
     submitted = await submit(services, exchange, order)
     job, said = submitted.job, replayed(submitted.is_replay)
     if is_stream:
@@ -117,6 +121,7 @@ async def get_queue(services: TheServices) -> QueueView:
 
 def _order(
     body: NativeImageBody,
+    received: Received,
     output_format: OutputFormat,
     preference: Preference,
     request: Request,
@@ -125,28 +130,32 @@ def _order(
 ) -> Order:
     """The body with every default filled in and every limit checked."""
     seeds = seeds_for(body.seed, body.seeds, body.num_images, services, param="num_images_per_prompt")
-    width, height = size_for(body.width, body.height, services, param="width" if body.width else "height")
+    param, like = "width" if body.width else "height", picture_size(received)
+    width, height = size_for(body.width, body.height, services, param=param, like=like)
+    generation = GenerationRequest(
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        seeds=seeds,
+        prior_num_inference_steps=body.prior_num_inference_steps,
+        prior_guidance_scale=body.prior_guidance_scale,
+        decoder_num_inference_steps=body.decoder_num_inference_steps,
+        decoder_guidance_scale=body.decoder_guidance_scale,
+        preset=body.preset,
+        sampler=body.sampler,
+        output_format=output_format,
+        output_quality=body.output_quality,
+        embed_metadata=body.embed_metadata,
+        **guidance_members(body, received),
+    )
     return Order(
-        generation=GenerationRequest(
-            prompt=body.prompt,
-            negative_prompt=body.negative_prompt,
-            width=width,
-            height=height,
-            seeds=seeds,
-            prior_num_inference_steps=body.prior_num_inference_steps,
-            prior_guidance_scale=body.prior_guidance_scale,
-            decoder_num_inference_steps=body.decoder_num_inference_steps,
-            decoder_guidance_scale=body.decoder_guidance_scale,
-            preset=body.preset,
-            sampler=body.sampler,
-            output_format=output_format,
-            output_quality=body.output_quality,
-            embed_metadata=body.embed_metadata,
-        ),
+        generation=generation,
         priority=body.priority,
         deadline_seconds=body.deadline_seconds,
         on_disconnect=body.on_disconnect,
         preference=preference,
         metadata=body.metadata,
-        idempotency=idempotency_of(request, members, output_format, services.settings.idempotency_ttl),
+        idempotency=idempotency_of(request, members, generation, services.settings.idempotency_ttl),
+        received=received,
     )

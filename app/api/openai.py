@@ -1,4 +1,4 @@
-"""OpenAI's Images contract: `/v1/images/generations` and `/v1/models`."""
+"""OpenAI's Images contract: `/v1/images/generations`, `edits` and `variations`, and `/v1/models`."""
 
 import asyncio
 import base64
@@ -10,7 +10,13 @@ from pydantic_core import to_json
 
 from app.api.accept import raw_format
 from app.api.answers import VARY, accepted, file_url, picture_headers, raw_picture, replayed, require_one
-from app.api.bodies import ImageGenerationBody, parse_image_generation
+from app.api.bodies import (
+    ImageGenerationBody,
+    ImageVariationBody,
+    parse_image_edit,
+    parse_image_generation,
+    parse_image_variation,
+)
 from app.api.deps import (
     Services,
     TheExchange,
@@ -18,11 +24,21 @@ from app.api.deps import (
     authenticate,
     count_request,
     public_base,
-    read_json_object,
 )
-from app.api.description import GENERATION, GENERATION_RESPONSES, NEEDS_KEY, openai_errors
+from app.api.description import (
+    EDIT,
+    GENERATION,
+    GENERATION_RESPONSES,
+    NEEDS_KEY,
+    VARIATION,
+    openai_errors,
+)
+from app.api.forms import read_members
+from app.api.gateway import Exchange
 from app.api.generation import (
     Order,
+    guidance_members,
+    picture_size,
     read_images,
     require_success,
     resolve_model,
@@ -34,13 +50,16 @@ from app.api.generation import (
     while_waiting,
 )
 from app.api.idempotency import idempotency_of
-from app.api.openai_events import ImageStream, usage
+from app.api.openai_events import EventFamily, ImageStream, usage
 from app.api.prefer import Preference, parse_prefer
+from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
 from app.jobs.job import Job
 from app.schemas import GenerationRequest, OutputFormat, parse_size
 from app.settings import Settings
+
+Members = Annotated[dict[str, Any], Depends(read_members)]
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(authenticate)])
 
@@ -67,14 +86,64 @@ async def create_image(
     request: Request,
     services: TheServices,
     exchange: TheExchange,
-    members: Annotated[dict[str, Any], Depends(read_json_object)],
+    members: Members,
 ) -> Response:
     """Waits for the pictures, or with `stream` sends them as events.
 
     With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture. `Prefer: respond-async` gives
     the job at once.
     """
-    body = parse_image_generation(members)
+    return await _respond(request, services, exchange, members, parse_image_generation(members))
+
+
+@router.post(
+    "/images/edits",
+    operation_id="createImageEdit",
+    dependencies=[Depends(count_request)],
+    summary="Change a picture by a prompt",
+    response_class=Response,
+    responses=GENERATION_RESPONSES,
+    openapi_extra=EDIT,
+)
+async def create_image_edit(
+    request: Request, services: TheServices, exchange: TheExchange, members: Members
+) -> Response:
+    """The first picture is edited, up to four further ones are image prompts.
+
+    With a `mask` (as large as the picture: transparent, or else white, is painted anew), or where the picture
+    itself is transparent, only that is painted, and everything else stays as it is to the bit. Without, the
+    whole picture is painted again from a noisy version of itself: the more so the higher `strength` is (0.75
+    unless given). The edited picture is not an image prompt too, which would hold against the prompt. The
+    answer is that of a generation, and the result is as large as the picture unless `size` is given.
+    """
+    return await _respond(request, services, exchange, members, parse_image_edit(members), "image_edit")
+
+
+@router.post(
+    "/images/variations",
+    operation_id="createImageVariation",
+    dependencies=[Depends(count_request)],
+    summary="Make pictures like a picture",
+    response_class=Response,
+    responses=GENERATION_RESPONSES,
+    openapi_extra=VARIATION,
+)
+async def create_image_variation(
+    request: Request, services: TheServices, exchange: TheExchange, members: Members
+) -> Response:
+    """The picture is an image prompt: what it shows counts, not where. The answer is that of a generation."""
+    return await _respond(request, services, exchange, members, parse_image_variation(members))
+
+
+async def _respond(
+    request: Request,
+    services: Services,
+    exchange: Exchange,
+    members: Mapping[str, Any],
+    body: ImageGenerationBody,
+    event: EventFamily = "image_generation",
+) -> Response:
+    """What all three have in common: a checked body to a job, and that to the answer asked for."""
     preference = Preference() if body.stream else parse_prefer(request.headers.getlist("prefer"))
     accept = "" if body.stream or preference.is_async else request.headers.get("accept", "")
     raw = raw_format(accept, body.output_format)
@@ -87,11 +156,12 @@ async def create_image(
     )  # a bad Host is refused before the work
     resolve_model(body.model, services)
     await wait_for_model(services)
-    order = _order(body, raw or body.output_format, preference, request, members, services)
+    received = await receive(body, services, exchange.tenant)
+    order = _order(body, received, raw or body.output_format, preference, request, members, services)
     submitted = await submit(services, exchange, order)
     job, said = submitted.job, replayed(submitted.is_replay) | _ignored(body)
     if body.stream:
-        stream = ImageStream(services, _quality(body), body.partial_images)
+        stream = ImageStream(services, _quality(body), body.partial_images, event)
         events = while_waiting(services, job, stream.events(job))
         return respond_with_events(events, {"X-Job-Id": job.id, "Vary": VARY, **said})
     ended = await wait_for_end(request, services, job, preference)
@@ -147,6 +217,7 @@ def _owner(settings: Settings) -> str:
 
 def _order(
     body: ImageGenerationBody,
+    received: Received,
     output_format: OutputFormat,
     preference: Preference,
     request: Request,
@@ -155,42 +226,48 @@ def _order(
 ) -> Order:
     """The body with every default filled in and every limit checked."""
     seeds = seeds_for(body.seed, body.seeds, body.n, services, param="n")
-    width, height = _size(body, services)
+    width, height = _size(body, received, services)
     steps, decoder_steps = services.settings.quality_steps[_quality(body)]
     compression = 95 if body.output_compression == 100 else max(body.output_compression, 1)
+    generation = GenerationRequest(
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        seeds=seeds,
+        prior_num_inference_steps=body.prior_num_inference_steps or steps,
+        prior_guidance_scale=body.prior_guidance_scale,
+        decoder_num_inference_steps=body.decoder_num_inference_steps or decoder_steps,
+        decoder_guidance_scale=body.decoder_guidance_scale,
+        preset=body.preset,
+        sampler=body.sampler,
+        output_format=output_format,
+        output_quality=body.output_quality or compression,
+        embed_metadata=body.embed_metadata,
+        **guidance_members(body, received),
+    )
     return Order(
-        generation=GenerationRequest(
-            prompt=body.prompt,
-            negative_prompt=body.negative_prompt,
-            width=width,
-            height=height,
-            seeds=seeds,
-            prior_num_inference_steps=body.prior_num_inference_steps or steps,
-            prior_guidance_scale=body.prior_guidance_scale,
-            decoder_num_inference_steps=body.decoder_num_inference_steps or decoder_steps,
-            decoder_guidance_scale=body.decoder_guidance_scale,
-            preset=body.preset,
-            sampler=body.sampler,
-            output_format=output_format,
-            output_quality=body.output_quality or compression,
-            embed_metadata=body.embed_metadata,
-        ),
+        generation=generation,
         priority=body.priority,
         deadline_seconds=body.deadline_seconds,
         on_disconnect=body.on_disconnect,
         preference=preference,
-        idempotency=idempotency_of(request, members, output_format, services.settings.idempotency_ttl),
+        idempotency=idempotency_of(request, members, generation, services.settings.idempotency_ttl),
+        received=received,
     )
 
 
-def _size(body: ImageGenerationBody, services: Services) -> tuple[int, int]:
-    """`size`, in which `width` and `height` win."""
+def _size(body: ImageGenerationBody, received: Received, services: Services) -> tuple[int, int]:
+    """`size`, in which `width` and `height` win; `auto` is that of a picture that came, or the native one."""
     sized = parse_size(body.size)
     if sized is not None:
         size_for(*sized, services, param="size")
     width, height = sized or (None, None)
     param = "width" if body.width else "height" if body.height else "size"
-    return size_for(body.width or width, body.height or height, services, param=param)
+    like = picture_size(received)
+    if isinstance(body, ImageVariationBody):
+        like = received.image_prompts[0].image.width, received.image_prompts[0].image.height
+    return size_for(body.width or width, body.height or height, services, param=param, like=like)
 
 
 def _quality(body: ImageGenerationBody) -> str:

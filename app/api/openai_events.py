@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -22,6 +22,8 @@ from app.schemas import GenerationRequest
 from app.storage.encoding import encode
 
 RESTART_SECONDS = 5
+
+EventFamily = Literal["image_generation", "image_edit"]
 
 
 def usage(prompt_tokens: int) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class ImageStream:
     services: Services
     quality: str
     num_previews: int  # of each picture at most; one at least, if only the picture itself
+    family: EventFamily = "image_generation"
     _previews: Counter[int] = field(default_factory=Counter)  # sent, by index of the picture
     _completed: set[int] = field(default_factory=set)
 
@@ -94,7 +97,7 @@ class ImageStream:
         return await self._told("partial_image", job, index, content, {"partial_image_index": number})
 
     async def _told(self, name: str, job: Job, index: int, content: bytes, more: dict[str, Any]) -> bytes:
-        generation, kind = job.request, f"image_generation.{name}"
+        generation, kind = job.request, f"{self.family}.{name}"
         data = {
             "type": kind,
             "b64_json": "",

@@ -163,21 +163,19 @@ def work_of(request: GenerationRequest, drawn: tuple[int, int] | None = None) ->
     width, height = drawn or (request.width, request.height)
     prior = ceil(height / _CELL_PIXELS), ceil(width / _CELL_PIXELS)
     decoder = _even(int(prior[0] * _LATENTS_PER_CELL)), _even(int(prior[1] * _LATENTS_PER_CELL))
-    prior_rows, decoder_rows = _rows(request.prior_guidance_scale), _rows(request.decoder_guidance_scale)
-    return [
-        Work(BatchKey("prior", prior), prior_rows, request.prior_num_inference_steps),
+    guided, decoder_rows = request.guided_steps, 2 if request.decoder_guidance_scale > 1 else 1
+    work = [
+        Work(BatchKey("prior", prior), 2, guided),
+        Work(BatchKey("prior", prior), 1, request.prior_steps - guided),
         Work(BatchKey("decoder", decoder), decoder_rows, request.decoder_num_inference_steps),
         Work(BatchKey("decode", decoder), 1, 1),
     ]
+    return [part for part in work if part.steps]
 
 
 def retry_after_seconds(queued_seconds: float, num_devices: int) -> int:
     """When to come back to a full queue of so much work: when half of it should be done."""
     return min(max(ceil(queued_seconds / max(num_devices, 1) / 2), 1), MAX_RETRY_SECONDS)
-
-
-def _rows(guidance_scale: float) -> int:
-    return 2 if guidance_scale > 1 else 1
 
 
 def _cells(shape: tuple[int, int]) -> int:

@@ -32,6 +32,8 @@ class Configure(ToEngine, frozen=True, tag="configure"):
     is_strict: bool = False  # one row per network call: equal to the last bit in any company
     max_rows: int | None = None  # bound on the rows of a batch; None: as profiled
     cache_dir: str | None = None  # remembers profiles
+    lora_dir: str | None = None  # holds LoRAs beside those of the model
+    controlnet_dir: str | None = None  # the same of ControlNets
     weights: dict[str, float] = {}  # of tenants, 1 when absent
     faults: tuple[str, ...] = ()  # armed fault points; tests only
 
@@ -47,6 +49,7 @@ class Run(ToEngine, frozen=True, tag="run"):
     deadline: float | None  # seconds from now
     waited: float  # seconds since the job was accepted
     request: bytes  # GenerationRequest as JSON
+    inputs: dict[str, bytes] = {}  # PNG files that the request refers to, by sha256
     latents: bytes | None = None  # of Stage C, fp32, from before a crash; None: begin at the beginning
     is_alone: bool = False  # quarantined: nothing else may be in work beside it
 
@@ -82,6 +85,10 @@ class Ready(FromEngine, frozen=True, tag="ready"):
     max_samples: int  # pictures that fit into memory together
     step_seconds: dict[str, float]  # per row, by "stage:HxW" of profiled shapes; see cost.py
     full_rows: int = 1  # of a batch, beyond which more are not worth it in any stage
+    reads_pictures: bool = False  # image-to-image: there is an encoder of pictures
+    reads_image_prompts: bool = False  # there is a vision tower
+    controls: tuple[str, ...] = ()  # kinds of ControlNets, by the names of the API
+    lora_dirs: tuple[str, ...] = ()  # where LoRAs are looked for
 
 
 class Unusable(FromEngine, frozen=True, tag="unusable"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,12 @@ from app.engine.profile import (
 from app.engine.protocol import Configure, Ready, Run
 from app.engine.scheduler import BatchKey, Stage
 from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
-from app.schemas import GenerationRequest
+from app.schemas import GenerationRequest, PictureRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cascade import TextToImage
+    from cascade import ImageSettings
     from cascade.models import Models
     from cascade.tasks.drawing import Drawing, Studio
     from cascade.tasks.picture import Picture
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 64
 MAX_SAMPLES = 1000
+# Kinds of ControlNets that read pictures, by their names in requests. "identity" reads an embedding.
+CONTROLS = {"canny": "canny", "inpaint": "inpainting", "super_resolution": "super_resolution"}
 FP32 = "fp32"  # in a key: steps of a second try, with weights of their own
 
 
@@ -99,6 +102,7 @@ class CascadeRunner:
 
         keep_freed_memory()
         models = load_cascade(configure.model, device=configure.device, dtype=configure.dtype)
+        _add_extras(models, configure)
         give_way(models.device)
         suit_threads(models)
         return self.take(models, configure)
@@ -127,30 +131,32 @@ class CascadeRunner:
             max_samples=min(rehearsal.num_pictures(), MAX_SAMPLES),
             step_seconds=row_seconds(profile),
             full_rows=self._caps.largest,
+            reads_pictures=models.effnet is not None,
+            reads_image_prompts=models.image_encoder is not None,
+            controls=tuple(name for name, kind in CONTROLS.items() if kind in models.controlnets),
+            lora_dirs=tuple(str(folder) for folder in _lora_folders(models)),
         )
 
     def start(self, run: Run) -> CascadeTrack:
         """Plan a picture; nothing is computed yet."""
-        from cascade import InvalidSetting
         from cascade.tasks.drawing import Drawing
         from cascade.tasks.picture import from_bytes, plan_pictures
 
         request = GenerationRequest.model_validate_json(run.request)
-        try:
-            [picture] = plan_pictures(self._models, _settings(request, run.seed))
-        except InvalidSetting as error:
-            raise InvalidRequest(f"{error.field} {error.message}", param=error.field) from error
+        with _refusals():
+            [picture] = plan_pictures(self._models, _settings(request, run.seed, run.inputs))
         track = CascadeTrack(Drawing(picture, self._models), _work(picture))
         if run.latents is not None:
             with suppress(ValueError):  # kept by a server with another model: begin at the beginning
                 track.drawing.resume(from_bytes(run.latents, picture.prior_shape, self._models.device))
                 track.latents = run.latents
-                track.work.pop(0)
+                if track.work[0].key.stage == "prior":
+                    track.work.pop(0)
         return track
 
     def begin(self, track: CascadeTrack) -> None:
-        """Encode the text and draw the noise."""
-        with _memory_errors():
+        """Encode the text and the pictures that came, and draw the noise."""
+        with _memory_errors(), _refusals():
             self._at_work.begin(track.drawing)
 
     def step(self, tracks: Sequence[CascadeTrack]) -> None:
@@ -273,6 +279,19 @@ def _memory_errors() -> Iterator[None]:
 
 
 @contextmanager
+def _refusals() -> Iterator[None]:
+    """What the model cannot do with a request is the request's mistake, or that of a LoRA that it names."""
+    from cascade import CheckpointError, InvalidSetting
+
+    try:
+        yield
+    except InvalidSetting as error:
+        raise InvalidRequest(f"{error.field} {error.message}", param=error.field) from error
+    except CheckpointError as error:
+        raise InvalidRequest(f"loras: {error}", param="loras") from error
+
+
+@contextmanager
 def _flaws() -> Iterator[None]:
     """What cannot be a picture fails the job that asked for it."""
     from cascade.tasks.drawing import Flawed
@@ -283,10 +302,38 @@ def _flaws() -> Iterator[None]:
         raise GenerationFailed(f"{error}; another seed may do better") from error
 
 
-def _settings(request: GenerationRequest, seed: int) -> "TextToImage":
-    from cascade import TextToImage
+def _add_extras(models: "Models", configure: Configure) -> None:
+    """What the operator has put beside the checkpoint."""
+    from cascade.checkpoints.load import load_controlnet
+    from cascade.lora import LoRALibrary
 
-    return TextToImage(
+    if configure.lora_dir is not None:
+        models.loras = LoRALibrary([*_lora_folders(models), Path(configure.lora_dir)])
+    if configure.controlnet_dir is not None:
+        found = sorted(Path(configure.controlnet_dir).glob("*.safetensors"))
+        networks = [load_controlnet(path, models) for path in found]
+        models.controlnets = {**models.controlnets, **{network.kind: network for network in networks}}
+
+
+def _lora_folders(models: "Models") -> tuple[Path, ...]:
+    from cascade.lora import LoRALibrary
+
+    return models.loras.folders if isinstance(models.loras, LoRALibrary) else ()
+
+
+def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]) -> "ImageSettings":
+    from PIL import Image
+
+    from cascade import ImageSettings
+    from cascade.tasks.settings import Control, ImagePrompt, LoRAUse
+
+    def opened(picture: PictureRef) -> "Image.Image":
+        image = Image.open(BytesIO(inputs[picture.sha256]), formats=("PNG",))  # by our own hand
+        image.load()
+        return image
+
+    control = request.control
+    return ImageSettings(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         width=request.width,
@@ -298,19 +345,40 @@ def _settings(request: GenerationRequest, seed: int) -> "TextToImage":
         decoder_guidance_scale=request.decoder_guidance_scale,
         preset=request.preset,
         sampler=request.sampler,
+        image=None if request.image is None else opened(request.image),
+        strength=request.strength,
+        mask=None if request.mask is None else opened(request.mask),
+        feather=request.feather,
+        anchor=request.anchor,
+        image_prompts=tuple(
+            ImagePrompt(opened(prompt.image), prompt.weight) for prompt in request.image_prompts
+        ),
+        control=None
+        if control is None
+        else Control(
+            kind=CONTROLS[control.type],
+            image=opened(control.image),
+            scale=control.scale,
+            start=control.start,
+            end=control.end,
+            preprocess=control.preprocess,
+        ),
+        loras=tuple(LoRAUse(lora.name, lora.scale) for lora in request.loras),
+        guidance_interval=request.guidance_interval,
+        weighted_prompt=request.weighted_prompt,
+        long_prompt=request.long_prompt,
     )
 
 
 def _work(picture: "Picture") -> list[Work]:
     """All that lies ahead of a picture."""
-    settings, plan = picture.settings, picture.plan
-    prior_rows = 2 if settings.guidance_scale > 1 else 1
-    decoder_rows = 2 if settings.decoder_guidance_scale > 1 else 1
-    return [
-        Work(BatchKey("prior", plan.prior_grid), prior_rows, settings.steps),
-        Work(BatchKey("decoder", plan.decoder_grid), decoder_rows, settings.decoder_steps),
+    plan = picture.plan
+    work = [
+        Work(BatchKey("prior", plan.prior_grid), picture.prior_rows, picture.prior_steps),
+        Work(BatchKey("decoder", plan.decoder_grid), picture.decoder_rows, picture.decoder_steps),
         Work(BatchKey("decode", plan.decoder_grid), 1, 1),
     ]
+    return [part for part in work if part.steps]  # at strength 0 Stage C has nothing to do
 
 
 def _decoded(track: CascadeTrack, image: "Image") -> Decoded:

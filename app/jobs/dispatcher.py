@@ -33,6 +33,7 @@ from app.logs import Logger
 from app.metrics import Metrics
 from app.settings import Settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
 
 LOADING_RETRY_SECONDS = 5
 
@@ -49,6 +50,7 @@ class Dispatcher:
         *,
         seat: Seat,
         images: ImageStore,
+        inputs: InputStore,
         encoders: Executor,
         cost: CostModel,
         settings: Settings,
@@ -68,6 +70,7 @@ class Dispatcher:
         means = Means(
             store=store,
             images=images,
+            inputs=inputs,
             encoders=encoders,
             events=self.events,
             cost=cost,

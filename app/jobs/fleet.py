@@ -9,6 +9,7 @@ from functools import partial
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Stepped
+from app.errors import AppError
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
 from app.jobs.keeping import Keeper, Means
@@ -168,11 +169,17 @@ class Fleet:
         now = asyncio.get_running_loop().time()
         is_replay = job.fence > 1
         latents = await self.keeper.persist(partial(self._store.load_latents, job.id)) if is_replay else {}
+        inputs, flaw = {}, None
+        try:
+            inputs = await self.keeper.read_inputs(job)
+        except (AppError, OSError) as error:
+            flaw = error
         age = self._means.clock() - job.created_at
         flight = Flight(
             job,
             slot,
             latents,
+            inputs,
             picture_seconds=self._means.cost.alone(work_of(job.request, self._means.cost.drawn)),
             arrived_at=now - max(age, 0.0),
             num_previews=self._means.notes.of(job.id).num_previews,
@@ -185,6 +192,9 @@ class Fleet:
         flight.fraction = said.fraction if said is not None else 0.0
         for image in job.images:
             self._events.publish(job.id, image)
+        if flaw is not None:
+            await self.keeper.fail(flight, flaw)
+            return
         slot.add(flight, now)
         self._events.publish(job.id, flight.progress())
         if not flight.missing:

@@ -25,6 +25,7 @@ class Flight:
     job: Job  # as it is in the database
     slot: "Slot"
     latents: dict[int, bytes]  # of Stage C, from before a crash
+    inputs: dict[str, bytes]  # files of the pictures that came with the request, until all is sent
     picture_seconds: float  # of one picture alone, as predicted
     arrived_at: float  # on the clock of the event loop, as all times here
     expires_at: float | None = None
@@ -59,6 +60,7 @@ class Flight:
             deadline=None if self.expires_at is None else self.expires_at - now,
             waited=max(0.0, now - self.arrived_at),
             request=job.request.model_dump_json().encode(),
+            inputs=self.inputs,
             latents=self.latents.pop(index, None),
             is_alone=job.is_quarantined,
         )
@@ -114,8 +116,7 @@ class Flight:
             return Progress("encode", 1, 1, self.fraction, eta)
         step = self._steps.get(max(self.missing, key=lambda index: (self._share_left(index), index)))
         if step is None:
-            steps = self.job.request.prior_num_inference_steps
-            return Progress("prior", 0, steps, self.fraction, eta)
+            return Progress("prior", 0, self.job.request.prior_steps, self.fraction, eta)
         return Progress(step.stage, step.step, step.steps, self.fraction, eta)
 
     def _share_left(self, index: int) -> float:
@@ -202,6 +203,8 @@ class Slot:
             if not flight.sent and flight.num_previews:
                 self.engine.send(WantPreviews(flight.job.id, flight.num_previews))
             flight.sent.add(index)
+            if flight.missing <= flight.sent:
+                flight.inputs = {}
 
     def remove(self, flight: Flight) -> None:
         """Forget a job, and let the engine forget it."""

@@ -1,4 +1,4 @@
-"""What a server throws away now and then: old jobs, their pictures, and what crashes left."""
+"""What a server throws away now and then: old jobs, the pictures made and given, and what crashes left."""
 
 import asyncio
 import time
@@ -11,6 +11,7 @@ from app.jobs.store import JobStore
 from app.logs import Logger
 from app.settings import Settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
 
 ROUND_SECONDS = 60.0
 
@@ -18,6 +19,7 @@ ROUND_SECONDS = 60.0
 async def keep_house(
     store: JobStore,
     images: ImageStore,
+    inputs: InputStore,
     encoders: Executor,
     settings: Settings,
     logger: Logger,
@@ -30,6 +32,8 @@ async def keep_house(
             names = await store.prune(clock() - settings.job_ttl)
             removed = await loop.run_in_executor(encoders, images.remove, names)
             removed += await loop.run_in_executor(encoders, images.sweep)
+            unused = await store.unused_inputs(await loop.run_in_executor(encoders, inputs.old))
+            removed += await loop.run_in_executor(encoders, inputs.remove, unused)
             if removed:
                 logger.info("old pictures removed", files=removed)
         except (OSError, SQLAlchemyError) as error:

@@ -25,6 +25,7 @@ from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
 
 MAX_PIXELS_WAITING = 8  # finished pictures that wait to be encoded, before engines have to
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # between two tries to write
@@ -38,6 +39,7 @@ class Means:
 
     store: JobStore
     images: ImageStore
+    inputs: InputStore
     encoders: Executor
     events: EventHub
     cost: CostModel
@@ -90,6 +92,21 @@ class Keeper:
         async with flight.lock:
             if not flight.is_over:
                 await self._end(flight, moved(flight.job))
+
+    async def read_inputs(self, job: Job) -> dict[str, bytes]:
+        """The pictures that came with a job. Raises AppError and OSError when one is not there."""
+        read = self._means.inputs.read
+        loop = asyncio.get_running_loop()
+        return {
+            name: await loop.run_in_executor(self._means.encoders, read, name)
+            for name in sorted(job.request.input_names)
+        }
+
+    async def fail(self, flight: Flight, error: AppError | OSError) -> None:
+        """End a job whose pictures cannot be read."""
+        self._logger.error("a picture that came cannot be read", job=flight.job.id, exc_info=error)
+        message = "a picture that came with the request cannot be read; the server's log says why"
+        await self.end(flight, partial(self._failed, Failure(500, "internal_error", message)))
 
     def drop(self, flight: Flight) -> None:
         """Have a job out of our hands."""

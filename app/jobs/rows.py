@@ -8,15 +8,17 @@ import msgspec
 from sqlalchemy import Connection, Row, Select, insert, select, update
 
 from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
-from app.jobs.tables import jobs, pictures
+from app.jobs.tables import inputs, jobs, pictures
 from app.schemas import GenerationRequest
 
 
 def add(connection: Connection, job: Job) -> None:
-    """Write a new job and a row for each of its pictures."""
+    """Write a new job, a row for each of its pictures, and one for each picture that it came with."""
     connection.execute(insert(jobs).values(_columns(job)))
     rows = [{"job_id": job.id, "idx": index, "seed": seed} for index, seed in enumerate(job.request.seeds)]
     connection.execute(insert(pictures), rows)
+    if names := job.request.input_names:
+        connection.execute(insert(inputs), [{"job_id": job.id, "sha256": name} for name in sorted(names)])
 
 
 def read(connection: Connection, query: Select[Any]) -> list[Job]:

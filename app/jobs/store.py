@@ -18,7 +18,7 @@ from app.jobs.job import Job, JobStatus, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
 from app.jobs.queue import IS_QUEUED, QueueCounts
-from app.jobs.tables import jobs
+from app.jobs.tables import inputs, jobs
 
 __all__ = ["Idempotency", "JobStore", "QueueCounts", "Submitted"]  # all that others need of the database
 
@@ -97,6 +97,10 @@ class JobStore:
     async def delete(self, job_id: str, tenant: str | None) -> Job | None:
         """Forget an ended job; its files are the caller's to remove. Raises Conflict for one that goes on."""
         return await self._database.write(_delete, job_id, tenant)
+
+    async def has_input(self, sha256: str, tenant: str) -> bool:
+        """Whether a job of `tenant` came with this picture."""
+        return await self._database.read(_has_input, sha256, tenant)
 
     async def counts(self) -> QueueCounts:
         """How much there is to do."""
@@ -184,6 +188,14 @@ class JobStore:
             pruned.append(await self._database.write(_prune_some, ended_before))
         return [image.name for some in pruned for job in some for image in job.images]
 
+    async def unused_inputs(self, names: Collection[str]) -> Sequence[str]:
+        """Those of the pictures that came with requests that no job refers to any more."""
+        used: set[str] = set()
+        names = list(names)
+        for start in range(0, len(names), PRUNED_AT_ONCE):
+            used |= await self._database.read(_used_inputs, names[start : start + PRUNED_AT_ONCE])
+        return [name for name in names if name not in used]
+
 
 def _submit(
     connection: Connection, job: Job, max_queue: int, idempotency: Idempotency | None, now: float
@@ -217,6 +229,16 @@ def _delete(connection: Connection, job_id: str, tenant: str | None) -> Job | No
             raise Conflict(f"the job is {job.status}; it can be deleted when it has ended")
         connection.execute(delete(jobs).where(jobs.c.id == job_id))
     return job
+
+
+def _has_input(connection: Connection, sha256: str, tenant: str) -> bool:
+    query = select(inputs.c.job_id).join(jobs, jobs.c.id == inputs.c.job_id)
+    query = query.where(inputs.c.sha256 == sha256, jobs.c.tenant == tenant).limit(1)
+    return connection.scalar(query) is not None
+
+
+def _used_inputs(connection: Connection, names: Sequence[str]) -> set[str]:
+    return set(connection.scalars(select(inputs.c.sha256).where(inputs.c.sha256.in_(names)).distinct()))
 
 
 def _expire(connection: Connection, now: float) -> list[Job]:

@@ -65,6 +65,14 @@ pictures = Table(
     Column("image", Text),  # StoredImage
 )
 
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("sha256", Text, primary_key=True),  # of a picture that came with the request
+    Index("ix_inputs_sha256", "sha256"),
+)
+
 idempotency = Table(
     "idempotency",
     metadata,

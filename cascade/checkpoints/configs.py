@@ -12,6 +12,10 @@ from typing import Any, TypeAlias, get_args, get_origin
 from cascade.checkpoints.keys import Component, Tensors
 from cascade.checkpoints.shapes import visible_settings
 from cascade.config import (
+    CONTROLNET_CANNY,
+    CONTROLNET_IDENTITY,
+    CONTROLNET_INPAINTING,
+    CONTROLNET_SUPER_RESOLUTION,
     EFFNET_V2_S,
     PREVIEWER,
     STAGE_A,
@@ -19,6 +23,7 @@ from cascade.config import (
     STAGE_B_700M,
     STAGE_C_1B,
     STAGE_C_3_6B,
+    ControlNetConfig,
     EffNetConfig,
     EffNetStage,
     PreviewerConfig,
@@ -29,7 +34,9 @@ from cascade.config import (
 )
 from cascade.errors import CheckpointError
 
-NetworkConfig: TypeAlias = StageCConfig | StageBConfig | StageAConfig | EffNetConfig | PreviewerConfig
+NetworkConfig: TypeAlias = (
+    StageCConfig | StageBConfig | StageAConfig | EffNetConfig | PreviewerConfig | ControlNetConfig
+)
 
 CONFIG_CLASSES: Mapping[Component, type[NetworkConfig]] = {
     Component.STAGE_C: StageCConfig,
@@ -37,6 +44,7 @@ CONFIG_CLASSES: Mapping[Component, type[NetworkConfig]] = {
     Component.STAGE_A: StageAConfig,
     Component.EFFNET_ENCODER: EffNetConfig,
     Component.PREVIEWER: PreviewerConfig,
+    Component.CONTROLNET: ControlNetConfig,
 }
 PUBLISHED: Mapping[str, NetworkConfig] = {
     "3.6B": STAGE_C_3_6B,
@@ -46,8 +54,13 @@ PUBLISHED: Mapping[str, NetworkConfig] = {
     "18M": STAGE_A,
     "EfficientNet-V2-S": EFFNET_V2_S,
     "4M": PREVIEWER,
+    "canny": CONTROLNET_CANNY,
+    "inpainting": CONTROLNET_INPAINTING,
+    "super_resolution": CONTROLNET_SUPER_RESOLUTION,
+    "identity": CONTROLNET_IDENTITY,
 }
 HEAD_WIDTH = 64
+_PUBLISHED_BLOCKS = 64  # ResBlocks of the Stage C that the published ControlNets are for
 
 _BLOCKS = {"SDCascadeResBlock": "C", "SDCascadeTimestepBlock": "T", "SDCascadeAttnBlock": "A"}
 # The vocabulary of the original code, which old revisions of the diffusers folders use too.
@@ -118,6 +131,8 @@ def network_config(
         _check_levels(settings)
         settings = _assumed(component, settings) | settings
         _check_heads(settings, is_stated="num_attention_heads" in stated)
+    if component is Component.CONTROLNET and "injections" not in settings:
+        settings["injections"] = usual_injections(len(settings["out_channels"]), _PUBLISHED_BLOCKS)
     return CONFIG_CLASSES[component](**{name: _frozen(value) for name, value in settings.items()})
 
 
@@ -159,6 +174,9 @@ def to_json(config: NetworkConfig) -> dict[str, Any]:
             return {"_class_name": "EffNetEncoder"} | settings
         case PreviewerConfig():
             return {"_class_name": "Previewer"} | settings
+        case ControlNetConfig():
+            kept = {name: value for name, value in settings.items() if value not in (0, ())}
+            return {"_class_name": "ControlNet"} | kept
 
 
 def variant_name(config: NetworkConfig) -> str:
@@ -166,7 +184,7 @@ def variant_name(config: NetworkConfig) -> str:
     for name, published in PUBLISHED.items():
         if type(published) is type(config) and _dimensions(published) == _dimensions(config):
             return name
-    return "custom"
+    return f"{config.kind}, custom" if isinstance(config, ControlNetConfig) else "custom"
 
 
 def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +197,7 @@ def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
     stated = {name: flat[name] for name in types if flat.get(name) is not None}
     try:
         stated = {name: _plain(name, value, stated) for name, value in stated.items()}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json is malformed: {error}") from error
     for name, value in stated.items():
         if not _fits(name, value, types[name]):
@@ -195,7 +213,7 @@ def _fits(name: str, value: Any, expected: Any) -> bool:
         is_positive = name != "scale_factor" or value != 0
         return type(value) in (int, float) and 0 <= value < 1_000_000 and is_positive
     if expected is int:
-        lowest = -1 if name == "num_attention_heads" else 1
+        lowest = {"num_attention_heads": -1, "injections": 0}.get(name, 1)
         return type(value) is int and lowest <= value <= _MOST.get(name, 1_000_000)
     return isinstance(value, expected)
 
@@ -208,6 +226,8 @@ def _plain(name: str, value: Any, stated: Mapping[str, Any]) -> Any:
         return [value] * len(stated["block_out_channels"])
     if name == "stages":
         return [EffNetStage(**stage) for stage in value]
+    if name == "injections" and isinstance(value, str):
+        return [int(place) for place in value.split(",")]
     return value
 
 
@@ -240,6 +260,17 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "stages" in result:
         result["stages"] = tuple(dataclasses.replace(stage, stride=1) for stage in result["stages"])
     return result
+
+
+def usual_injections(count: int, num_blocks: int) -> tuple[int, ...]:
+    """The places of `count` injections among `num_blocks` ResBlocks of Stage C, where no file states them.
+
+    They are the published ones for the published 8 of 64, and evenly spread ones for other numbers.
+    """
+    official = CONTROLNET_CANNY.injections
+    if (count, num_blocks) == (len(official), _PUBLISHED_BLOCKS):
+        return official
+    return tuple(index * num_blocks // count for index in range(count))
 
 
 def _check_levels(settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from cascade.checkpoints.files import (
     TOKENIZER_FILES,
     Part,
     are_equal,
+    by_kind,
     companion,
     folder_beside,
     ranked,
@@ -27,6 +28,7 @@ from cascade.checkpoints.save import (
     Weights,
     tower_settings,
     write_component,
+    write_controlnet,
     write_model_index,
     write_named,
 )
@@ -108,7 +110,7 @@ def _convert_part(part: Part, target: Path, layout: TargetLayout, dtype: torch.d
 def _convert_checkpoint(
     candidates: dict[Component, list[Part]], folder: Path, layout: TargetLayout, dtype: torch.dtype | None
 ) -> None:
-    chosen = {FOLDERS[component]: parts[0] for component, parts in candidates.items()}
+    chosen = {FOLDERS[component]: parts[0] for component, parts in candidates.items() if component in FOLDERS}
     stages = [candidates[stage][0] for stage in (Component.STAGE_C, Component.STAGE_B) if stage in candidates]
     anchor = stages[-1] if stages else next(iter(chosen.values()))
     if texts := candidates.get(Component.TEXT_ENCODER):
@@ -118,6 +120,8 @@ def _convert_checkpoint(
             chosen["prior_text_encoder"] = prior_text
     for name, part in chosen.items():
         write_named(_checked_weights(part), folder, name, dtype, layout)
+    for kind, part in by_kind(candidates.get(Component.CONTROLNET, ())).items():
+        write_controlnet(_checked_weights(part), kind, folder, dtype)
     for name, (names, files) in _COMPANIONS.items():
         part = stages[0] if stages and name.startswith(("prior", "feature")) else anchor
         if found := folder_beside(part, names, files):

@@ -25,11 +25,13 @@ from cascade.checkpoints.stored import (
     read_metadata,
     refuse_pickles,
 )
+from cascade.config import ControlNetConfig
 from cascade.errors import CheckpointError, InvalidSetting
 from cascade.sizes import check_size
 
 REQUIRED = (Component.STAGE_C, Component.STAGE_B, Component.STAGE_A, Component.TEXT_ENCODER)
 MAX_DEPTH = 2
+LORA_FOLDER = "loras"  # in a checkpoint's folder; its files come and go, and are read when asked for
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 CONFIG_METADATA = "cascade.config"  # in a single file's header: what config.json says in a folder
 
@@ -72,12 +74,15 @@ class Part:
         path = self.folder / "config.json"
         if not self.is_single_file:
             return read_json(path) if path.is_file() else {}
-        text = read_metadata(self.files[0]).get(CONFIG_METADATA, "{}")
+        metadata = read_metadata(self.files[0])
         try:
-            content = json.loads(text)
+            content = json.loads(metadata.get(CONFIG_METADATA, "{}"))
         except ValueError as error:
             raise CheckpointError(f"{self}: the settings in its header are not JSON") from error
-        return content if isinstance(content, dict) else {}
+        settings = content if isinstance(content, dict) else {}
+        if self.component is Component.CONTROLNET and "injections" in metadata:
+            settings["injections"] = metadata["injections"]
+        return settings
 
     @property
     def config(self) -> NetworkConfig:
@@ -218,6 +223,16 @@ def companion(part: Part, candidates: Sequence[Part]) -> Part:
     return min(candidates, key=distance)
 
 
+def by_kind(controlnets: Iterable[Part]) -> dict[str, Part]:
+    """The preferred ControlNet of each kind; the candidates come in order of preference."""
+    kinds: dict[str, Part] = {}
+    for part in controlnets:
+        config = part.config
+        assert isinstance(config, ControlNetConfig)
+        kinds.setdefault(config.kind, part)
+    return kinds
+
+
 def folder_beside(part: Part, names: Iterable[str], files: Iterable[str]) -> Path | None:
     """The first folder called one of `names`, with one of `files`, in the part's pipeline or beside it."""
     for name in names:
@@ -334,11 +349,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _folders(path: Path, depth: int) -> Iterator[Path]:
-    """`path` and the folders in it down to `depth`, without hidden ones."""
+    """`path` and the folders in it down to `depth`, without hidden ones and that of the LoRAs."""
     yield path
     if depth:
         for folder in sorted(path.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
+            if folder.is_dir() and not folder.name.startswith(".") and folder.name != LORA_FOLDER:
                 yield from _folders(folder, depth - 1)
 
 

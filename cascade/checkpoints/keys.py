@@ -25,6 +25,7 @@ class Component(StrEnum):
     IMAGE_ENCODER = "image_encoder"
     EFFNET_ENCODER = "effnet_encoder"
     PREVIEWER = "previewer"
+    CONTROLNET = "controlnet"
 
 
 Layout: TypeAlias = Literal["original", "diffusers", "comfyui"]
@@ -61,6 +62,7 @@ _SIGNS = {
     Component.IMAGE_ENCODER: ("visual_projection.weight", "visual.class_embedding"),
     Component.EFFNET_ENCODER: ("mapper.1.running_mean", "mapper.0.weight"),
     Component.PREVIEWER: ("blocks.24.weight", "blocks.0.weight"),
+    Component.CONTROLNET: ("projections.0.0.weight", "projections.0.2.weight"),
 }
 
 _OPENCLIP_VISION = {

@@ -1,6 +1,7 @@
 """Loading: from a name, folder or repository to models that are ready to run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import cast
@@ -8,14 +9,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from cascade.checkpoints.configs import CONFIG_CLASSES, schedule_config
+from cascade.checkpoints.configs import CONFIG_CLASSES, schedule_config, usual_injections
 from cascade.checkpoints.files import (
+    LORA_FOLDER,
     TOKENIZER_FILES,
     Part,
     are_equal,
+    by_kind,
     companion,
     find_parts,
     folder_beside,
+    ranked,
     scan,
     stated_native_sizes,
 )
@@ -24,9 +28,11 @@ from cascade.checkpoints.keys import Component
 from cascade.checkpoints.sums import check_sums
 from cascade.checkpoints.towers import build_tower, load_processor, load_tokenizer
 from cascade.conditioning import ImageEncoder, TextEncoder
-from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
+from cascade.config import SCHEDULE_B, SCHEDULE_C, ControlNetConfig, ScheduleConfig
 from cascade.errors import CheckpointError, InvalidSetting
+from cascade.lora.library import LoRALibrary
 from cascade.models import Models
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -48,7 +54,9 @@ _CLASSES: Mapping[Component, type[nn.Module]] = {
     Component.STAGE_A: StageA,
     Component.EFFNET_ENCODER: EffNetEncoder,
     Component.PREVIEWER: Previewer,
+    Component.CONTROLNET: ControlNet,
 }
+CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")
 # Small, run once per request or preview, and sensitive: always in full precision.
 _ALWAYS_FP32 = (Component.EFFNET_ENCODER, Component.PREVIEWER)
 
@@ -62,6 +70,7 @@ def load_cascade(
     token: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
+    controlnets: str | PathLike[str] | None = None,
 ) -> Models:
     """Load a whole checkpoint.
 
@@ -74,6 +83,7 @@ def load_cascade(
         token: access token of the hub.
         variant: words that file or folder names must have: "bf16", "lite", "lite.bf16".
         local_files_only: never ask the hub; use what was downloaded before.
+        controlnets: a folder or file of ControlNets, preferred to those of the checkpoint.
 
     Raises:
         CheckpointError: something is missing, damaged or refused; names the files and tensors.
@@ -85,6 +95,9 @@ def load_cascade(
     for path in paths:
         check_sums(path.parent if path.is_file() else path)
     candidates = find_parts(*paths, variant=variant, dtype=chosen_dtype)
+    if controlnets is not None:
+        further = _controlnets_in(Path(controlnets).expanduser(), chosen_dtype)
+        candidates[Component.CONTROLNET] = [*further, *candidates.get(Component.CONTROLNET, ())]
     return _Loader(candidates, chosen_device, chosen_dtype).models(str(source))
 
 
@@ -104,6 +117,19 @@ def load_network(
         raise CheckpointError(f"{path}: should hold one component, holds {found}")
     chosen_device = parse_device(device)
     return _load_part(parts[0], chosen_device, parse_dtype(dtype, chosen_device))
+
+
+def load_controlnet(path: str | PathLike[str], models: Models) -> ControlNet:
+    """A ControlNet from a file of its own, to be used with `models`.
+
+    `replace(models, controlnets={**models.controlnets, net.kind: net})` are the models with it.
+
+    Raises `CheckpointError` unless the file holds a ControlNet that fits the Stage C of `models`.
+    """
+    parts = _controlnets_in(existing(path), models.dtype)
+    if len(parts) != 1:
+        raise CheckpointError(f"{path}: should hold one controlnet, holds {len(parts) or 'none'}")
+    return _load_controlnet(parts[0], models.stage_c, models.device, models.dtype)
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -137,6 +163,13 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise InvalidSetting("dtype", f"{name!r} is unknown; allowed are auto, float32, bfloat16")
     return DTYPES[name]
+
+
+def _controlnets_in(path: Path, dtype: torch.dtype) -> list[Part]:
+    """The ControlNets of a folder or file, the preferred ones first."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder of ControlNets")
+    return ranked(scan(path).parts, path, dtype=dtype).get(Component.CONTROLNET, [])
 
 
 def _resolve(
@@ -201,11 +234,12 @@ class _Loader:
         native = _native_sizes(self.prior, self.decoder)
 
         text_encoder = self._text_encoder(prior_text, tokenizer)
+        stage_c = cast(StageC, self._load(self.prior))
         stage_a = companion(self.decoder, self.candidates[Component.STAGE_A])
         return Models(
             stage_a=cast(StageA, self._load(stage_a)),
             stage_b=cast(StageB, self._load(self.decoder)),
-            stage_c=cast(StageC, self._load(self.prior)),
+            stage_c=stage_c,
             text_encoder=text_encoder,
             decoder_text_encoder=text_encoder
             if is_shared
@@ -214,7 +248,9 @@ class _Loader:
             decoder_schedule=schedules[1],
             image_encoder=self._image_encoder(),
             effnet=cast(EffNetEncoder | None, self._optional(Component.EFFNET_ENCODER)),
+            loras=LoRALibrary([self.prior.root / LORA_FOLDER]),
             previewer=cast(Previewer | None, self._optional(Component.PREVIEWER)),
+            controlnets=self._controlnets(stage_c),
             native=native,
             device=self.device,
             dtype=self.dtype,
@@ -228,6 +264,15 @@ class _Loader:
     def _optional(self, component: Component) -> nn.Module | None:
         parts = self.candidates.get(component)
         return self._load(companion(self.prior, parts)) if parts else None
+
+    def _controlnets(self, stage_c: StageC) -> dict[str, ControlNet]:
+        """One of each kind; those for a Stage C of other widths, such as the large one's, are left out."""
+        parts = by_kind(self.candidates.get(Component.CONTROLNET, ()))
+        return {
+            kind: _load_controlnet(part, stage_c, self.device, self.dtype)
+            for kind, part in parts.items()
+            if kind in CONTROL_KINDS and _suits(part, stage_c)
+        }
 
     def _text_encoder(self, part: Part, tokenizer: Path) -> TextEncoder:
         return TextEncoder(load_tokenizer(tokenizer), self._load(part))
@@ -267,8 +312,36 @@ def build(part: Part) -> nn.Module:
 
 
 def _load_part(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    kept = torch.float32 if part.component in _ALWAYS_FP32 else dtype
-    return fill(build(part), part.tensors, device=device, dtype=kept, source=str(part))
+    network = build(part)
+    is_sensitive = part.component in _ALWAYS_FP32 or getattr(network.config, "mode", "") == "effnet"
+    kept = torch.float32 if is_sensitive else dtype
+    return fill(network, part.tensors, device=device, dtype=kept, source=str(part))
+
+
+def _suits(controlnet: Part, stage_c: StageC) -> bool:
+    """Whether a ControlNet adds maps of the widths that Stage C has."""
+    config = controlnet.config
+    assert isinstance(config, ControlNetConfig)
+    return set(config.out_channels) <= set(stage_c.config.block_out_channels)
+
+
+def _load_controlnet(part: Part, stage_c: StageC, device: torch.device, dtype: torch.dtype) -> ControlNet:
+    """A ControlNet whose injections are places of Stage C: stated ones, or the usual ones."""
+    network = cast(ControlNet, _load_part(part, device, dtype))
+    levels = stage_c.control_levels
+    if "injections" not in part.stated:
+        injections = usual_injections(len(network.injections), len(levels))
+        network.config = replace(network.config, injections=injections)
+    for place, width in zip(network.injections, network.config.out_channels, strict=True):
+        if place >= len(levels):
+            raise CheckpointError(
+                f"{part}: injects before ResBlock {place}, but Stage C has {len(levels)}, counted from 0"
+            )
+        if width != (expected := stage_c.config.block_out_channels[levels[place]]):
+            raise CheckpointError(
+                f"{part}: adds {width} channels before ResBlock {place} of Stage C, which has {expected}"
+            )
+    return network
 
 
 def _tokenizer_folder(stage: Part, text: Part) -> Path:

@@ -29,6 +29,7 @@ FOLDERS = {
     Component.EFFNET_ENCODER: "effnet_encoder",
     Component.PREVIEWER: "previewer",
 }
+CONTROLNET_FOLDER = "controlnet"
 TOWERS = (Component.TEXT_ENCODER, Component.IMAGE_ENCODER)
 
 _STATISTICS = ("running_mean", "running_var")  # of batch norms; half precision would shift whole pictures
@@ -115,6 +116,8 @@ def save_cascade(
         for name, network in networks.items():
             if network is not None:
                 write_named(Weights.of_network(network), partial, name, dtype, layout)
+        for controlnet in models.controlnets.values():
+            write_controlnet(Weights.of_network(controlnet), controlnet.kind, partial, dtype)
         models.decoder_text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
         if models.text_encoder is not models.decoder_text_encoder:
             models.text_encoder.tokenizer.save_pretrained(partial / "prior_tokenizer")
@@ -135,6 +138,12 @@ def write_named(
     write_component(weights, folder if is_file else folder / name, dtype, layout)
 
 
+def write_controlnet(weights: Weights, kind: str, folder: Path, dtype: torch.dtype | None) -> Path:
+    """Write a ControlNet into a checkpoint; there is one layout: a file for each kind, in `controlnet`."""
+    file = folder / CONTROLNET_FOLDER / f"{kind}.safetensors"
+    return write_component(weights, file.parent, dtype, "original", file)
+
+
 def write_component(
     weights: Weights, folder: Path, dtype: torch.dtype | None, layout: TargetLayout, file: Path | None = None
 ) -> Path:
@@ -149,6 +158,8 @@ def write_component(
         kept = dtype or max(weights.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype
         file = file or folder / _original_name(weights, kept)
         metadata = {CONFIG_METADATA: json.dumps(weights.content)}
+        if weights.component is Component.CONTROLNET:  # for other readers
+            metadata["injections"] = ",".join(map(str, weights.content["injections"]))
         write_tensors(file, weights.tensors, dtype_of, metadata)
         return file
     stem = "model" if weights.component in TOWERS else "diffusion_pytorch_model"

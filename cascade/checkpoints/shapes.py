@@ -39,6 +39,8 @@ def visible_settings(component: Component, tensors: Tensors, patch_size: int | N
                 return _effnet(shapes)
             case Component.PREVIEWER:
                 return _previewer(shapes)
+            case Component.CONTROLNET:
+                return _controlnet(shapes)
             case Component.TEXT_ENCODER:
                 return _text_encoder(shapes)
             case Component.IMAGE_ENCODER:
@@ -115,13 +117,16 @@ def _stage_a(shapes: Shapes) -> dict[str, Any]:
 
 def _effnet(shapes: Shapes) -> dict[str, Any]:
     last = _count(shapes, "backbone.") - 1
-    stages = [_effnet_stage(shapes, index) for index in range(1, last)]
-    return {
-        "stem_channels": shapes["backbone.0.0.weight"][0],
-        "stages": stages,
+    return _effnet_features(shapes, last) | {
         "head_channels": shapes[f"backbone.{last}.0.weight"][0],
         "latent_channels": shapes["mapper.0.weight"][0],
     }
+
+
+def _effnet_features(shapes: Shapes, last: int) -> dict[str, Any]:
+    """Of layers 0 to `last` in the backbone, without the last."""
+    stages = [_effnet_stage(shapes, index) for index in range(1, last)]
+    return {"stem_channels": shapes["backbone.0.0.weight"][0], "stages": stages}
 
 
 def _effnet_stage(shapes: Shapes, index: int) -> EffNetStage:
@@ -132,8 +137,30 @@ def _effnet_stage(shapes: Shapes, index: int) -> EffNetStage:
     kind = "mbconv" if depth == 4 else "fused"
     expand = 1 if depth == 1 else widened // in_channels
     channels = shapes[f"{stage}0.block.{depth - 1}.0.weight"][0]
-    stride = EFFNET_V2_S.stages[index - 1].stride
+    published = EFFNET_V2_S.stages
+    stride = published[index - 1].stride if index <= len(published) else 1
     return EffNetStage(kind, expand, stride, channels, _count(shapes, stage))
+
+
+def _controlnet(shapes: Shapes) -> dict[str, Any]:
+    num_projections = _count(shapes, "projections.")
+    settings: dict[str, Any] = {
+        "channels": shapes["projections.0.0.weight"][1],
+        "out_channels": [shapes[f"projections.{index}.2.weight"][0] for index in range(num_projections)],
+    }
+    last = _count(shapes, "backbone.") - 1
+    if "backbone.0.0.weight" in shapes:
+        in_channels = shapes["backbone.0.0.weight"][1]
+        return settings | {"mode": "effnet", "in_channels": in_channels} | _effnet_features(shapes, last)
+    first, second = shapes["backbone.0.weight"], shapes["backbone.2.weight"]
+    settings["in_channels"] = first[1]
+    if "backbone.3.blocks.0.weight" in shapes:
+        return settings | {
+            "mode": "large",
+            "hidden_channels": [first[0], second[0]],
+            "num_blocks": last - 3,
+        }
+    return settings | {"mode": "simple", "hidden_channels": [first[0]]}
 
 
 def _previewer(shapes: Shapes) -> dict[str, Any]:

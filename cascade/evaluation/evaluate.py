@@ -12,8 +12,8 @@ from PIL import Image
 from cascade.evaluation.reconstruction import Reconstruction, reconstruct
 from cascade.evaluation.verifier import Verdict, judge, read_picture
 from cascade.models import Models
-from cascade.tasks.settings import TextToImage
-from cascade.tasks.text_to_image import generate
+from cascade.tasks.generation import generate
+from cascade.tasks.settings import ImageSettings
 from cascade.training.captions import Caption, caption
 from cascade.training.scenes import Scene, held_out_generator, sample_scene
 
@@ -31,7 +31,7 @@ NUM_TIMED = 10
 BATCH_SIZE = 16
 
 R = TypeVar("R")
-Draw = Callable[[list[TextToImage]], list[Image.Image]]  # the first picture of each request
+Draw = Callable[[list[ImageSettings]], list[Image.Image]]  # the first picture of each request
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Report:
     """The outcome of an evaluation."""
 
     model: str
-    settings: TextToImage  # of all pictures, but for prompt and seed; this seed is the first picture's
+    settings: ImageSettings  # of all pictures, but for prompt and seed; this seed is the first picture's
     judged: tuple[Judged, ...]
     seconds_per_picture: float  # median of pictures made one by one
     reconstruction: Reconstruction | None  # None: the checkpoint has no encoder
@@ -97,7 +97,7 @@ def evaluate(
         seed: chooses the prompts and is the seed of the first picture.
         progress: called with the number of pictures made and of all pictures to make.
     """
-    settings = TextToImage(
+    settings = ImageSettings(
         prompt="-", seed=seed, steps=steps, guidance_scale=guidance_scale, decoder_steps=decoder_steps
     )
     num_reconstructions = num_reconstructions if models.effnet is not None else 0
@@ -107,7 +107,7 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    def draw(requests: list[TextToImage]) -> list[Image.Image]:
+    def draw(requests: list[ImageSettings]) -> list[Image.Image]:
         return [images[0].image for images in finish(generate(models, requests))]
 
     judged, seconds = draw_and_judge(draw, held_out_captions(num_prompts, seed), settings, report_done)
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def draw_and_judge(
-    draw: Draw, captions: list[Caption], settings: TextToImage, report_done: Callable[[int], None]
+    draw: Draw, captions: list[Caption], settings: ImageSettings, report_done: Callable[[int], None]
 ) -> tuple[tuple[Judged, ...], float]:
     """The pictures of `captions`, judged, and the median of the seconds of those drawn alone."""
     assert settings.seed is not None
@@ -156,14 +156,14 @@ def _scene_with(num_things: int, rng: np.random.Generator) -> Scene:
     return scene
 
 
-def _batches(requests: list[TextToImage]) -> Iterator[list[TextToImage]]:
+def _batches(requests: list[ImageSettings]) -> Iterator[list[ImageSettings]]:
     """The first few alone, to be timed; the rest together, which does not change the pictures."""
     yield from ([request] for request in requests[:NUM_TIMED])
     for start in range(NUM_TIMED, len(requests), BATCH_SIZE):
         yield requests[start : start + BATCH_SIZE]
 
 
-def _judge(asked: Caption, request: TextToImage, image: Image.Image) -> Judged:
+def _judge(asked: Caption, request: ImageSettings, image: Image.Image) -> Judged:
     assert request.seed is not None
     seen = read_picture(np.asarray(image))
     return Judged(asked, request.seed, image, seen, judge(asked.facts, seen))

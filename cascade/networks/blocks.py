@@ -7,16 +7,19 @@ is constant during a request (condition keys and values, terms of unused time co
 """
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.networks.adapters import Groups, adapt, adapt_thirds
 from cascade.networks.fused import cached_rows, depthwise, energy, linear, linear_add, linear_gelu
 
 NORM_EPS = 1e-6
 
+_IN_PROJ, _OUT_PROJ = "attention.attn.in_proj", "attention.attn.out_proj"  # places of adapters
 _LARGE_MAP = 1 << 20  # elements; scaling a smaller one takes less time than preparing weights
 
 
@@ -163,10 +166,19 @@ class ResBlock(nn.Module):
             nn.Linear(4 * channels, channels),
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, groups: Groups = ()) -> Tensor:
         hidden = layer_norm(depthwise(x, self.depthwise.weight, self.depthwise.bias))
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
+        return self._in_groups(x, hidden, groups) if groups else self._with_mlp(x, hidden)
+
+    @property
+    def _mlp(self) -> tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]:
+        return cast(
+            tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
+        )
+
+    def _with_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return x + cast(Tensor, self.channelwise(hidden))
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
@@ -175,11 +187,26 @@ class ResBlock(nn.Module):
         done = [self._add_mlp(*part) for part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)
 
+    def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups) -> Tensor:
+        """x + MLP(hidden), each group of rows with its changes and all others as if these were not there."""
+        widen, gelu, norm, dropout, narrow = self._mlp
+        done = torch.empty_like(x)
+        adapted: set[int] = set()
+        for group in groups:
+            alone = [replace(group, rows=slice(None))]
+            some = hidden[group.rows]
+            wide = dropout(norm(gelu(adapt(widen(some), some, widen.weight, alone, "channelwise.0"))))
+            done[group.rows] = x[group.rows] + adapt(
+                narrow(wide), wide, narrow.weight, alone, "channelwise.4"
+            )
+            adapted.update(group.numbers(len(x)))
+        if others := [row for row in range(len(x)) if row not in adapted]:
+            done[others] = self._with_mlp(x[others], hidden[others])
+        return done
+
     def _add_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
         """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
-        widen, _, norm, _, narrow = cast(
-            tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
-        )
+        widen, _, norm, _, narrow = self._mlp
         hidden = linear_gelu(hidden, widen.weight, widen.bias)
         scale = norm.scale(hidden)
         _, height, width, channels = x.shape
@@ -220,6 +247,14 @@ class TimestepBlock(nn.Module):
         scale, shift = bias.chunk(2)
         return torch.cat([scale + 1, shift])
 
+    def adapt(self, mapped: Tensor, embedding: Tensor, zero_embedding: Tensor, groups: Groups) -> Tensor:
+        """What adapters add to factors and shifts, (b, 2c) in fp32; embeddings (b, ratio channels)."""
+        mapped = adapt(mapped, embedding, self.mapper.weight.float(), groups, "mapper")
+        for name in self.conditions:
+            weight = getattr(self, f"mapper_{name}").weight.float()
+            mapped = adapt(mapped, zero_embedding, weight, groups, f"mapper_{name}")
+        return mapped
+
     def forward(self, x: Tensor, mapped: Tensor) -> Tensor:
         scale, shift = mapped.chunk(2, dim=-1)
         return torch.addcmul(shift, x, scale)
@@ -252,27 +287,38 @@ class AttnBlock(nn.Module):
     def weights(self) -> AttentionWeights:
         return cast(AttentionWeights, self.attention["attn"])
 
-    def prepare(self, tokens: Tensor) -> Tensor:
+    def prepare(self, tokens: Tensor, groups: Groups = ()) -> Tensor:
         """Keys and values of the condition: (b, m, condition channels) -> (b, 2, heads, m, head width)."""
         weights = self.weights
         channels = weights.out_proj.in_features
         mapped = self.kv_mapper(tokens)
+        if groups:
+            activate, mapper = cast(tuple[nn.SiLU, nn.Linear], tuple(self.kv_mapper))
+            mapped = adapt(mapped, activate(tokens), mapper.weight, groups, "kv_mapper.1")
         keys_values = F.linear(mapped, weights.in_proj_weight[channels:], weights.in_proj_bias[channels:])
+        keys_values = adapt_thirds(
+            keys_values, mapped, weights.in_proj_weight[channels:], groups, _IN_PROJ, 1, 3
+        )
         return self._split_heads(keys_values, parts=2)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, groups: Groups = ()) -> Tensor:
         b, h, w, channels = x.shape
         weights = self.weights
         normed = layer_norm(x).view(b, h * w, channels)
         if self.self_attention:
             projected = linear(normed, weights.in_proj_weight, weights.in_proj_bias)
+            projected = adapt(projected, normed, weights.in_proj_weight, groups, _IN_PROJ)
             own = self._split_heads(projected, parts=3)
             condition = torch.cat([own[:, 1:], condition], dim=3)
         else:
             projected = F.linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
+            projected = adapt_thirds(
+                projected, normed, weights.in_proj_weight[:channels], groups, _IN_PROJ, 0, 1
+            )
             own = self._split_heads(projected, parts=1)
         attended = _attend(own[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
-        return linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
+        added = linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
+        return adapt(added, attended, weights.out_proj.weight, groups, _OUT_PROJ)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
         """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""

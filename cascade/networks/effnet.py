@@ -5,6 +5,7 @@ Almost every layer is a convolution, so tensors keep the shape (b, c, h, w) in c
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,18 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _BACKBONE_EPS = 1e-3
 
 
-def resize_for_encoder(pixels: Tensor) -> Tensor:
+def resize_for_encoder(pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """Resize (b, 3, h, w) so that the encoder's output has the grid of Stage C for a picture of that size.
 
-    Bilinear with antialias; each side becomes 32 pixels per cell, about 3/4 of what it was.
+    Bilinear with antialias; each side becomes 32 pixels per cell, about 3/4 of what it was. `grid`, height
+    and width in cells, is stated where the pixels are more than what the grid was made for.
     """
-    height, width = (STRIDE * math.ceil(side * CELLS_PER_PIXEL) for side in pixels.shape[-2:])
-    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    if grid is None:
+        height, width = (math.ceil(side * CELLS_PER_PIXEL) for side in pixels.shape[-2:])
+    else:
+        height, width = grid
+    size = (STRIDE * height, STRIDE * width)
+    return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 class EffNetEncoder(nn.Module):
@@ -34,13 +40,7 @@ class EffNetEncoder(nn.Module):
     def __init__(self, config: EffNetConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.stem_channels
-        stages: list[nn.Module] = [_conv_norm(3, channels, kernel_size=3, stride=2)]
-        for stage in config.stages:
-            stages.append(_stage(channels, stage))
-            channels = stage.channels
-        stages.append(_conv_norm(channels, config.head_channels))
-        self.backbone = nn.Sequential(*stages)
+        self.backbone = effnet_features(3, config.stem_channels, config.stages, config.head_channels)
         self.mapper = nn.Sequential(
             nn.Conv2d(config.head_channels, config.latent_channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(config.latent_channels, affine=False),
@@ -52,6 +52,23 @@ class EffNetEncoder(nn.Module):
         normed = ((pixels - mean) / deviation).contiguous(memory_format=torch.channels_last)
         latents: Tensor = self.mapper(self.backbone(normed))
         return latents
+
+
+def effnet_features(
+    in_channels: int, stem_channels: int, stages: Sequence[EffNetStage], head_channels: int
+) -> nn.Sequential:
+    """EfficientNet-V2 without its classifier, (b, in, h, w) -> (b, head, about h / 32, about w / 32).
+
+    For other than 3 input channels the published networks have a first convolution without padding.
+    """
+    stem = _conv_norm(in_channels, stem_channels, kernel_size=3, stride=2, is_padded=in_channels == 3)
+    layers: list[nn.Module] = [stem]
+    channels = stem_channels
+    for stage in stages:
+        layers.append(_stage(channels, stage))
+        channels = stage.channels
+    layers.append(_conv_norm(channels, head_channels))
+    return nn.Sequential(*layers)
 
 
 def _stage(channels: int, stage: EffNetStage) -> nn.Sequential:
@@ -123,9 +140,10 @@ def _conv_norm(
     stride: int = 1,
     groups: int = 1,
     is_active: bool = True,
+    is_padded: bool = True,
 ) -> nn.Sequential:
     """Convolution without bias, batch norm and, unless told otherwise, SiLU."""
-    padding = (kernel_size - 1) // 2
+    padding = (kernel_size - 1) // 2 if is_padded else 0
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
     norm = nn.BatchNorm2d(out_channels, eps=_BACKBONE_EPS)
     return nn.Sequential(conv, norm, nn.SiLU()) if is_active else nn.Sequential(conv, norm)

@@ -3,12 +3,14 @@
 Source: the Stable Cascade code release, `modules/stage_c.py`.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cascade.config import StageCConfig
+from cascade.networks.adapters import Adapter, Groups, adapt, groups_of, in_block
 from cascade.networks.blocks import ChannelNorm, Pointwise, layer_norm, resize
 from cascade.networks.unet import Condition, UNet, to_channels_first, to_channels_last
 
@@ -43,21 +45,68 @@ class StageC(UNet):
             self.up_upscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
-    def prepare(self, text: Tensor, pooled: Tensor, image_embeds: Tensor) -> Condition:
+    def prepare(
+        self,
+        text: Tensor,
+        pooled: Tensor,
+        image_embeds: Tensor,
+        *,
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> Condition:
         """The condition of a request.
 
         Args:
             text: last hidden states of the text tower, (b, n, text width).
             pooled: projected text, (b, 1, pooled width).
             image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) without a picture.
+            adapters: LoRAs, one for each row or None for a row without.
         """
-        batch, dtype = text.shape[0], self.dtype
+        groups = in_block(groups_of(adapters, self.device), "")
         tokens = [
-            self.clip_txt_mapper(text.to(dtype)),
-            self.clip_txt_pooled_mapper(pooled.to(dtype)).view(batch, -1, self.config.conditioning_dim),
-            self.clip_img_mapper(image_embeds.to(dtype)).view(batch, -1, self.config.conditioning_dim),
+            self._map("clip_txt_mapper", text, groups),
+            self._map("clip_txt_pooled_mapper", pooled, groups),
+            self._map("clip_img_mapper", image_embeds, groups),
         ]
-        return self._prepare(layer_norm(torch.cat(tokens, dim=1)))
+        return self._prepare(layer_norm(torch.cat(tokens, dim=1)), adapters=adapters)
+
+    @property
+    def control_levels(self) -> tuple[int, ...]:
+        """The level of each ResBlock in the order in which they run: ControlNets count them, repeats too."""
+        config = self.config
+        down, up = config.down_num_layers_per_block, config.up_num_layers_per_block[::-1]
+        down_repeats, up_repeats = (
+            config.down_blocks_repeat_mappers,
+            config.up_blocks_repeat_mappers[::-1],
+        )
+        per_layer = [pattern.count("C") for pattern in config.block_types_per_layer]
+        levels = range(len(per_layer))
+        runs = [(level, down[level] * down_repeats[level]) for level in levels]
+        runs += [(level, up[level] * up_repeats[level]) for level in reversed(levels)]
+        return tuple(level for level, layers in runs for _ in range(layers * per_layer[level]))
+
+    def fit_control(
+        self, maps: Sequence[Tensor], places: Sequence[int], grid: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """A ControlNet's maps as large as the maps that they are added to, for latents of `grid`.
+
+        The same is done at every step with maps that do not fit yet.
+        """
+        sizes = [(grid[0] // self.config.patch_size, grid[1] // self.config.patch_size)]
+        for halved in self.config.switch_level:
+            height, width = sizes[-1]
+            sizes.append((height // 2, width // 2) if halved else (height, width))
+        levels = self.control_levels
+        return tuple(
+            resize(each.to(self.dtype), *sizes[levels[place]])
+            for each, place in zip(maps, places, strict=True)
+        )
+
+    def _map(self, name: str, embeddings: Tensor, groups: Groups) -> Tensor:
+        """Embeddings (b, n, width) as tokens of the condition, (b, m, conditioning width)."""
+        mapper = cast(nn.Linear, getattr(self, name))
+        embeddings = embeddings.to(self.dtype)
+        mapped = adapt(mapper(embeddings), embeddings, mapper.weight, groups, name)
+        return mapped.view(len(embeddings), -1, self.config.conditioning_dim)
 
     def forward(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise in `latents` (b, 16, h, w) at noise levels `ratio` (b,), 0 clean to 1 noise."""

@@ -6,6 +6,7 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, repeat
 from typing import TypeVar, cast
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.config import StageBConfig, StageCConfig
+from cascade.networks.adapters import Adapter, Groups, groups_of, in_block
 from cascade.networks.blocks import (
     AttnBlock,
     Pointwise,
@@ -33,27 +35,49 @@ class Condition:
     time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
     time_bias: Tensor  # and their biases in fp32, (sum of 2c,): the same for every row
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
+    control: tuple[Tensor, ...] | None = None  # Stage C: what a ControlNet adds, (b, h, w, c) each, before
+    control_at: tuple[int, ...] = ()  # these ResBlocks in the order in which they run, repeats counted
+    adapters: tuple[Adapter | None, ...] | None = None  # LoRAs, one for each row; None: no row has any
 
     @property
     def num_bytes(self) -> int:
         """Memory of the rows; the mappers are shared."""
-        rows = [*self.keys_values, *([] if self.features is None else [self.features])]
+        rows = [*self.keys_values, *(self.control or ())]
+        rows += [] if self.features is None else [self.features]
         return sum(each.numel() * each.element_size() for each in rows)
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """The rows of several conditions of one network, in order."""
+        """The rows of several conditions of one network, in order.
+
+        Maps of different ControlNets at one place must have one size, as `StageC.fit_control` makes it.
+        """
         first = conditions[0]
         if len(conditions) == 1:
             return first
         features = [condition.features for condition in conditions if condition.features is not None]
         columns = zip(*(condition.keys_values for condition in conditions), strict=True)
+        control_at = tuple(sorted({place for condition in conditions for place in condition.control_at}))
         return Condition(
             keys_values=tuple(torch.cat(column) for column in columns),
             time_weight=first.time_weight,
             time_bias=first.time_bias,
             features=torch.cat(features) if features else None,
+            control=_joined_control(conditions, control_at) if control_at else None,
+            control_at=control_at,
+            adapters=_kept([adapter for each in conditions for adapter in each.row_adapters]),
         )
+
+    @property
+    def row_adapters(self) -> tuple[Adapter | None, ...]:
+        """One for each row, None where there is no LoRA."""
+        return self.adapters or (None,) * len(self.keys_values[0])
+
+    def controlled(self, maps: Sequence[Tensor], places: Sequence[int]) -> "Condition":
+        """The same with what a ControlNet adds to all rows: (b or 1, h, w, c) at each of `places`."""
+        rows = len(self.keys_values[0])
+        control = tuple(each.expand(rows, -1, -1, -1) for each in maps)
+        return replace(self, control=control, control_at=tuple(places))
 
     def sharing(self, other: "Condition") -> "Condition":
         """The same with the mappers of `other`, which are equal for all conditions of a network.
@@ -69,7 +93,22 @@ class Condition:
             time_weight=self.time_weight,
             time_bias=self.time_bias,
             features=None if self.features is None else self.features[rows],
+            control=None if self.control is None else tuple(each[rows] for each in self.control),
+            control_at=self.control_at,
+            adapters=None if self.adapters is None else _kept(_chosen(self.adapters, rows)),
         )
+
+
+def _chosen(adapters: tuple[Adapter | None, ...], rows: slice | Tensor | list[int]) -> list[Adapter | None]:
+    if isinstance(rows, slice):
+        return list(adapters[rows])
+    if isinstance(rows, Tensor) and rows.dtype is torch.bool:
+        rows = rows.nonzero()[:, 0]
+    return [adapters[int(row)] for row in rows]
+
+
+def _kept(adapters: Sequence[Adapter | None]) -> tuple[Adapter | None, ...] | None:
+    return tuple(adapters) if any(adapter is not None for adapter in adapters) else None
 
 
 class UNet(nn.Module):
@@ -113,37 +152,53 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _prepare(self, tokens: Tensor, features: Tensor | None = None) -> Condition:
+    def _prepare(
+        self,
+        tokens: Tensor,
+        features: Tensor | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> Condition:
         """Keys and values of the condition's tokens (b, m, conditioning width), and the T blocks' maps."""
         zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels)
         time_blocks = list(self._blocks(TimestepBlock))
+        groups = self._groups(adapters)
         return Condition(
-            keys_values=tuple(block.prepare(tokens) for block in self._blocks(AttnBlock)),
+            keys_values=tuple(
+                block.prepare(tokens, groups.get(block, ())) for block in self._blocks(AttnBlock)
+            ),
             time_weight=torch.cat([block.mapper.weight for block in time_blocks]),
             time_bias=torch.cat([block.prepare(zero) for block in time_blocks]),
             features=features,
+            adapters=None if adapters is None else _kept(adapters),
         )
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
-        prepared = self._per_block(ratio, condition)
+        groups = self._groups(condition.adapters)
+        prepared = self._per_block(ratio, condition, groups)
+        control = _control_of_blocks(condition)
 
         skips: list[Tensor] = []
         for downscale, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = _level(blocks, mappers, downscale(x), None, prepared)
+            x = _level(blocks, mappers, downscale(x), None, prepared, groups, control)
             skips.append(x)
         for index, (blocks, mappers, upscale) in enumerate(
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
         ):
-            skip = skips.pop()
+            skip: Tensor | None = skips.pop()
             if index > 0:
+                assert skip is not None
                 x = resize(x, *skip.shape[1:3])
-            x = upscale(_level(blocks, mappers, x, skip if index > 0 else None, prepared))
+            else:
+                skip = None
+            x = upscale(_level(blocks, mappers, x, skip, prepared, groups, control))
         return x
 
-    def _per_block(self, ratio: Tensor, condition: Condition) -> dict[nn.Module, Tensor]:
+    def _per_block(
+        self, ratio: Tensor, condition: Condition, groups: dict[nn.Module, Groups]
+    ) -> dict[nn.Module, Tensor]:
         """What each block reads beside the map: factors and shifts (b, 1, 1, 2c), or keys and values.
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
@@ -152,12 +207,33 @@ class UNet(nn.Module):
         weight, bias = condition.time_weight.float(), condition.time_bias
         # A CPU adds up one row in another order than several: by themselves they are the same in any company.
         rows = torch.split(embedding, 1) if embedding.is_cpu else [embedding]
-        mapped = torch.cat([F.linear(row, weight, bias) for row in rows]).to(self.dtype)[:, None, None]
+        mapped = torch.cat([F.linear(row, weight, bias) for row in rows])
         time_blocks = list(self._blocks(TimestepBlock))
-        parts = torch.split(mapped, [block.mapper.out_features for block in time_blocks], dim=-1)
+        sizes = [block.mapper.out_features for block in time_blocks]
+        if any(block in groups for block in time_blocks):
+            zero = ratio_embedding(torch.zeros_like(ratio), self.ratio_channels)
+            cut = zip(time_blocks, torch.split(mapped, sizes, dim=-1), strict=True)
+            mapped = torch.cat(
+                [block.adapt(part.clone(), embedding, zero, groups.get(block, ())) for block, part in cut],
+                dim=-1,
+            )
+        parts = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
         prepared: dict[nn.Module, Tensor] = dict(zip(time_blocks, parts, strict=True))
         prepared.update(zip(self._blocks(AttnBlock), condition.keys_values, strict=True))
         return prepared
+
+    def _groups(self, adapters: Sequence[Adapter | None] | None) -> dict[nn.Module, Groups]:
+        """What adapters of the rows change in each block; blocks that they leave alone are absent."""
+        rows = groups_of(adapters, self.device)
+        if not rows:
+            return {}
+        concerned = {
+            block: in_block(rows, f"{part}.{level}.{index}")
+            for part, levels in (("down_blocks", self.down_blocks), ("up_blocks", self.up_blocks))
+            for level, blocks in enumerate(levels)
+            for index, block in enumerate(cast(nn.ModuleList, blocks))
+        }
+        return {block: groups for block, groups in concerned.items() if groups}
 
     def _blocks(self, kind: type[Block]) -> Iterator[Block]:
         for level in (*self.down_blocks, *self.up_blocks):
@@ -179,14 +255,46 @@ def to_channels_first(x: Tensor, patch_size: int) -> Tensor:
     return F.pixel_shuffle(x.permute(0, 3, 1, 2), patch_size)
 
 
+def _joined_control(conditions: Sequence[Condition], places: Sequence[int]) -> tuple[Tensor, ...]:
+    """The maps of all rows at each place; rows that have none there get zeros, which change nothing."""
+    columns = [
+        dict(zip(condition.control_at, condition.control or (), strict=True)) for condition in conditions
+    ]
+    joined = []
+    for place in places:
+        like = next(column[place] for column in columns if place in column)
+        absent = [like.new_zeros(len(each.keys_values[0]), *like.shape[1:]) for each in conditions]
+        pairs = zip(columns, absent, strict=True)
+        joined.append(torch.cat([column.get(place, zeros) for column, zeros in pairs]))
+    return tuple(joined)
+
+
+def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
+    """For one ResBlock after the other, as they run: what is added to its input."""
+    if condition.control is None:
+        return repeat(None)
+    maps = dict(zip(condition.control_at, condition.control, strict=True))
+    return (maps.get(place) for place in count())
+
+
 def _level(
-    blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, prepared: dict[nn.Module, Tensor]
+    blocks: nn.Module,
+    mappers: nn.Module,
+    x: Tensor,
+    skip: Tensor | None,
+    prepared: dict[nn.Module, Tensor],
+    groups: dict[nn.Module, Groups],
+    control: Iterator[Tensor | None],
 ) -> Tensor:
     """Run a level; when it is repeated, the same weights run again and see the same skip again."""
     for mapper in (*cast(nn.ModuleList, mappers), None):
         for index, block in enumerate(cast(nn.ModuleList, blocks)):
             if isinstance(block, ResBlock):
-                x = block(x, skip if index == 0 else None)
+                if (added := next(control)) is not None:
+                    x = x + resize(added, *x.shape[1:3]).to(x.dtype)
+                x = block(x, skip if index == 0 else None, groups.get(block, ()))
+            elif isinstance(block, AttnBlock):
+                x = block(x, prepared[block], groups.get(block, ()))
             else:
                 x = block(x, prepared[block])
         if mapper is not None:

@@ -34,9 +34,24 @@ Network = Callable[[Tensor, Tensor, C], Tensor]
 Join = Callable[[list[C]], C]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """Clean latents of which a part is kept: it is put back, with noise of the level, after every step.
+
+    Source: Lugmayr et al. 2022, RePaint, without going back in time.
+    """
+
+    clean: Tensor  # (c, h, w) fp32
+    is_free: Tensor  # (h, w) bool: where the sample draws as it likes
+    draw: NoiseSource  # of its own, so that what is kept changes no other noise
+
+
 @dataclass(slots=True, eq=False)
 class Sample(Generic[C]):
-    """One picture on its way through one stage."""
+    """One picture on its way through one stage.
+
+    It starts from noise or from `start`, and what guides it may change between two of its steps.
+    """
 
     condition: C  # one row
     unguided: C | None  # one row, of the negative prompt; None: no guidance, one forward pass per step
@@ -46,19 +61,54 @@ class Sample(Generic[C]):
     preset: Preset
     draw: NoiseSource
     device: torch.device
+    start: Tensor | None = None  # (c, h, w) fp32: latents at the first level; None: noise
+    known: Known | None = None
+    guided_steps: range | None = None  # the steps that are made with guidance; None: all
+    uncontrolled: C | None = (
+        None  # the row without what a ControlNet says, for steps beyond `controlled_steps`
+    )
+    unguided_uncontrolled: C | None = None
+    controlled_steps: range | None = None  # None: all
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
     clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
     scales: tuple[Tensor, Tensor] = field(init=False)  # alpha and sigma, (steps,) each
     weights: Weights = field(init=False)  # the sampler's, (steps,) each
     step: int = field(default=0, init=False)
+    _known_scales: tuple[Tensor, Tensor] = field(init=False, repr=False)  # (steps + 1,) each
 
     def __post_init__(self) -> None:
-        self.latents = self.draw(0).to(self.device)
+        self.latents = self.draw(0).to(self.device) if self.start is None else self.start
         self.clean = torch.zeros_like(self.latents)
         # For all steps at once: sigmoids of one or of many values may differ in their last bits.
         self.scales = signal_and_noise(self.levels.log_snr[:-1])
         self.weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
         self.weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
+        self._known_scales = signal_and_noise(self.levels.log_snr)
+        self.latents = self.with_known(self.latents, 0)
+
+    @property
+    def guides(self) -> tuple[C, C | None]:
+        """The condition of the next step, and the unguided one if that step is guided."""
+        is_guided = self.guided_steps is None or self.step in self.guided_steps
+        if self.uncontrolled is None or self.controlled_steps is None or self.step in self.controlled_steps:
+            return self.condition, self.unguided if is_guided else None
+        return self.uncontrolled, self.unguided_uncontrolled if is_guided else None
+
+    def replace_conditions(self, change: Callable[[C], C]) -> None:
+        """Put another condition in the place of each."""
+        self.condition = change(self.condition)
+        self.unguided = None if self.unguided is None else change(self.unguided)
+        self.uncontrolled = None if self.uncontrolled is None else change(self.uncontrolled)
+        if self.unguided_uncontrolled is not None:
+            self.unguided_uncontrolled = change(self.unguided_uncontrolled)
+
+    def with_known(self, latents: Tensor, step: int) -> Tensor:
+        """Latents (c, h, w) at the level of a step, with the known part put back, if there is one."""
+        if self.known is None:
+            return latents
+        alpha, sigma = (float(scale[step]) for scale in self._known_scales)
+        noise = self.known.draw(step).to(latents.device)
+        return torch.where(self.known.is_free, latents, alpha * self.known.clean + sigma * noise)
 
     @property
     def is_done(self) -> bool:
@@ -72,18 +122,17 @@ class Sample(Generic[C]):
 
 
 class Batch(Generic[C]):
-    """Samples of one shape that step together; their conditions are joined once, not at every step."""
+    """Samples of one shape that step together; their conditions are joined anew only when one has changed."""
+
+    _condition: C
+    _guided: Tensor  # rows of the samples with guidance
+    _scale: Tensor
+    _rescale: Tensor
 
     def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
         self.samples = list(samples)
-        device = samples[0].device
-        active = [sample for sample in samples if sample.unguided is not None]
-        unguided = [sample.unguided for sample in samples if sample.unguided is not None]
-        self._condition = join([*(sample.condition for sample in samples), *unguided])
-        guided = [row for row, sample in enumerate(samples) if sample.unguided is not None]
-        self._guided = torch.tensor(guided, device=device)
-        self._scale = torch.tensor([sample.guidance_scale for sample in active], device=device)
-        self._rescale = torch.tensor([sample.preset.rescale for sample in active], device=device)
+        self._join = join
+        self._joined: list[tuple[C, C | None]] = []
 
     def step(self, network: Network[C]) -> None:
         """Advance every sample by one step of its own, or none when anything fails."""
@@ -91,6 +140,7 @@ class Batch(Generic[C]):
 
     def advanced(self, network: Network[C]) -> tuple[Tensor, Tensor]:
         """The latents of every sample after its next step, and its clean latents as then predicted."""
+        self._join_conditions()
         samples = self.samples
         latents = torch.stack([sample.latents for sample in samples])
         alpha, sigma = _at_their_steps(samples, [sample.scales for sample in samples])
@@ -104,13 +154,37 @@ class Batch(Generic[C]):
                 for sample, share in zip(samples, weights.fresh, strict=True)
             ]
         )
-        return next_latents(clean, noise, fresh.to(latents.device), weights), clean
+        stepped = next_latents(clean, noise, fresh.to(latents.device), weights)
+        for row, sample in enumerate(samples):
+            if sample.known is not None:
+                stepped[row] = sample.with_known(stepped[row], sample.step + 1)
+                clean[row] = torch.where(sample.known.is_free, clean[row], sample.known.clean)
+        return stepped, clean
 
     def take(self, latents: Tensor, clean: Tensor) -> None:
         """Make what `advanced` returned the state of the samples."""
         for sample, stepped, predicted in zip(self.samples, latents, clean, strict=True):
             sample.latents, sample.clean = stepped, predicted
             sample.step += 1
+
+    def _join_conditions(self) -> None:
+        """Have one condition of all rows, those of the steps that come next."""
+        guides = [sample.guides for sample in self.samples]
+        same = (
+            condition is known and unguided is known_unguided
+            for (condition, unguided), (known, known_unguided) in zip(guides, self._joined, strict=False)
+        )
+        if self._joined and all(same):
+            return
+        device = self.samples[0].device
+        guided = [row for row, (_, unguided) in enumerate(guides) if unguided is not None]
+        active = [self.samples[row] for row in guided]
+        unguided = [each for _, each in guides if each is not None]
+        self._condition = self._join([*(condition for condition, _ in guides), *unguided])
+        self._guided = torch.tensor(guided, device=device)
+        self._scale = torch.tensor([sample.guidance_scale for sample in active], device=device)
+        self._rescale = torch.tensor([sample.preset.rescale for sample in active], device=device)
+        self._joined = guides
 
     def _predict(self, network: Network[C], latents: Tensor) -> Tensor:
         """Noise in fp32. The rows are all samples with their prompts, then the guided ones without."""

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Stage = Literal["prior", "decoder"]
+Stage = Literal["prior", "decoder", "prior known", "decoder known"]  # known: what a mask keeps
 
 # step -> noise of the latents' shape, fp32 on the CPU: step 0 starts the run, step i is for the i-th update
 NoiseSource = Callable[[int], Tensor]
 
-_STAGE_NUMBER: dict[Stage, int] = {"prior": 1, "decoder": 2}
+_STAGE_NUMBER: dict[Stage, int] = {"prior": 1, "decoder": 2, "prior known": 3, "decoder known": 4}
 
 
 def gaussian(shape: Sequence[int], seed: int, stage: Stage, step: int) -> Tensor:

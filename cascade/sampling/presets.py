@@ -15,9 +15,9 @@ class Preset:
     rescale: float  # rho of the guidance
     keeps_clean: bool  # the result is the clean latents as last predicted, not the latents stepped to
 
-    def levels(self, schedule: CosineSchedule, steps: int) -> Levels:
-        """The noise levels of a run."""
-        return schedule.grid(steps) if self.shifts else schedule.diffusers_grid(steps)
+    def levels(self, schedule: CosineSchedule, steps: int, t_start: float = 1.0) -> Levels:
+        """The noise levels of a run from time `t_start` to 0."""
+        return schedule.grid(steps, t_start) if self.shifts else schedule.diffusers_grid(steps, t_start)
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(

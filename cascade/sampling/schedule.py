@@ -55,14 +55,21 @@ class CosineSchedule:
         log_snr = self.log_snr(torch.linspace(t_start, 0.0, steps + 1, dtype=torch.float64))
         return Levels(log_snr, self.ratio(log_snr[:-1]))
 
-    def diffusers_grid(self, steps: int) -> Levels:
+    def diffusers_grid(self, steps: int, t_start: float = 1.0) -> Levels:
         """Levels of a run in diffusers: no shift, and the network is told the time itself, 1.0 at first.
 
         A checkpoint with its own clamp never saw times beyond it, so there the time of the level is told.
         """
-        t = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32).double()  # the times as fp32 rounds them
-        log_snr = CosineSchedule(replace(self.config, shift=1.0)).log_snr(t)
+        t = torch.linspace(
+            t_start, 0.0, steps + 1, dtype=torch.float32
+        ).double()  # the times as fp32 rounds them
+        log_snr = self.unshifted.log_snr(t)
         return Levels(log_snr, self.ratio(log_snr[:-1]) if self._has_own_clamp else t[:-1])
+
+    @property
+    def unshifted(self) -> "CosineSchedule":
+        """The same at shift 1."""
+        return CosineSchedule(replace(self.config, shift=1.0))
 
     @property
     def _offset(self) -> float:

@@ -6,7 +6,7 @@ preview them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.conditioning import TextEmbeddings, TextEncoder
+from cascade.conditioning import TextEmbeddings, TextEncoder, pad_chunks
 from cascade.models import Models
+from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition
 from cascade.recent import Recent
 from cascade.sampling.denoise import Batch, Network, Sample, in_parts
 from cascade.tasks.picture import (
+    NOTHING,
+    Given,
     Picture,
     begin_decoder,
     begin_prior,
@@ -27,6 +30,8 @@ from cascade.tasks.picture import (
     decode_chunk,
     finish,
     flaw,
+    look_at,
+    num_tokens,
     prior_condition,
     to_images,
 )
@@ -34,6 +39,20 @@ from cascade.tasks.picture import (
 CACHED_TEXTS = 256  # embeddings: 0.2 MB each at full size
 CACHED_CONDITIONS = 16  # keys and values of Stage C: 45 MB each at full size
 CACHED_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TextKey:
+    """What an encoding of a text depends on."""
+
+    text: str
+    is_weighted: bool
+    is_long: bool
+    adapter: Adapter | None  # LoRAs that change texts: the same object for the same ones
+
+
+# What a condition of Stage C depends on: text, number of its tokens, number of pictures, LoRAs
+ConditionKey = tuple[TextKey, int, int, Adapter | None]
 
 
 class Flawed(ArithmeticError):
@@ -46,6 +65,7 @@ class Drawing:
 
     picture: Picture
     models: Models
+    given: Given = NOTHING  # what its own pictures tell, once it has begun
     stage: Literal["prior", "decoder", "decode"] = "prior"
     text: TextEmbeddings | None = None  # of the prompt
     sample: Sample[Condition] | None = None  # of the stage in work, once it has begun
@@ -87,16 +107,25 @@ class Studio:
     def __init__(self, models: Models, networks: Mapping[str, Network[Condition]]) -> None:
         self.models = models
         self._networks = networks  # by stage
-        self.texts: Recent[tuple[int, str], TextEmbeddings] = Recent(CACHED_TEXTS)
-        self._conditions: Recent[str, Condition] = Recent(CACHED_CONDITIONS)
+        self.texts: Recent[tuple[int, TextKey], TextEmbeddings] = Recent(CACHED_TEXTS)
+        self._conditions: Recent[ConditionKey, Condition] = Recent(CACHED_CONDITIONS)
         self._batches: Recent[tuple[Sample[Condition], ...], Batch[Condition]] = Recent(CACHED_BATCHES)
         self._mappers: dict[str, Condition] = {}  # conditions without rows, of which all of a stage share
         self._in_fp32: WeakValueDictionary[str, Models] = WeakValueDictionary()
 
     @torch.inference_mode()
     def begin(self, drawing: Drawing) -> None:
-        """Encode the text, draw the noise, prepare the condition."""
-        drawing.text = self._text(self.models.text_encoder, drawing.picture.settings.prompt)
+        """Encode the text and the request's pictures, draw the noise, prepare the condition.
+
+        Raises:
+            InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
+        """
+        picture = drawing.picture
+        drawing.given = look_at(self.models, picture)
+        key, _ = self._keys(drawing)
+        drawing.text = self._text(self.models.text_encoder, key)
+        if picture.prior_steps == 0 and drawing.given.semantic is not None:
+            drawing.resume(drawing.given.semantic)
         self._begin_stage(drawing)
 
     @torch.inference_mode()
@@ -107,14 +136,19 @@ class Studio:
         """
         for drawing in drawings:
             self._begin_stage(drawing)
-        samples = [drawing.sample for drawing in drawings if drawing.sample is not None]
-        batch = self._batches.get(tuple(samples), lambda same: Batch(same, Condition.cat))
-        latents, clean = batch.advanced(in_parts(self._network(drawings[0]), rows))
-        if latents.is_cuda:  # where an error of the step comes out, if there is one
-            torch.cuda.current_stream(latents.device).synchronize()
-        batch.take(latents, clean)
-        for drawing, sample in zip(drawings, samples, strict=True):
-            if sample.is_done:
+        groups: dict[int, list[Sample[Condition]]] = {}
+        for drawing in drawings:
+            if drawing.sample is not None:
+                groups.setdefault(num_tokens(drawing.sample), []).append(drawing.sample)
+        network = in_parts(self._network(drawings[0]), rows)
+        batches = [self._batch(samples) for samples in groups.values()]
+        advanced = [batch.advanced(network) for batch in batches]
+        if self.models.device.type == "cuda":  # where an error of the step comes out, if there is one
+            torch.cuda.current_stream(self.models.device).synchronize()
+        for batch, (latents, clean) in zip(batches, advanced, strict=True):
+            batch.take(latents, clean)
+        for drawing in drawings:
+            if drawing.sample is not None and drawing.sample.is_done:
                 drawing.end_stage()
                 self._batches.clear()  # they hold on to what is done with
 
@@ -166,34 +200,80 @@ class Studio:
         """Draw the noise of the stage in work and prepare its condition, unless that was done already."""
         if drawing.sample is not None:
             return
-        models, settings = drawing.models, drawing.picture.settings
+        models, picture, given = drawing.models, drawing.picture, drawing.given
+        keys = self._keys(drawing)
         if drawing.semantic is not None:
             encoder = models.decoder_text_encoder
-            texts = {text: self._text(encoder, text) for text in settings.texts}
-            sample = begin_decoder(models, drawing.picture, drawing.semantic, texts)
+            texts = {key.text: self._text(encoder, key) for key in keys}
+            sample = begin_decoder(models, picture, drawing.semantic, texts, given)
         else:
-            needed = settings.texts if settings.guidance_scale > 1 else settings.texts[:1]
-            conditions = {text: self._condition(models, text) for text in needed}
-            sample = begin_prior(models, drawing.picture, conditions)
+            condition, unguided = self._conditions_of(drawing, keys)
+            sample = begin_prior(models, picture, condition, unguided, given)
         if models is self.models:
             mappers = self._mappers.setdefault(drawing.stage, sample.condition[:0])
-            sample.condition = sample.condition.sharing(mappers)
-            sample.unguided = None if sample.unguided is None else sample.unguided.sharing(mappers)
+            sample.replace_conditions(lambda condition: condition.sharing(mappers))
         drawing.sample = sample
 
-    def _text(self, encoder: TextEncoder, text: str) -> TextEmbeddings:
+    def _keys(self, drawing: Drawing) -> tuple[TextKey, TextKey]:
+        """Of the prompt and of the negative prompt."""
+        settings = drawing.picture.settings
+        prompt, negative = settings.texts
+        adapter = drawing.given.adapter
+        adapter = adapter if adapter is not None and adapter.changes_text else None
+        key = TextKey(prompt, settings.weighted_prompt, settings.long_prompt, adapter)
+        return key, replace(key, text=negative)
+
+    def _batch(self, samples: list[Sample[Condition]]) -> Batch[Condition]:
+        return self._batches.get(tuple(samples), lambda same: Batch(same, Condition.cat))
+
+    def _text(self, encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
         """A text is encoded by itself, so that no bit of it depends on others."""
-        return self.texts.get((id(encoder), text), lambda _: encoder.encode([text]))
+        return self.texts.get((id(encoder), key), lambda _: _encoded(encoder, key))
 
-    def _condition(self, models: Models, text: str) -> Condition:
-        """What a text tells Stage C; remembered, unless it is for a second try."""
+    def _conditions_of(
+        self, drawing: Drawing, keys: tuple[TextKey, TextKey]
+    ) -> tuple[Condition, Condition | None]:
+        """Of the prompt with the image prompts and of the negative one without, with equally many tokens."""
+        models, embeds = drawing.models, drawing.given.image_embeds
+        num_images = 1 if embeds is None else embeds.shape[1]
+        is_guided = drawing.picture.prior_rows > 1
+        texts = [self._text(models.text_encoder, key) for key in keys[: 1 + is_guided]]
+        length = max(text.hidden.shape[1] for text in texts)
+        adapter = drawing.given.adapter
+        conditions = [
+            prior_condition(models, self._padded(text, keys[0], length), embeds, adapter)
+            if embeds is not None and row == 0
+            else self._condition(models, (key, length, num_images, adapter))
+            for row, (key, text) in enumerate(zip(keys, texts, strict=False))
+        ]
+        return conditions[0], conditions[1] if is_guided else None
 
-        def prepare(text: str) -> Condition:
-            return prior_condition(models, self._text(models.text_encoder, text))
+    def _condition(self, models: Models, key: ConditionKey) -> Condition:
+        """What a text without pictures tells Stage C; remembered, unless it is for a second try."""
 
-        return self._conditions.get(text, prepare) if models is self.models else prepare(text)
+        def prepare(key: ConditionKey) -> Condition:
+            text, length, num_images, adapter = key
+            embeddings = self._padded(self._text(models.text_encoder, text), text, length)
+            width = models.stage_c.config.clip_image_in_channels
+            none = torch.zeros(1, num_images, width, device=models.device)
+            return prior_condition(models, embeddings, none, adapter)
+
+        return self._conditions.get(key, prepare) if models is self.models else prepare(key)
+
+    def _padded(self, text: TextEmbeddings, key: TextKey, length: int) -> TextEmbeddings:
+        if text.hidden.shape[1] == length:
+            return text
+        empty = TextKey("", is_weighted=False, is_long=False, adapter=key.adapter)
+        return pad_chunks(text, self._text(self.models.text_encoder, empty), length)
 
     def _network(self, drawing: Drawing) -> Network[Condition]:
         if drawing.models is self.models:
             return self._networks[drawing.stage]
         return drawing.models.stage_c if drawing.stage == "prior" else drawing.models.stage_b
+
+
+def _encoded(encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
+    """One text. An ordinary one is encoded as ever: nothing that it does not ask for touches it."""
+    if not key.is_weighted and not key.is_long and key.adapter is None:
+        return encoder.encode([key.text])
+    return encoder.encode([key.text], weighted=key.is_weighted, long=key.is_long, adapter=key.adapter)

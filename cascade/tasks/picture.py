@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,14 +17,20 @@ from torch import Tensor
 
 from cascade.conditioning import TextEmbeddings
 from cascade.models import Models
+from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition
-from cascade.sampling.denoise import Sample
+from cascade.sampling.denoise import Known, Sample
 from cascade.sampling.noise import NoiseSource, PhiloxNoise, Stage, TorchGenerator
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
-from cascade.sizes import SizePlan, fit_to_size, plan_size
-from cascade.tasks.settings import NUM_SEEDS, TextToImage
+from cascade.sizes import SizePlan, fit_to_drawing, fit_to_size, nearest_size, plan_size
+from cascade.tasks.encoding import encode_planned, need_encoder
+from cascade.tasks.extras import ControlMaps, adapter_of, control_of
+from cascade.tasks.image_prompts import encode_image_prompts
+from cascade.tasks.image_to_image import noised
+from cascade.tasks.inpainting import canvas_of, composite, encode_known, free_cells
+from cascade.tasks.settings import NUM_SEEDS, ImageSettings, steps_within
 
 DECODE_PIXELS = 2 * 1024**2  # per call of Stage A: its activations are about 1 GB per 1024x1024 picture
 
@@ -32,7 +39,7 @@ DECODE_PIXELS = 2 * 1024**2  # per call of Stage A: its activations are about 1 
 class Picture:
     """One picture of a request: its settings, all filled in, and the grids that it is drawn on."""
 
-    settings: TextToImage
+    settings: ImageSettings
     plan: SizePlan
 
     @property
@@ -45,10 +52,49 @@ class Picture:
         """Of Stage B's latents."""
         return (4, *self.plan.decoder_grid)
 
+    @property
+    def prior_steps(self) -> int:
+        """Steps of Stage C; none where the source is kept as it is."""
+        return self.settings.prior_steps
 
-def plan_pictures(models: Models, request: TextToImage) -> list[Picture]:
-    """The pictures of a request; picture i has the seed plus i."""
-    plan = plan_size(request.width, request.height, models.native)
+    @property
+    def decoder_steps(self) -> int:
+        """Steps of Stage B."""
+        return self.settings.decoder_steps
+
+    @property
+    def prior_rows(self) -> int:
+        """Rows of the picture in Stage C's batches, at most."""
+        return 2 if self.settings.guided_steps else 1
+
+    @property
+    def decoder_rows(self) -> int:
+        """Rows of the picture in Stage B's batches."""
+        return 2 if self.settings.decoder_guidance_scale > 1 else 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a request's own pictures tell the stages, computed before the first step."""
+
+    semantic: Tensor | None = None  # (16, h, w) fp32: the source as Stage C would have drawn it
+    semantic_free: Tensor | None = None  # (h, w) bool: cells of it that are drawn anew; None: all
+    latents: Tensor | None = None  # (4, h, w) fp32: the source as Stage B would have drawn it
+    latents_free: Tensor | None = None  # (h, w) bool
+    image_embeds: Tensor | None = None  # (1, k, d) fp32: image prompts
+    control: ControlMaps | None = None
+    adapter: Adapter | None = None  # LoRAs
+
+
+NOTHING = Given()
+
+
+def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
+    """The pictures of a request; picture i has the seed plus i. An absent size is the source's, if any."""
+    width, height = request.width, request.height
+    if request.image is not None and request.anchor is None and width is height is None:
+        width, height = nearest_size(*request.image.size)
+    plan = plan_size(width, height, models.native)
     seed = secrets.randbelow(NUM_SEEDS) if request.seed is None else request.seed
     alone = replace(request, width=plan.width, height=plan.height, num_images=1, seed=seed)
     return [
@@ -56,31 +102,99 @@ def plan_pictures(models: Models, request: TextToImage) -> list[Picture]:
     ]
 
 
-def prior_condition(models: Models, text: TextEmbeddings) -> Condition:
-    """What guides Stage C, a row for each text."""
+def look_at(models: Models, picture: Picture) -> Given:
+    """Encode the pictures that a request brings.
+
+    Raises:
+        InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
+    """
+    settings, plan = picture.settings, picture.plan
+    semantic = semantic_free = latents = latents_free = None
+    canvas = canvas_of(settings, plan)
+    adapter = adapter_of(models, settings.loras)
+    control = control_of(models, settings, plan, canvas)
+    if canvas is not None:
+        drawn = fit_to_drawing(canvas.image, plan)
+        semantic = encode_planned(need_encoder(models), drawn, plan)
+        if canvas.mask is not None:
+            latents = encode_known(models, settings.preset, drawn)
+            semantic_free = free_cells(canvas.mask, plan, plan.prior_grid, models.device)
+            latents_free = free_cells(canvas.mask, plan, plan.decoder_grid, models.device)
+    return Given(
+        semantic=semantic,
+        semantic_free=semantic_free,
+        latents=latents,
+        latents_free=latents_free,
+        image_embeds=encode_image_prompts(models, settings.image_prompts),
+        control=control,
+        adapter=adapter,
+    )
+
+
+def prior_condition(
+    models: Models,
+    text: TextEmbeddings,
+    image_embeds: Tensor | None = None,
+    adapter: Adapter | None = None,
+) -> Condition:
+    """What guides Stage C, a row for each text; image embeddings are (b, k, d), zeros for no picture."""
     rows, width = len(text.pooled), models.stage_c.config.clip_image_in_channels
-    no_image = torch.zeros(rows, 1, width, device=models.device)
-    return models.stage_c.prepare(text.hidden, text.pooled, no_image)
+    if image_embeds is None:
+        image_embeds = torch.zeros(rows, 1, width, device=models.device)
+    adapters = None if adapter is None else [adapter] * rows
+    return models.stage_c.prepare(text.hidden, text.pooled, image_embeds, adapters=adapters)
 
 
-def begin_prior(models: Models, picture: Picture, conditions: Mapping[str, Condition]) -> Sample[Condition]:
-    """A picture as noise, before the first step of Stage C. `conditions` has a row for each of its texts."""
-    settings = picture.settings
-    prompt, negative = settings.texts
+def begin_prior(
+    models: Models,
+    picture: Picture,
+    condition: Condition,
+    unguided: Condition | None,
+    given: Given = NOTHING,
+) -> Sample[Condition]:
+    """A picture before the first step of Stage C: noise, or the noised source.
+
+    Args:
+        condition: one row, of the prompt and the image prompts.
+        unguided: one row, of the negative prompt; None where guidance is off.
+    """
+    settings, preset = picture.settings, PRESETS[picture.settings.preset]
+    schedule, draw = CosineSchedule(models.prior_schedule), _noise(picture, "prior", models.dtype)
+    start = None
+    if given.semantic is not None and settings.start < 1:
+        start = noised(settings, schedule, given.semantic, draw)
+    plain: tuple[Condition | None, Condition | None] = (None, None)
+    control_steps = None
+    if given.control is not None and settings.control is not None:
+        plain = (condition, unguided)
+        control_steps = steps_within((settings.control.start, settings.control.end), picture.prior_steps)
+    if given.control is not None:
+        condition = given.control.on(condition)
+        unguided = None if unguided is None else given.control.on(unguided)
     return Sample(
-        condition=conditions[prompt],
-        unguided=conditions[negative] if settings.guidance_scale > 1 else None,
+        condition=condition,
+        unguided=unguided,
         guidance_scale=settings.guidance_scale,
-        levels=PRESETS[settings.preset].levels(CosineSchedule(models.prior_schedule), settings.steps),
+        levels=preset.levels(schedule, picture.prior_steps, settings.start),
         sampler=SAMPLERS[settings.sampler],
-        preset=PRESETS[settings.preset],
-        draw=_noise(picture, "prior", models.dtype),
+        preset=preset,
+        draw=draw,
         device=models.device,
+        start=start,
+        known=_known(picture, "prior known", given.semantic, given.semantic_free),
+        guided_steps=settings.guided_steps,
+        uncontrolled=plain[0],
+        unguided_uncontrolled=plain[1],
+        controlled_steps=control_steps,
     )
 
 
 def begin_decoder(
-    models: Models, picture: Picture, semantic: Tensor, texts: Mapping[str, TextEmbeddings]
+    models: Models,
+    picture: Picture,
+    semantic: Tensor,
+    texts: Mapping[str, TextEmbeddings],
+    given: Given = NOTHING,
 ) -> Sample[Condition]:
     """A picture as noise, before the first step of Stage B; `semantic`, (16, h, w), is Stage C's result."""
     settings, size = picture.settings, picture.plan.decoder_grid
@@ -98,7 +212,14 @@ def begin_decoder(
         preset=PRESETS[settings.preset],
         draw=_noise(picture, "decoder", models.dtype),
         device=models.device,
+        known=_known(picture, "decoder known", given.latents, given.latents_free),
     )
+
+
+def num_tokens(sample: Sample[Condition]) -> int:
+    """Tokens of the condition: samples of different numbers cannot share a call of the network."""
+    keys_values = sample.condition.keys_values
+    return keys_values[0].shape[-2] if keys_values else 0
 
 
 def decode(models: Models, pictures: Sequence[Picture], latents: Iterable[Tensor]) -> Tensor:
@@ -143,13 +264,29 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def finish(pixels: Tensor, pictures: Sequence[Picture]) -> list[Image.Image]:
-    """Decoded pixels as pictures of exactly the sizes asked for."""
-    return [
-        fit_to_size(image, picture.plan) for image, picture in zip(to_images(pixels), pictures, strict=True)
-    ]
+    """Decoded pixels as pictures of exactly the sizes asked for, with what was to be kept laid over them."""
+    return [_finished(image, picture) for image, picture in zip(to_images(pixels), pictures, strict=True)]
 
 
-def _noise(picture: Picture, stage: Stage, dtype: torch.dtype) -> NoiseSource:
+def _finished(image: Image.Image, picture: Picture) -> Image.Image:
+    fitted = fit_to_size(image, picture.plan)
+    if not picture.settings.repaints:
+        return fitted
+    canvas = canvas_of(picture.settings, picture.plan)
+    assert canvas is not None
+    return composite(fitted, canvas, picture.settings.feather)
+
+
+def _known(picture: Picture, stage: Stage, clean: Tensor | None, is_free: Tensor | None) -> Known | None:
+    """What a mask keeps of latents. Its noise is Philox in every preset: no script knows of it."""
+    settings = picture.settings
+    if clean is None or is_free is None:
+        return None
+    assert settings.seed is not None
+    return Known(clean, is_free, PhiloxNoise(tuple(clean.shape), settings.seed, stage))
+
+
+def _noise(picture: Picture, stage: Literal["prior", "decoder"], dtype: torch.dtype) -> NoiseSource:
     """Where the noise of a picture comes from in a stage."""
     settings = picture.settings
     assert settings.seed is not None
@@ -157,5 +294,6 @@ def _noise(picture: Picture, stage: Stage, dtype: torch.dtype) -> NoiseSource:
     if settings.preset == "official":
         return PhiloxNoise(shape, settings.seed, stage)
     # A prior run draws its start and then noise for every step, even for the last, which does not use it.
-    num_earlier = settings.steps + 1 if stage == "decoder" and settings.shares_generator else 0
+    has_earlier = stage == "decoder" and settings.shares_generator and picture.prior_steps > 0
+    num_earlier = picture.prior_steps + 1 if has_earlier else 0
     return TorchGenerator(shape, settings.seed, dtype=dtype, earlier=[picture.prior_shape] * num_earlier)

@@ -13,7 +13,7 @@ from cascade.models import Models
 from cascade.networks.unet import Condition
 from cascade.sampling.denoise import Batch, Network, Sample
 from cascade.tasks.picture import begin_decoder, begin_prior, decode, plan_pictures, prior_condition
-from cascade.tasks.settings import TextToImage
+from cascade.tasks.settings import ImageSettings
 
 Step = Literal["prior", "decoder", "decode"]
 
@@ -29,7 +29,9 @@ class Rehearsal:
     ) -> None:
         self._models = models
         self._networks = networks
-        settings = TextToImage(prompt="a rehearsal", width=size[0], height=size[1], seed=0, guidance_scale=0)
+        settings = ImageSettings(
+            prompt="a rehearsal", width=size[0], height=size[1], seed=0, guidance_scale=0
+        )
         [self._picture] = plan_pictures(models, settings)
         self._bytes_before = used_bytes(models.device)
         self._limit_bytes = limit_bytes(models.device)
@@ -85,9 +87,8 @@ class Rehearsal:
         return lambda: batch.advanced(self._networks[step])[0]
 
     def _prior(self) -> Sample[Condition]:
-        texts = encode_texts(self._models.text_encoder, self._picture.settings.texts)
-        conditions = {text: prior_condition(self._models, row) for text, row in texts.items()}
-        return begin_prior(self._models, self._picture, conditions)
+        text = self._models.text_encoder.encode([self._picture.settings.prompt])
+        return begin_prior(self._models, self._picture, prior_condition(self._models, text), None)
 
     def _decoder(self) -> Sample[Condition]:
         texts = encode_texts(self._models.decoder_text_encoder, self._picture.settings.texts)

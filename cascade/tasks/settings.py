@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 
 from cascade.errors import InvalidSetting
 from cascade.sampling.presets import PRESETS
@@ -11,10 +15,104 @@ from cascade.sizes import check_side, check_size
 
 NUM_SEEDS = 2**32
 MAX_PROMPT_CHARACTERS = 32_000
+MAX_IMAGE_PROMPTS = 4
+MAX_LORAS = 4
+MAX_FEATHER = 256
+STRENGTH = 0.75  # of image-to-image where none is given; what a mask marks is drawn wholly anew
+
+CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")
+ANCHORS = (
+    *("center", "top", "bottom", "left", "right"),
+    *("top-left", "top-right", "bottom-left", "bottom-right"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """A picture that guides as a prompt does: by what it shows, not by where. 0 is as if it were absent."""
+
+    image: Image.Image = field(repr=False, hash=False)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_image("image_prompts", self.image)
+        _check_number("image_prompts", self.weight, -2, 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureMap:
+    """What identity control reads instead of a picture: numbers (channels, h, w), of any height and width."""
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.values.shape
+        if len(shape) != 3 or 0 in shape or not self.values.isfinite().all():
+            raise InvalidSetting("control", "must be a map of finite numbers, (channels, height, width)")
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A picture that a ControlNet of the checkpoint follows, in the share `start`..`end` of Stage C's run.
+
+    Without `preprocess` the picture is what the network reads, such as edges already found. Inpainting paints
+    what is transparent in it. For identity it is a map of numbers.
+    """
+
+    kind: str
+    image: Image.Image | FeatureMap = field(repr=False, hash=False)
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    preprocess: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("control", self.kind, CONTROL_KINDS)
+        if not isinstance(self.image, FeatureMap):
+            _check_image("control", self.image)
+        _check_number("control", self.scale, 0, 2)
+        _check_interval("control", (self.start, self.end))
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAUse:
+    """A LoRA by its name, and how much of it."""
+
+    name: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_text("loras", self.name)
+        if not self.name:
+            raise InvalidSetting("loras", "a name must not be empty")
+        _check_number("loras", self.scale, -2, 2)
+
+
+class Options(TypedDict, total=False):
+    """The settings that all tasks share, as `ImageSettings` has them."""
+
+    negative_prompt: str
+    width: int | None
+    height: int | None
+    num_images: int
+    seed: int | None
+    steps: int
+    guidance_scale: float
+    decoder_steps: int
+    decoder_guidance_scale: float
+    preset: str
+    sampler: str
+    shares_generator: bool
+    image_prompts: tuple[ImagePrompt, ...]
+    control: Control | None
+    loras: tuple[LoRAUse, ...]
+    guidance_interval: tuple[float, float]
+    weighted_prompt: bool
+    long_prompt: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextToImage:
+class ImageSettings:
     """The settings of a request, checked on construction: a wrong one raises `InvalidSetting`.
 
     Absent sizes are the checkpoint's, an absent seed is drawn. Picture i uses the seed plus i. A guidance
@@ -22,9 +120,23 @@ class TextToImage:
 
     `shares_generator` concerns the preset "diffusers": the script hands one generator to both pipelines,
     as the combined pipeline does too; otherwise each gets a new one of the same seed.
+
+    What else guides a picture:
+
+    image, strength: the picture to start from. 0 keeps it as the model sees it, 1 does not look at it; None
+        is 0.75, and 1 where a mask or an anchor says what is drawn anew.
+    mask, feather: white of the mask is drawn anew, black is kept to the bit; an alpha channel of `image` is
+        the mask where none is given. The new part fades into the old over `feather` pixels.
+    anchor: where `image` stands, unscaled, on a canvas of `width` x `height`; the rest is drawn.
+    image_prompts: pictures as prompts, up to 4. With these or an image the prompt may be empty.
+    control: a picture that a ControlNet follows.
+    loras: up to 4 LoRAs.
+    guidance_interval: the share of Stage C's run, from 0 noise to 1 clean, in which guidance is on.
+    weighted_prompt: "(word:1.3)" in the texts is a weight; long_prompt: texts are read beyond the window.
+    noise_at_sampling_shift: noise the picture at the schedule's shift, not at shift 1 as the official code.
     """
 
-    prompt: str
+    prompt: str = ""
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
@@ -37,10 +149,23 @@ class TextToImage:
     preset: str = "official"
     sampler: str = "ddpm"
     shares_generator: bool = True
+    image: Image.Image | None = field(default=None, repr=False, hash=False)
+    strength: float | None = None
+    mask: Image.Image | None = field(default=None, repr=False, hash=False)
+    feather: int = 0
+    anchor: str | None = None
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    control: Control | None = None
+    loras: tuple[LoRAUse, ...] = ()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    weighted_prompt: bool = False
+    long_prompt: bool = False
+    noise_at_sampling_shift: bool = False
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
-        if not self.prompt.strip():
+        self._check_pictures()
+        if not self.prompt.strip() and not self.image_prompts and self.image is None:
             raise InvalidSetting("prompt", "must not be blank")
         _check_text("negative_prompt", self.negative_prompt)
         _check_integer("num_images", self.num_images, 1, 10)
@@ -59,10 +184,104 @@ class TextToImage:
         if self.width is not None and self.height is not None:
             check_size(self.width, self.height)
 
+        _check_parts("loras", self.loras, LoRAUse, MAX_LORAS)
+        _check_interval("guidance_interval", self.guidance_interval)
+
+    @property
+    def repaints(self) -> bool:
+        """Only a part of `image` is drawn anew: inpainting or outpainting."""
+        return self.mask is not None or self.anchor is not None or _has_alpha(self.image)
+
+    @property
+    def start(self) -> float:
+        """The time at which Stage C begins: 1 from noise, 0 not at all."""
+        if self.image is None:
+            return 1.0
+        if self.strength is None:
+            return 1.0 if self.repaints else STRENGTH
+        return float(self.strength)
+
+    @property
+    def prior_steps(self) -> int:
+        """Steps of Stage C that are made: as many as the time from `start` to 0 has of all of them."""
+        if self.start == 0:
+            return 0
+        return max(1, int(self.steps * self.start + 1e-9))  # 100 * .29 is 28.999999999999996
+
+    @property
+    def guided_steps(self) -> range:
+        """Those of the steps that are made with guidance."""
+        if self.guidance_scale <= 1:
+            return range(0)
+        return steps_within(self.guidance_interval, self.prior_steps)
+
+    def _check_pictures(self) -> None:
+        for name, image in (("image", self.image), ("mask", self.mask)):
+            if image is not None:
+                _check_image(name, image)
+                object.__setattr__(self, name, _upright(image))
+        if self.image is None:
+            for name in ("strength", "mask", "anchor"):
+                if getattr(self, name) is not None:
+                    raise InvalidSetting(name, "needs an image")
+        if self.strength is not None:
+            _check_number("strength", self.strength, 0, 1)
+        if self.mask is not None and self.image is not None and self.mask.size != self.image.size:
+            sizes = [f"{width}x{height}" for width, height in (self.image.size, self.mask.size)]
+            raise InvalidSetting("mask", f"must have the size of the image, {sizes[0]}, but has {sizes[1]}")
+        _check_integer("feather", self.feather, 0, MAX_FEATHER)
+        if self.anchor is not None:
+            _check_choice("anchor", self.anchor, ANCHORS)
+        _check_parts("image_prompts", self.image_prompts, ImagePrompt, MAX_IMAGE_PROMPTS)
+        if self.control is not None and not isinstance(self.control, Control):
+            raise InvalidSetting("control", f"must be a Control, but is {self.control!r}")
+
     @property
     def texts(self) -> tuple[str, str]:
         """What the text encoder reads: prompt and negative prompt."""
         return self.prompt, self.negative_prompt
+
+
+def steps_within(interval: tuple[float, float], steps: int) -> range:
+    """The steps that begin in a share of a run, its end not counted."""
+    start, end = (math.ceil(share * steps - 1e-9) for share in interval)
+    return range(start, end)
+
+
+def _has_alpha(image: Image.Image | None) -> bool:
+    """Some of it is transparent."""
+    if image is None or not image.has_transparency_data:
+        return False
+    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its camera says."""
+    return ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image
+
+
+def _check_image(name: str, value: object) -> None:
+    if not isinstance(value, Image.Image):
+        raise InvalidSetting(name, f"must be a picture, but is {value!r}")
+    if 0 in value.size:
+        raise InvalidSetting(name, "must have pixels")
+
+
+def _check_parts(name: str, value: object, kind: type, most: int) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(part, kind) for part in value):
+        raise InvalidSetting(name, f"must be a tuple of {kind.__name__}")
+    if len(value) > most:
+        raise InvalidSetting(name, f"may be {most} at most, but are {len(value)}")
+
+
+def _check_interval(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise InvalidSetting(name, f"must be two numbers, but is {value!r}")
+    start, end = value
+    for share in (start, end):
+        _check_number(name, share, 0, 1)
+    if start >= end:
+        raise InvalidSetting(name, f"must begin before it ends, but is {start} to {end}")
 
 
 def _check_text(name: str, value: object) -> None:

@@ -5,6 +5,7 @@ that each network of the tiny checkpoint can be trained against it on its own.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,29 @@ def read_code(code: Code, size: tuple[int, int]) -> Scene:
         agree &= ~mine & ~mine[:, None]
         fewest = max(fewest, int(0.3 * mine.sum()))
     return Scene(*size, background, tuple(things))
+
+
+def colour_vector(rgb: tuple[float, float, float]) -> NDArray[np.float32]:
+    """What the code says of any colour, (3,), whitened like the palette's; before the deviations."""
+    palette = np.array([(*PALETTE[colour], 1) for colour in COLOURS], float)
+    whitening = np.linalg.lstsq(palette, _WHITENED, rcond=None)[0]  # exact: the whitening is affine
+    vector: NDArray[np.float32] = (np.array([*rgb, 1.0]) @ whitening).astype(np.float32)
+    return vector
+
+
+def recoloured(scene: Scene, index: int, rgb: tuple[float, float, float]) -> Code:
+    """The code of a scene in which one of the things has any colour."""
+    code = scene_code(scene)
+    others = set(COLOURS) - {scene.things[index].colour}
+    changed = [
+        replace(thing, colour=min(others)) if place == index else thing
+        for place, thing in enumerate(scene.things)
+    ]
+    nodes = (scene_code(replace(scene, things=tuple(changed))) != code)[_COLOUR].any(0)
+    weight = code[15] * DEVIATION[15] + MEAN[15]
+    painted = (colour_vector(rgb) / DEVIATION[_COLOUR])[:, None, None] * weight
+    code[_COLOUR] = np.where(nodes, painted, code[_COLOUR])
+    return code
 
 
 def estimate_moments(scenes: list[Scene]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -41,6 +41,12 @@ class NoisedBatch:
     ratio: Tensor  # (b,)
     weight: Tensor  # (b,)
 
+    def to(self, device: torch.device) -> "NoisedBatch":
+        """The same on a device."""
+        return NoisedBatch(
+            *(part.to(device) for part in (self.clean, self.latents, self.log_snr, self.ratio, self.weight))
+        )
+
     def implied(self, noise: Tensor) -> Tensor:
         """The clean latents that a predicted `noise` implies, (b, c, h, w)."""
         return clean_latents(self.latents, noise.float(), self.log_snr)

@@ -50,12 +50,16 @@ class Plan:
     seed: int = 0
     save_every: int = 500
     judge_every: int = 0
+    seconds: float = 0.0  # of all parts of the run together; when they are spent it ends; 0: no limit
     compute_dtype: torch.dtype = torch.float32  # bf16: the loss sees a rounded copy, the updates stay fp32
 
-    def progress(self, step: int) -> float:
-        """Share of the learning rates at a step: linear warm-up, then half a cosine."""
+    def progress(self, step: int, spent: float = 0.0) -> float:
+        """Share of the learning rates at a step: linear warm-up, then half a cosine.
+
+        Where the seconds are limited and `spent` of them are a larger share than the steps made, they count.
+        """
         warm = min(1.0, (step + 1) / max(1, self.warmup))
-        done = min(1.0, step / self.steps)
+        done = min(1.0, max(step / self.steps, spent / self.seconds if self.seconds else 0.0))
         cosine = self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
         return warm * cosine
 
@@ -82,6 +86,7 @@ def fit(
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = _Optimizer(parameters, plan)
+    masks = {name: mask.to(parameters[name].device) for name, mask in (trainable or {}).items()}
     average = deepcopy(module).eval().requires_grad_(False)
     worker = module if plan.compute_dtype == torch.float32 else deepcopy(module).to(plan.compute_dtype)
     copies = {name: p for name, p in worker.named_parameters() if name in parameters}
@@ -91,6 +96,7 @@ def fit(
     with _progress(title) as progress:
         task = progress.add_task(title, total=plan.steps, completed=start, figures="")
         for step in range(start, plan.steps):
+            elapsed = (spent or 0.0) + time.monotonic() - began
             worker.train()
             if worker is not module:
                 torch._foreach_copy_([p.data for p in copies.values()], [p.data for p in parameters.values()])
@@ -98,22 +104,25 @@ def fit(
             torch.manual_seed(int(rng.integers(2**62)))
             value, shown = loss(worker, step, rng)
             value.backward()  # type: ignore[no-untyped-call]
-            _collect_gradients(parameters, copies, trainable or {})
+            _collect_gradients(parameters, copies, masks)
             norm = nn.utils.clip_grad_norm_(parameters.values(), plan.clip_norm)
             if torch.isfinite(norm):
-                optimizer.step(plan.progress(step))
+                optimizer.step(plan.progress(step, elapsed))
             for parameter in parameters.values():
                 parameter.grad = None
             _update_average(average, module, min(plan.ema_decay, (step + 1) / (step + 10)))
             _blend(figures, {"loss": float(value.detach()), **shown})
             progress.update(task, advance=1, figures=_format(figures))
             done = step + 1
-            if done % plan.save_every == 0 or done == plan.steps:
+            is_last = done == plan.steps or 0 < plan.seconds <= elapsed
+            if done % plan.save_every == 0 or is_last:
                 seconds = None if spent is None else spent + time.monotonic() - began
                 _save(folder / STATE_FILE, module, average, optimizer, done, seconds)
                 progress.log_line(done, figures)
-            if judge and (done == plan.steps or (plan.judge_every and done % plan.judge_every == 0)):
+            if judge and (is_last or (plan.judge_every and done % plan.judge_every == 0)):
                 progress.console.print(f"step {done}  {_format(judge(average, done))}", highlight=False)
+            if is_last:
+                break
     return average
 
 
@@ -197,7 +206,7 @@ def _save(
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     progress = {"step": step, "seconds": seconds}
     save_file(contiguous, partial, metadata={"progress": json.dumps(progress)})
     partial.replace(path)
@@ -281,4 +290,4 @@ class _Optimizer:
             key, name = joined.split(".", 1)
             is_matrix = name in self._matrices
             parameter = self._matrices[name] if is_matrix else self._parameters[name]
-            self._optimizers[int(is_matrix)].state[parameter][key] = tensor
+            self._optimizers[int(is_matrix)].state[parameter][key] = tensor.to(parameter.device)

@@ -83,6 +83,9 @@ class FakeRunner:
         self.memory_rows = 10**9
         self.max_samples = 1000
         self.has_previewer = True
+        self.reads_pictures = True
+        self.controls: tuple[str, ...] = ("canny", "super_resolution")
+        self.lora_dirs: tuple[str, ...] = ()
         self.on_step: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
         self.on_decode: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
         self.counts: Counter[str] = Counter()
@@ -110,6 +113,10 @@ class FakeRunner:
             native_height=height,
             max_samples=self.max_samples,
             step_seconds={f"{stage}:{shape}": ROW_SECONDS for stage in ("prior", "decoder", DECODE)},
+            reads_pictures=self.reads_pictures,
+            reads_image_prompts=self.reads_pictures,
+            controls=self.controls,
+            lora_dirs=self.lora_dirs,
         )
 
     def start(self, run: Run) -> FakeTrack:

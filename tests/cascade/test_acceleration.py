@@ -127,3 +127,27 @@ def test_all_blocks_of_all_levels_are_compiled_and_nothing_else(monkeypatch: pyt
     assert accelerate(stage_b, "full", torch.device("cpu")) is stage_b
     assert compiled == repeated_blocks(stage_b)
     assert len(compiled) == 2 + 3 + 3 + 2
+
+
+def test_rows_with_control_are_run_without_a_graph(recorder: Recorder) -> None:
+    latents, ratio = torch.randn(2, 16, 6, 6), torch.rand(2)
+    condition = CASCADE.stage_c.prepare(torch.randn(2, 6, 8), torch.randn(2, 1, 8), torch.zeros(2, 1, 4))
+    controlled = condition.controlled([torch.randn(1, 6, 6, 16)], (1,))
+    graphs = Graphs(CASCADE.stage_c, recorder)
+    assert torch.equal(graphs(latents, ratio, controlled), CASCADE.stage_c(latents, ratio, controlled))
+    assert recorder.num_recorded == 0
+    graphs(latents, ratio, condition)
+    assert recorder.num_recorded == 1
+
+
+def test_another_number_of_tokens_runs_without_the_graph(recorder: Recorder) -> None:
+    def step(num_images: int) -> tuple[Tensor, Tensor, Condition]:
+        images = torch.ones(2, num_images, 4)
+        condition = CASCADE.stage_c.prepare(torch.ones(2, 6, 8), torch.ones(2, 1, 8), images)
+        return torch.ones(2, 16, 3, 3), torch.full((2,), 0.5), condition
+
+    graphs = Graphs(CASCADE.stage_c, recorder)
+    for num_images in (1, 2, 1):
+        given = step(num_images)
+        assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.conditioning import ImageEncoder, TextEncoder
+from cascade.conditioning import ImageEncoder, TextEncoder, encode_texts, pad_chunks
+from cascade.errors import InvalidSetting
 from tests.cascade.diffusers_pipelines import Pipelines, random_pipelines
 
 
@@ -138,3 +139,109 @@ def test_image_embeddings_are_those_of_the_diffusers_pipeline(pipelines: Pipelin
     embeddings = encoder.encode(images)
     assert embeddings.shape == (2, 1, 48)
     torch.testing.assert_close(embeddings[:, 0], expected[0], atol=1e-5, rtol=0)
+
+
+def test_without_weights_and_length_every_bit_is_that_of_the_ordinary_embedding(encoder: TextEncoder) -> None:
+    for prompt, plain in [("a red", "a red"), ("", ""), ("(a:1) red", "a red"), (r"a \(b\)", "a (b)")]:
+        expected = encoder.encode([plain])
+        embeddings = encoder.encode([prompt], weighted=True, long=True)
+        assert torch.equal(embeddings.hidden, expected.hidden), prompt
+        assert torch.equal(embeddings.pooled, expected.pooled), prompt
+        assert (embeddings.num_tokens, embeddings.truncated) == (expected.num_tokens, expected.truncated)
+
+
+def test_brackets_are_text_unless_asked_for(encoder: TextEncoder) -> None:
+    assert encoder.encode(["(a:2)"]).num_tokens[0] > encoder.encode(["a"]).num_tokens[0]
+
+
+def test_a_weight_scales_the_difference_from_the_empty_prompt(encoder: TextEncoder) -> None:
+    plain, empty = encoder.encode(["a b c"]), encoder.encode([""])
+    weighted = encoder.encode(["a (b:1.5) c"], weighted=True)
+    tokens = encoder.tokenizer("a b c").input_ids
+    changed = [at for at in range(24) if not torch.equal(weighted.hidden[0, at], plain.hidden[0, at])]
+    assert 0 < len(changed) < len(tokens) - 2
+    assert "".join(encoder.tokenizer.decode([tokens[at]]) for at in changed).strip() == "b"
+    at = changed[0]
+    expected = empty.hidden[0, at] + 1.5 * (plain.hidden[0, at] - empty.hidden[0, at])
+    torch.testing.assert_close(weighted.hidden[0, at], expected, atol=1e-5, rtol=0)
+    assert torch.equal(weighted.pooled, plain.pooled)
+    nothing = encoder.encode(["a (b:0) c"], weighted=True)
+    assert torch.equal(nothing.hidden[0, at], empty.hidden[0, at])
+
+
+def test_weights_of_a_prompt_that_is_cut_are_those_of_what_is_left(encoder: TextEncoder) -> None:
+    cut = encoder.encode(["(a:2)" + "a" * 40], weighted=True)
+    plain = encoder.encode(["a" * 41])
+    assert cut.truncated == (True,)
+    assert cut.num_tokens == plain.num_tokens == (43,)
+    assert cut.hidden.shape == plain.hidden.shape
+    assert not torch.equal(cut.hidden[:, 1], plain.hidden[:, 1])
+    assert torch.equal(cut.hidden[:, 2:], plain.hidden[:, 2:])
+
+
+def test_long_prompts_are_read_in_chunks_of_the_window(encoder: TextEncoder) -> None:
+    # one token per letter here, so 22 letters fill a window
+    embeddings = encoder.encode(["a" * 22 + "b" * 22 + "c"], long=True)
+    parts = [encoder.encode([part]) for part in ("a" * 22, "b" * 22, "c")]
+    assert (embeddings.num_tokens, embeddings.truncated) == ((47,), (False,))
+    assert embeddings.hidden.shape == (1, 3 * 24, 96)
+    # Letters in the middle of a word have tokens of their own, and the last of a word another.
+    assert_same_but_for_the_ends_of_words(embeddings.hidden, torch.cat([part.hidden for part in parts], 1))
+    assert embeddings.pooled.shape == (1, 1, 96)
+    assert not torch.equal(embeddings.hidden[:, :24], embeddings.hidden[:, 24:48])
+
+
+def assert_same_but_for_the_ends_of_words(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found[:, :20], expected[:, :20], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:, 24:44], expected[:, 24:44], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:, 48:], expected[:, 48:], atol=1e-5, rtol=0)
+
+
+def test_chunks_of_words_are_the_windows_of_these_words(encoder: TextEncoder) -> None:
+    words = ["a b c d e f g h i j k l m n o p q r s t u v", "z y x"]
+    embeddings = encoder.encode([" ".join(words)], long=True)
+    first, second = (encoder.encode([part]) for part in words)
+    assert first.num_tokens == (24,)
+    torch.testing.assert_close(
+        embeddings.hidden, torch.cat([first.hidden, second.hidden], 1), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(embeddings.pooled, first.pooled, atol=1e-5, rtol=0)
+
+
+def test_weights_reach_into_later_chunks(encoder: TextEncoder) -> None:
+    words = "a b c d e f g h i j k l m n o p q r s t u v "
+    plain = encoder.encode([words + "z y"], long=True)
+    weighted = encoder.encode([words + "(z:2) y"], weighted=True, long=True)
+    changed = [at for at in range(48) if not torch.equal(weighted.hidden[0, at], plain.hidden[0, at])]
+    assert changed == [25]
+    empty = encoder.encode([""]).hidden[0, 1]
+    torch.testing.assert_close(
+        weighted.hidden[0, 25], empty + 2 * (plain.hidden[0, 25] - empty), atol=1e-5, rtol=0
+    )
+
+
+def test_a_shorter_prompt_is_padded_by_chunks_of_the_empty_one(encoder: TextEncoder) -> None:
+    long, short = "a" * 30, "b"
+    together = encoder.encode([long, short], long=True)
+    empty, alone = encoder.encode([""]), encoder.encode([short])
+    assert together.hidden.shape[:2] == (2, 48)
+    padded = pad_chunks(alone, empty, 48)
+    assert torch.equal(padded.hidden, torch.cat([alone.hidden, empty.hidden], 1))
+    assert torch.equal(padded.hidden[0], together.hidden[1])
+    assert pad_chunks(alone, empty, 24) is alone
+    for length in (30, 12):
+        with pytest.raises(ValueError, match=f"24 tokens cannot be padded to {length}"):
+            pad_chunks(alone, empty, length)
+
+
+def test_endless_prompts_are_refused(encoder: TextEncoder) -> None:
+    assert encoder.encode(["a" * 176], long=True).hidden.shape[1] == 8 * 24
+    with pytest.raises(InvalidSetting, match="176 tokens in 8 chunks, but one has 177"):
+        encoder.encode(["a" * 177], long=True)
+    with pytest.raises(InvalidSetting, match="prompt: may have 32000 characters, but has 32001"):
+        encoder.encode(["a" * 32_001], long=True)
+
+
+def test_each_text_has_the_chunks_that_it_needs(encoder: TextEncoder) -> None:
+    texts = encode_texts(encoder, ["a" * 30, "b", "b"], long=True)
+    assert {text: row.hidden.shape[1] for text, row in texts.items()} == {"a" * 30: 48, "b": 24}

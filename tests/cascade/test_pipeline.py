@@ -107,7 +107,9 @@ def test_the_original_layout_gives_the_same_picture(cascade: Cascade, folder: Pa
     settings: dict[str, Any] = {"preset": "diffusers", "seed": 7, "width": 256, "height": 256}
     [made] = converted.text_to_image(PROMPT, **settings)
     [expected] = cascade.text_to_image(PROMPT, **settings)
-    assert np.array_equal(np.asarray(made.image), np.asarray(expected.image))
+    # A product with one row adds up in an order that depends on where in memory the mapped weights lie.
+    assert np.abs(np.asarray(made.image).astype(int) - np.asarray(expected.image)).max() <= 1
+    assert share_of_equal_pixels(made.image, expected.image) >= 0.999
 
 
 def test_a_scale_factor_in_the_folder_is_the_one_that_diffusers_multiplies_by(

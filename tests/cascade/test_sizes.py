@@ -3,16 +3,27 @@
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageChops
 
 from app import schemas
 from app.settings import Settings
 from cascade import sizes
 from cascade.errors import InvalidSetting
-from cascade.sizes import MAX_PIXELS, NativeSizes, check_size, fit_to_size, plan_size
+from cascade.sizes import (
+    MAX_PIXELS,
+    NativeSizes,
+    check_size,
+    fit_to_drawing,
+    fit_to_size,
+    plan_size,
+    widen_edges,
+)
+from tests.cascade.small_models import small_cascade
 
 FULL = NativeSizes()
 TINY = NativeSizes(((256, 256), (384, 256), (256, 384), (512, 256), (256, 512)), resamples=True)
+
+ALLOWED_SIZES = 90_823  # counted from the rules: multiples of 8, 64..4096, 1:4..4:1, 4 194 304 pixels
 
 sides = st.integers(8, 512).map(lambda eighths: eighths * 8)
 
@@ -49,6 +60,68 @@ def test_every_allowed_size_is_covered_by_its_drawing_and_cut_to_size(width: int
         assert asked <= drawn < asked + 48  # at most a cell of Stage C, and what makes sides even
     assert not plan.resampled
     assert fit_to_size(Image.new("L", (plan.draw_width, plan.draw_height)), plan).size == (width, height)
+
+
+@pytest.mark.parametrize("native", [FULL, TINY], ids=["any size", "resampled"])
+def test_each_single_allowed_size_has_grids_that_cover_it(native: NativeSizes) -> None:
+    count = 0
+    for width in range(64, 4097, 8):
+        lowest, highest = max(64, -(-width // 32) * 8), min(4096, 4 * width, MAX_PIXELS // width // 8 * 8)
+        for height in range(lowest, highest + 1, 8):
+            plan = plan_size(width, height, native)
+            count += 1
+            rows, columns = plan.decoder_grid
+            assert (plan.width, plan.height, rows % 2, columns % 2) == (width, height, 0, 0)
+            assert min(plan.prior_grid) >= 1
+            assert plan.resampled or (4 * columns >= width and 4 * rows >= height)
+    assert count == ALLOWED_SIZES
+
+
+@pytest.mark.parametrize(
+    ("size", "neighbour"),
+    [
+        ((64, 264), "aspect"),
+        ((4096, 1032), "pixels"),
+        ((56, 64), "width"),
+        ((4104, 1024), "width"),
+    ],
+)
+def test_what_lies_just_beyond_is_not_allowed(size: tuple[int, int], neighbour: str) -> None:
+    with pytest.raises(InvalidSetting, match=neighbour):
+        plan_size(*size, FULL)
+
+
+@settings(max_examples=12)
+@given(st.integers(8, 30).map(lambda n: 8 * n), st.integers(8, 30).map(lambda n: 8 * n))
+def test_pictures_of_every_size_come_out_exactly(width: int, height: int) -> None:
+    """Through all stages, where odd levels of Stage B lose a row or column on the way down."""
+    assume(max(width, height) <= 4 * min(width, height))
+    [drawn] = small_cascade().text_to_image(
+        "a word", width=width, height=height, seed=1, steps=1, decoder_steps=1
+    )
+    assert drawn.image.size == (width, height)
+    assert len(set(drawn.image.convert("L").tobytes())) > 10
+
+
+@pytest.mark.parametrize("native", [FULL, TINY], ids=["any size", "resampled"])
+@pytest.mark.parametrize("size", [(832, 576), (576, 832), (640, 384), (448, 440)])
+def test_a_picture_fitted_to_its_drawing_is_cut_out_of_it_again(
+    size: tuple[int, int], native: NativeSizes
+) -> None:
+    plan = plan_size(*size, native)
+    picture = Image.radial_gradient("L").resize(size)
+    drawn = fit_to_drawing(picture, plan)
+    assert drawn.size == (plan.draw_width, plan.draw_height)
+    difference = ImageChops.difference(fit_to_size(drawn, plan), picture).tobytes()
+    assert max(difference) <= (8 if plan.resampled else 0)
+
+
+def test_edges_are_repeated_around_a_picture() -> None:
+    picture = Image.new("L", (2, 2))
+    picture.putdata([1, 2, 3, 4])
+    widened = widen_edges(picture, (5, 4), 2, 1)
+    assert list(widened.tobytes()) == [*[1, 1, 1, 2, 2] * 2, *[3, 3, 3, 4, 4] * 2]
+    assert widen_edges(picture, (2, 2), 0, 0) is picture
 
 
 @settings(max_examples=15)

@@ -6,6 +6,7 @@ from fastapi import Request
 from app.api.idempotency import idempotency_of, read_key
 from app.api.prefer import Preference, parse_prefer
 from app.errors import InvalidRequest
+from app.schemas import GenerationRequest
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,15 @@ def test_two_keys_are_none() -> None:
     assert read_key(request()) is None
 
 
+def generation(output_format: str) -> GenerationRequest:
+    return GenerationRequest.model_validate(
+        {"prompt": "x", "width": 64, "height": 64, "seeds": (1,), "output_format": output_format}
+    )
+
+
 def test_the_fingerprint_is_of_method_path_body_and_format() -> None:
     def fingerprint(given: Request, members: dict[str, object], output_format: str = "png") -> str:
-        idempotency = idempotency_of(given, members, output_format, 10)
+        idempotency = idempotency_of(given, members, generation(output_format), 10)
         assert idempotency is not None
         assert (idempotency.key, idempotency.ttl_seconds) == ("k", 10)
         return idempotency.fingerprint
@@ -91,4 +98,4 @@ def test_the_fingerprint_is_of_method_path_body_and_format() -> None:
         fingerprint(request("k"), {"prompt": "x", "n": True}),
     ]
     assert len({first, *others}) == 5
-    assert idempotency_of(request(), {}, "png", 10) is None
+    assert idempotency_of(request(), {}, generation("png"), 10) is None

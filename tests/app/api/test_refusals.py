@@ -59,17 +59,19 @@ async def generate(client: httpx2.AsyncClient, **members: Any) -> httpx2.Respons
         ({"background": "transparent"}, "background", "unsupported_parameter"),
         ({"stream": "perhaps"}, "stream", "invalid_type"),
         ({"partial_images": 4}, "partial_images", "integer_out_of_range"),
-        ({"image": "data:"}, "image", "unsupported_parameter"),
+        ({"image": "data:"}, "image", "invalid_image"),
+        ({"image": "https://example.org/cat.png"}, "image", "unsupported_parameter"),
         ({"seeds": [1, 2]}, "seeds", "invalid_value"),
         ({"seeds": [-1]}, "seeds", "invalid_value"),
         ({"priority": 11}, "priority", "integer_out_of_range"),
         ({"deadline_seconds": 0}, "deadline_seconds", "integer_out_of_range"),
         ({"on_disconnect": "stay"}, "on_disconnect", "invalid_value"),
-        ({"strength": 0.5}, "strength", "unsupported_parameter"),
-        ({"mask": "data:"}, "mask", "unsupported_parameter"),
-        ({"control": {"type": "canny"}}, "control", "unsupported_parameter"),
-        ({"loras": [{"name": "x"}]}, "loras", "unsupported_parameter"),
-        ({"image_prompts": [{}]}, "image_prompts", "unsupported_parameter"),
+        ({"strength": 0.5}, "strength", "invalid_value"),
+        ({"mask": "data:"}, "mask", "invalid_value"),
+        ({"control": {"type": "canny"}}, "control", "missing_required_parameter"),
+        ({"loras": [{"name": "x"}]}, "loras", "invalid_value"),
+        ({"image_prompts": [{}]}, "image_prompts", "missing_required_parameter"),
+        ({"webhook": {"url": "https://example.org"}}, "webhook", "unsupported_parameter"),
     ],
 )
 async def test_what_is_wrong_is_named(
@@ -143,9 +145,9 @@ async def test_a_body_is_read_no_further_than_the_limit(serve: Serve) -> None:
         assert answer.status_code == 413
 
 
-async def test_by_default_a_body_is_at_most_a_mebibyte(client: httpx2.AsyncClient) -> None:
+async def test_by_default_a_body_is_at_most_32_mebibytes(client: httpx2.AsyncClient) -> None:
     json = {"content-type": "application/json"}
-    for size, status in [(1024 * 1024, 200), (1024 * 1024 + 1, 413)]:
+    for size, status in [(32 * 1024**2, 200), (32 * 1024**2 + 1, 413)]:
         body = b'{"prompt": "x"}'.ljust(size)
         assert (await client.post(PATH, content=body, headers=json)).status_code == status
 

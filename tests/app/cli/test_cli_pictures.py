@@ -5,7 +5,7 @@ from PIL import Image
 
 from app.cli_pictures import as_request, check_folder, contact_sheet, numbered, picture_format, write_all
 from app.storage.encoding import parameters_text
-from cascade import InvalidSetting, TextToImage
+from cascade import ImageSettings, InvalidSetting
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_grid_is_about_square_and_holds_every_picture(count: int, columns: i
 
 
 def test_parameters_name_every_setting() -> None:
-    settings = TextToImage(prompt="a cat", negative_prompt="a dog", width=256, height=128, seed=7, steps=11)
+    settings = ImageSettings(prompt="a cat", negative_prompt="a dog", width=256, height=128, seed=7, steps=11)
     text = parameters_text(as_request(settings), 7, "tiny")
     assert text.splitlines()[:2] == ["a cat", "Negative prompt: a dog"]
     assert "Steps: 11, Sampler: ddpm, CFG scale: 4.0, Seed: 7, Size: 256x128, Model: tiny" in text

@@ -72,3 +72,30 @@ def test_evaluation_refuses_early_what_it_could_not_save(run: Run, tmp_path: Pat
     outcome = run("evaluate", "--model", tmp_path, option, tmp_path / "nowhere" / "a.png")
     assert outcome.status == 2
     assert "nowhere does not exist" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [(("controlnet", "canny"), ["canny"]), (("lora", "teal"), ["teal"]), (("lcm",), [])],
+)
+def test_extras_are_trained_with_what_was_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], names: list[str]
+) -> None:
+    module = import_module(f"cascade.training.{words[0]}")
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    monkeypatch.setattr(module, "train", lambda *args, **kwargs: calls.append((args, kwargs)))
+    outcome = run("train", *words, "--run", tmp_path, "--device", "cpu", "--batch", 7, "--minutes", 2)
+    assert outcome.status == 0
+    [(args, kwargs)] = calls
+    assert list(args[:-3]) == names
+    assert args[-3] == tmp_path
+    assert args[-1].seconds == 120  # type: ignore[attr-defined]
+    assert args[-1].steps == module.PLAN.steps  # type: ignore[attr-defined]
+    assert kwargs["batch"] == 7
+    assert str(kwargs["device"]) == "cpu"
+
+
+def test_nothing_to_pack_is_said(run: Run, tmp_path: Path) -> None:
+    outcome = run("train", "pack", "--run", tmp_path, "--model", tmp_path)
+    assert outcome.status == 2
+    assert "nothing to pack; trained are canny" in outcome.err

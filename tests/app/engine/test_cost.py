@@ -174,3 +174,17 @@ def test_a_full_queue_is_asked_again_when_half_of_it_is_done_but_within_a_minute
     queued_seconds: float, num_devices: int, seconds: int
 ) -> None:
     assert retry_after_seconds(queued_seconds, num_devices) == seconds
+
+
+def test_a_picture_to_start_from_saves_steps_and_an_interval_rows() -> None:
+    cost = CostModel()
+    picture = {"sha256": "0" * 64, "width": 64, "height": 64}
+    prior, *rest = work_of(request(image=picture, strength=0.5))
+    assert (prior.rows, prior.steps) == (2, 10)
+    assert rest == work_of(request())[1:]
+    assert [part.key.stage for part in work_of(request(image=picture, strength=0))] == ["decoder", "decode"]
+    halved = request(guidance_interval=(0, 0.5))
+    assert [(part.rows, part.steps) for part in work_of(halved)[:2]] == [(2, 10), (1, 10)]
+    prices = [cost.price(request(image=picture, strength=s)) for s in (0, 0.3, 0.75, 1)]
+    assert prices == sorted(set(prices))
+    assert prices[-1] == cost.price(request())

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from app.engine.contract import Decoded, Work
 from app.engine.protocol import Configure, Ready, Run
@@ -16,6 +18,8 @@ from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.schemas import GenerationRequest
 from cascade.sizes import NativeSizes
 from cascade.tasks.rehearsal import Rehearsal
+from cascade.tasks.settings import LoRAUse
+from tests.app.pictures import file, sample
 from tests.cascade.small_models import small_cascade
 
 NATIVE = NativeSizes(((128, 128), (192, 128)), resamples=True)
@@ -189,6 +193,44 @@ def test_the_settings_of_a_request_survive_the_translation(runner: CascadeRunner
     assert (settings.steps, settings.guidance_scale) == (3, 2.5)
     assert (settings.decoder_steps, settings.decoder_guidance_scale) == (4, 1.5)
     assert (settings.preset, settings.sampler) == ("diffusers", "lcm")
+
+
+def test_pictures_and_what_goes_with_them_survive_it_too(runner: CascadeRunner) -> None:
+    source, mask = sample(size=(128, 128)), Image.new("L", (128, 128), 255)
+    inputs = {f"{number:064x}": file(picture) for number, picture in enumerate((source, mask))}
+    one, two = ({"sha256": name, "width": 128, "height": 128} for name in inputs)
+    members: dict[str, Any] = {
+        "image": one, "mask": two, "strength": 0.4, "feather": 3, "guidance_interval": (0.1, 0.6),
+        "image_prompts": [{"image": one, "weight": 0.5}], "weighted_prompt": True, "long_prompt": True,
+        "control": {"type": "inpaint", "image": one, "scale": 0.5, "start": 0.1, "end": 0.9},
+        "loras": [{"name": "ink", "scale": -0.5}], "prior_num_inference_steps": 10,
+    }  # fmt: skip
+    given = msgspec.structs.replace(run(9, **members), inputs=inputs)
+    track = runner.start(given)
+    settings = track.drawing.picture.settings
+    assert settings.image is not None
+    assert settings.image.tobytes() == source.tobytes()
+    assert settings.mask is not None
+    assert settings.mask.getextrema() == (255, 255)
+    assert (settings.strength, settings.feather, settings.guidance_interval) == (0.4, 3, (0.1, 0.6))
+    assert [prompt.weight for prompt in settings.image_prompts] == [0.5]
+    assert settings.control is not None
+    assert (settings.control.kind, settings.control.scale) == ("inpainting", 0.5)
+    assert (settings.control.start, settings.control.end, settings.control.preprocess) == (0.1, 0.9, True)
+    assert settings.loras == (LoRAUse("ink", -0.5),)
+    assert settings.weighted_prompt
+    assert settings.long_prompt
+    assert track.work[0] == Work(BatchKey("prior", PRIOR), 2, 4)
+    with pytest.raises(InvalidRequest):  # this model has nothing of all that
+        runner.begin(track)
+
+
+def test_a_picture_that_is_kept_needs_no_step_of_stage_c(runner: CascadeRunner) -> None:
+    picture = {"sha256": "0" * 64, "width": 128, "height": 128}
+    given = msgspec.structs.replace(
+        run(image=picture, strength=0), inputs={"0" * 64: file(sample(size=(128, 128)))}
+    )
+    assert [part.key.stage for part in runner.start(given).work] == ["decoder", "decode"]
 
 
 def test_an_impossible_picture_is_the_callers_error(runner: CascadeRunner) -> None:

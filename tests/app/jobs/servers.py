@@ -34,6 +34,7 @@ from app.metrics import Metrics
 from app.schemas import GenerationRequest
 from app.settings import Settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
 from tests.app.jobs.links import FakeLink
 
 PATIENCE_SECONDS = 10
@@ -110,6 +111,8 @@ class Server:
         self.files = folder / "files"
         self.files.mkdir(exist_ok=True)
         self.images = ImageStore(self.files, 1000)
+        (folder / "inputs").mkdir(exist_ok=True)
+        self.inputs = InputStore(folder / "inputs", self.settings.max_pixels)
         self.seat = take_seat(folder, is_sole=is_sole)
         self.engines: list[list[Engine]] = [[] for _ in range(devices)]
         self.encoders = ThreadPoolExecutor(2)
@@ -136,6 +139,7 @@ class Server:
             ],
             seat=self.seat,
             images=self.images,
+            inputs=self.inputs,
             encoders=self.encoders,
             cost=CostModel(),
             settings=self.settings,

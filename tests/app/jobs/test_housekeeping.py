@@ -14,6 +14,7 @@ from app.jobs.store import JobStore
 from app.logs import make_logger
 from app.settings import Settings
 from app.storage.images import ImageStore
+from app.storage.inputs import InputStore
 from tests.app.fakes import until
 
 pytestmark = pytest.mark.anyio
@@ -35,6 +36,9 @@ class Things:
             raise self.errors.pop()
         return ["a.png", "b.png"]
 
+    async def unused_inputs(self, names: list[str]) -> list[str]:
+        return [name for name in names if name != "a"]
+
     def remove(self, names: Iterable[str]) -> int:
         self.removed += names
         return 2
@@ -44,8 +48,22 @@ class Things:
         return 1
 
 
+class Inputs:
+    """Pictures that came with requests: of the old ones, `a` is in use."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
+
+    def old(self) -> list[str]:
+        return ["a", "b"]
+
+    def remove(self, names: Iterable[str]) -> int:
+        self.removed += names
+        return 1
+
+
 async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round() -> None:
-    things, stream = Things(), io.StringIO()
+    things, inputs, stream = Things(), Inputs(), io.StringIO()
     things.errors = [OSError("the disk is away")]
     settings = Settings(job_ttl=0.01, log_format="json")
     with ThreadPoolExecutor(1) as encoders:
@@ -53,6 +71,7 @@ async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round
             keep_house(
                 cast(JobStore, things),
                 cast(ImageStore, things),
+                cast(InputStore, inputs),
                 encoders,
                 settings,
                 make_logger(settings, stream),
@@ -68,4 +87,5 @@ async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round
     assert things.removed[:2] == ["a.png", "b.png"]
     bad, good = (json.loads(line) for line in stream.getvalue().splitlines()[:2])
     assert (bad["level"], bad["reason"]) == ("warning", "the disk is away")
-    assert good["files"] == 3
+    assert good["files"] == 3 + 1
+    assert inputs.removed[:1] == ["b"]

@@ -22,6 +22,7 @@ from cascade.config import (
     SCHEDULE_C,
     STAGE_B_700M,
     STAGE_C_1B,
+    ControlNetConfig,
     EffNetConfig,
     EffNetStage,
     PreviewerConfig,
@@ -30,6 +31,7 @@ from cascade.config import (
     StageCConfig,
 )
 from cascade.errors import CheckpointError
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -42,6 +44,7 @@ NETWORKS: dict[type, tuple[Component, Any]] = {
     StageAConfig: (Component.STAGE_A, StageA),
     EffNetConfig: (Component.EFFNET_ENCODER, EffNetEncoder),
     PreviewerConfig: (Component.PREVIEWER, Previewer),
+    ControlNetConfig: (Component.CONTROLNET, ControlNet),
 }
 # Nobody published these: three levels, other widths, unequal depths up and down, repeats, further types.
 DEEP_C = StageCConfig(

@@ -22,13 +22,13 @@ from cascade.evaluation.reconstruction import Reconstruction
 from cascade.evaluation.sheet import save_sheet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.sizes import NativeSizes
-from cascade.tasks.settings import TextToImage
+from cascade.tasks.settings import ImageSettings
 from cascade.training.captions import Caption
 from cascade.training.encoder import TINY_EFFNET
 from cascade.training.scenes import Scene, Thing, render
 from tests.cascade.small_models import small_cascade
 
-SETTINGS = TextToImage(prompt="-", seed=5)
+SETTINGS = ImageSettings(prompt="-", seed=5)
 
 
 def drawn(one: Caption) -> Image.Image:
@@ -56,10 +56,10 @@ class Artist:
     def __init__(self, captions: list[Caption], wrong_every: int = 10**9) -> None:
         self.known = {one.text: one for one in captions}
         self.wrong_every = wrong_every
-        self.batches: list[list[TextToImage]] = []
+        self.batches: list[list[ImageSettings]] = []
         self.count = 0
 
-    def __call__(self, requests: list[TextToImage]) -> list[Image.Image]:
+    def __call__(self, requests: list[ImageSettings]) -> list[Image.Image]:
         self.batches.append(requests)
         images = []
         for request in requests:

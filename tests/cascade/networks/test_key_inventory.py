@@ -15,9 +15,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from cascade.checkpoints.keys import Component, to_diffusers, to_original
+from cascade.checkpoints.configs import network_config, variant_name
+from cascade.checkpoints.keys import Component, detect, to_diffusers, to_original
 from cascade.checkpoints.stored import MemoryRange, StoredTensor
 from cascade.config import (
+    CONTROLNET_CANNY,
+    CONTROLNET_IDENTITY,
+    CONTROLNET_INPAINTING,
+    CONTROLNET_SUPER_RESOLUTION,
     EFFNET_V2_S,
     PREVIEWER,
     STAGE_A,
@@ -26,6 +31,7 @@ from cascade.config import (
     STAGE_C_1B,
     STAGE_C_3_6B,
 )
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -73,8 +79,14 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "image_encoder": image_tower,
     "effnet_encoder": lambda: EffNetEncoder(EFFNET_V2_S),
     "previewer": lambda: Previewer(PREVIEWER),
+    "controlnet_canny": lambda: ControlNet(CONTROLNET_CANNY),
+    "controlnet_inpainting": lambda: ControlNet(CONTROLNET_INPAINTING),
+    "controlnet_super_resolution": lambda: ControlNet(CONTROLNET_SUPER_RESOLUTION),
+    "controlnet_identity": lambda: ControlNet(CONTROLNET_IDENTITY),
 }
+CONTROLNETS = [name for name in BUILD if name.startswith("controlnet")]
 ORIGINAL = ["stage_c", "stage_c_lite", "stage_b", "stage_b_lite", "stage_a", "effnet_encoder", "previewer"]
+ORIGINAL += CONTROLNETS
 DIFFUSERS = {
     "stage_c": ("stage_c", Component.STAGE_C),
     "stage_c_lite": ("stage_c_lite", Component.STAGE_C),
@@ -94,6 +106,10 @@ PARAMETERS = {
     "image_encoder": 303_966_208,
     "effnet_encoder": 20_197_968,
     "previewer": 3_979_651,
+    "controlnet_canny": 54_255_776,
+    "controlnet_inpainting": 54_256_424,
+    "controlnet_super_resolution": 203_491_584,
+    "controlnet_identity": 102_763_008,
 }
 
 
@@ -140,6 +156,16 @@ def test_diffusers_names_translate_to_ours(folder: str) -> None:
     ours = built(name)[0]
     weights = {key: shape for key, shape in ours.items() if not key.endswith("num_batches_tracked")}
     assert {key: tensor.shape for key, tensor in translated.items()} == weights
+
+
+@pytest.mark.parametrize("name", CONTROLNETS)
+def test_a_controlnet_is_known_by_its_shapes(name: str) -> None:
+    listed = stored(published(name, "original"))
+    assert detect(listed) is Component.CONTROLNET
+    config = network_config(Component.CONTROLNET, to_original(Component.CONTROLNET, listed))
+    with torch.device("meta"):
+        assert config == BUILD[name]().config
+    assert variant_name(config) == name.removeprefix("controlnet_")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -9,7 +9,7 @@ from diffusers import DDPMWuerstchenScheduler
 from torch import Tensor
 
 from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
-from cascade.sampling.denoise import Sample, denoise
+from cascade.sampling.denoise import Known, Sample, denoise
 from cascade.sampling.noise import NoiseSource, PhiloxNoise, TorchGenerator
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
@@ -37,6 +37,7 @@ def sample(
     preset: str = "official",
     config: ScheduleConfig = SCHEDULE_C,
     draw: NoiseSource | None = None,
+    **more: Any,
 ) -> Sample[Tensor]:
     chosen = PRESETS[preset]
     return Sample(
@@ -48,6 +49,7 @@ def sample(
         preset=chosen,
         draw=draw or PhiloxNoise(SHAPE, seed, "prior"),
         device=CPU,
+        **more,
     )
 
 
@@ -56,6 +58,9 @@ def run(*samples: Sample[Tensor]) -> list[Tensor]:
         pass
     return [each.result for each in samples]
 
+
+KEPT = torch.linspace(-2, 2, 120).view(SHAPE)
+KNOWN = Known(KEPT, torch.arange(30).view(6, 5) % 3 == 0, PhiloxNoise(SHAPE, 7, "prior known"))
 
 # Company of every kind: other lengths, guidance, samplers, presets, schedules and sources of noise.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -67,6 +72,15 @@ COMPANY: dict[str, dict[str, Any]] = {
     "lcm": {"sampler": "lcm", "steps": 4, "seed": 5, "negative": None},
     "diffusers": {"preset": "diffusers", "steps": 11, "draw": TorchGenerator(SHAPE, 7)},
     "gentle": {"config": GENTLE, "steps": 9, "seed": 6},
+    "kept": {"known": KNOWN, "seed": 8, "steps": 6},
+    "late": {"start": KEPT, "steps": 5},
+    "interval": {"guided_steps": range(2, 5), "steps": 8},
+    "control": {
+        "uncontrolled": torch.tensor([0.9]),
+        "unguided_uncontrolled": torch.tensor([-0.9]),
+        "controlled_steps": range(3),
+        "steps": 8,
+    },
 }
 
 
@@ -229,3 +243,62 @@ def test_noise_that_no_row_needs_is_not_drawn() -> None:
     assert asked == [0]
     run(sample(sampler="ddpm", steps=3, draw=draw))
     assert asked == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_what_is_known_has_the_noise_of_every_level_and_none_in_the_end(name: str, preset: str) -> None:
+    one = sample(known=KNOWN, sampler=name, preset=preset, steps=5)
+    free = KNOWN.is_free
+    alpha, sigma = signal_and_noise(one.levels.log_snr)
+    for step in range(5):
+        assert one.step == step
+        noised = float(alpha[step]) * KEPT + float(sigma[step]) * PhiloxNoise(SHAPE, 7, "prior known")(step)
+        assert torch.equal(one.latents[:, ~free], noised[:, ~free])
+        assert not torch.equal(one.latents[:, free], noised[:, free])
+        next(denoise(network, [one], torch.cat))
+    assert torch.equal(one.clean[:, ~free], KEPT[:, ~free])
+    if preset == "official":
+        assert torch.equal(one.result[:, ~free], KEPT[:, ~free])
+
+
+def test_what_is_known_changes_what_is_drawn_beside_it() -> None:
+    """The made-up network reads the neighbours; where it draws nothing is put back."""
+    [plain], [kept] = run(sample(steps=6)), run(sample(steps=6, known=KNOWN))
+    assert not torch.allclose(plain[:, KNOWN.is_free], kept[:, KNOWN.is_free], atol=1e-2)
+
+
+def test_a_run_may_start_from_latents() -> None:
+    one = sample(start=KEPT, steps=2)
+    assert torch.equal(one.latents, KEPT)
+    assert not torch.equal(run(one)[0], run(sample(steps=2))[0])
+
+
+def test_guidance_and_control_are_on_in_their_steps_only() -> None:
+    calls: list[tuple[list[float], list[float]]] = []
+    one = sample(
+        prompt=1,
+        negative=-1,
+        steps=5,
+        guided_steps=range(1, 4),
+        uncontrolled=torch.tensor([2.0]),
+        unguided_uncontrolled=torch.tensor([-2.0]),
+        controlled_steps=range(2, 5),
+    )
+    other = sample(prompt=3, negative=None, steps=5)
+    for _ in denoise(recording(calls), [one, other], torch.cat):
+        pass
+    assert [conditions for conditions, _ in calls] == [[2, 3], [2, 3, -2], [1, 3, -1], [1, 3, -1], [1, 3]]
+
+
+def test_conditions_are_joined_anew_when_one_of_them_changes() -> None:
+    joins = 0
+
+    def join(conditions: list[Tensor]) -> Tensor:
+        nonlocal joins
+        joins += 1
+        return torch.cat(conditions)
+
+    for _ in denoise(network, [sample(steps=6, guided_steps=range(2, 4)), sample(steps=6)], join):
+        pass
+    assert joins == 3

@@ -134,3 +134,29 @@ def test_muon_keeps_frozen_rows_and_learns(tmp_path: Path) -> None:
     average = fit(module, loss, plan, tmp_path, title="test", trainable={"0.weight": mask})
     assert torch.equal(module[0].weight[2:4], before[2:4])  # type: ignore[index]
     assert float(loss(average, 0, np.random.default_rng(5))[0]) < 0.05
+
+
+def test_a_run_ends_when_its_seconds_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def ticking(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        clock[0] += 1
+        return loss(module, step, rng)
+
+    monkeypatch.setattr("cascade.training.loop.time.monotonic", lambda: clock[0])
+    judged: list[int] = []
+
+    def judge(module: nn.Module, step: int) -> dict[str, float]:
+        judged.append(step)
+        return {}
+
+    fit(linear(), ticking, replace(PLAN, seconds=5.0, steps=100), tmp_path, title="test", judge=judge)
+    assert judged == [6]
+    assert seconds_spent(tmp_path / STATE_FILE) == 6
+
+
+def test_the_rate_falls_with_the_time_where_that_is_short() -> None:
+    plan = replace(PLAN, steps=1000, seconds=10.0, warmup=1)
+    assert plan.progress(1, 10.0) == pytest.approx(plan.final_fraction)
+    assert plan.progress(1, 0.0) > 0.99
+    assert replace(plan, seconds=0.0).progress(1, 10.0) > 0.99

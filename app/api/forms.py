@@ -1,0 +1,113 @@
+"""`multipart/form-data` as the members of a request: the same names and rules as in JSON.
+
+Numbers and booleans are text there, structured members are JSON text, pictures are file parts. `params` may
+hold a whole JSON object, in which the single fields win.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Request
+from pydantic_core import from_json
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_compressed
+from app.api.sources import Source
+from app.errors import InvalidRequest
+
+MAX_FILES = 32
+MAX_FIELDS = 200
+
+STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
+WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
+TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
+
+
+async def read_members(request: Request, services: TheServices) -> dict[str, Any]:
+    """The body of a request for pictures, be it JSON or a form, read no further than the limit."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        return await read_json_object(request, services)
+    refuse_compressed(request)
+    settings = services.settings
+    async with services.uploads.reading(settings.body_timeout):
+        stream = bounded_stream(request, settings.max_upload_bytes)
+        return await parse_form(request, stream, settings.max_body_bytes)
+
+
+async def parse_form(
+    request: Request, stream: AsyncGenerator[bytes, None], max_field_bytes: int
+) -> dict[str, Any]:
+    """The members in a body that is read from `stream`. Raises InvalidRequest."""
+    parser = MultiPartParser(
+        request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_field_bytes
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:  # the second is what its parser raises
+        raise InvalidRequest(f"the body is not valid multipart/form-data: {error}") from None
+    texts: dict[str, list[str]] = {}
+    files: dict[str, list[Source]] = {}
+    try:
+        for part, value in form.multi_items():
+            name = part.removesuffix("[]")
+            if isinstance(value, UploadFile):
+                files.setdefault(name, []).append(Source(await value.read()))
+            else:
+                texts.setdefault(name, []).append(value)
+    finally:
+        await form.close()
+    return _members(texts, files)
+
+
+def _members(texts: dict[str, list[str]], files: dict[str, list[Source]]) -> dict[str, Any]:
+    members = _params(texts.pop("params", []))
+    for name, values in texts.items():
+        read = [_structured(name, value) for value in values if value or name in TEXTS]
+        if read:
+            members[name] = read[0] if len(read) == 1 else read
+    for name, sources in files.items():
+        if name in WITH_PICTURE:
+            members[name] = _with_pictures(name, members.get(name), sources)
+        else:
+            members[name] = sources[0] if len(sources) == 1 else sources
+    return members
+
+
+def _params(values: list[str]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for value in values:
+        parsed = _json("params", value)
+        if not isinstance(parsed, dict):
+            raise InvalidRequest("params must be a JSON object", param="params", code="invalid_type")
+        members |= parsed
+    return members
+
+
+def _structured(name: str, value: str) -> Any:
+    """A member that is not plain text, from its JSON."""
+    is_json = name in STRUCTURED or (name in ("image", "mask") and value.startswith("{"))
+    return _json(name, value) if is_json and value[:1] in "[{" else value
+
+
+def _json(name: str, value: str) -> Any:
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError as error:
+        message = f"{name} is not valid JSON: {error}"
+        raise InvalidRequest(message, param=name, code="invalid_json") from None
+
+
+def _with_pictures(name: str, given: Any, sources: list[Source]) -> Any:
+    """Give each file to the first entry that has no picture yet, or else an entry of its own."""
+    is_list = name != "control"
+    entries = given if isinstance(given, list) else [] if given is None else [given]
+    for source in sources:
+        empty = (entry for entry in entries if isinstance(entry, dict) and "image" not in entry)
+        entry = next(empty, None)
+        if entry is None:
+            entry = {}
+            entries.append(entry)
+        entry["image"] = source
+    return entries if is_list or len(entries) != 1 else entries[0]

@@ -1,0 +1,165 @@
+"""Pictures from outside, decoded safely: a file is nothing but a claim until its pixels are here.
+
+Only PNG, JPEG and WebP, told apart by their content. The size that a header claims is bounded before a pixel
+is decoded. What comes out is plain: 8 bits, upright, sRGB, one frame, no metadata, no more pixels than the
+largest picture that can be asked for. For threads: large pictures take a second.
+"""
+
+from contextlib import suppress
+from io import BytesIO
+from typing import Literal
+
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+Role = Literal["picture", "mask"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+PNG_LEVEL = 1
+
+# By what decoding takes, which is to stay below 300 MB: WebP needs 20 bytes a pixel. A JPEG of more pixels
+# than are needed is decoded at a half, a quarter or an eighth of its size.
+MOST_PIXELS = {"PNG": 16_777_216, "JPEG": 50_000_000, "MPO": 50_000_000, "WEBP": 10_000_000}
+LONGEST_SIDE = 16_384
+
+OPAQUE = 255
+_TRUE_COLOUR = ("RGB", "RGBA", "L")
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
+
+
+class BrokenPicture(ValueError):
+    """Not a picture that is taken here; the words follow the name of its place, as in "image is broken"."""
+
+
+def decode_picture(content: bytes, max_pixels: int) -> Image.Image:
+    """The picture in a file, as RGB, or RGBA where some of it is transparent.
+
+    One of more than `max_pixels` is scaled down to them. Raises BrokenPicture.
+    """
+    try:
+        # No other plugin is ever asked: each is code that reads hostile bytes.
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            _check_claim(file)
+            return _plain(file, max_pixels)
+    except BrokenPicture:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BrokenPicture("has too many pixels") from None
+    except UnidentifiedImageError:
+        raise BrokenPicture("must be a picture in PNG, JPEG or WebP") from None
+    except Exception as error:  # what a decoder says of damaged bytes may be anything
+        raise BrokenPicture("is damaged and cannot be read") from error
+
+
+def encode_picture(image: Image.Image) -> bytes:
+    """A PNG file of nothing but the pixels, the same for the same ones."""
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=PNG_LEVEL)
+    return file.getvalue()
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Without transparency: on white."""
+    if image.mode != "RGBA":
+        return image
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def mask_of(image: Image.Image) -> Image.Image:
+    """What a picture marks as a mask, in one channel: its transparent parts, or else its white ones."""
+    return transparency(image) or image.convert("L")
+
+
+def transparency(image: Image.Image) -> Image.Image | None:
+    """Where a picture is transparent, as white; None when it is not, anywhere."""
+    return ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else None
+
+
+def _check_claim(file: Image.Image) -> None:
+    """Before anything is decoded: whether the size is one that we decode."""
+    most = MOST_PIXELS[file.format or ""]
+    if file.width * file.height > most or max(file.size) > LONGEST_SIDE:
+        raise BrokenPicture(
+            f"may have {most} pixels as {file.format} and {LONGEST_SIDE} on a side, "
+            f"but has {file.width}x{file.height}"
+        )
+
+
+def _plain(file: Image.Image, max_pixels: int) -> Image.Image:
+    """Decode the first frame. Each step works on fewer bytes than the one before, and frees them."""
+    size = _within(file.size, max_pixels)
+    if file.format in ("JPEG", "MPO"):
+        file.draft(None, size)  # never below this size
+    orientation = file.getexif().get(0x0112)
+    profile = file.info.get("icc_profile")
+    file.load()
+    image = _true_colour(file)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    image = _in_srgb(image, profile)
+    turn = _TURNS.get(orientation or 1)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (OPAQUE, OPAQUE):
+        return image.convert("RGB")
+    return image if image.mode == "RGBA" else image.convert("RGB")
+
+
+_Turn = Image.Transpose
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
+
+
+def _within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """The size, scaled to no more than so many pixels."""
+    width, height = size
+    if width * height <= max_pixels:
+        return size
+    factor = (max_pixels / (width * height)) ** 0.5
+    return max(int(width * factor), 1), max(int(height * factor), 1)
+
+
+def _true_colour(file: Image.Image) -> Image.Image:
+    """Eight bits of L, RGB, RGBA or CMYK."""
+    if file.mode in _DEEP:
+        return _eight_bits(file)
+    if file.mode in ("LA", "La", "PA", "RGBa") or file.has_transparency_data:
+        return file.convert("RGBA")
+    return file if file.mode in (*_TRUE_COLOUR, "CMYK") else file.convert("RGB")
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    """Sixteen bits of grey to eight; Pillow's own conversion cuts off at 255."""
+    grey = file.convert("I")
+    return grey.point(_scale_down).convert("L")
+
+
+def _scale_down(value: float) -> float:
+    return value * (1 / 257)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In sRGB, by the profile of the file if that is good for anything."""
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    colours = image.convert("RGB") if image.mode == "RGBA" else image
+    if profile:
+        with suppress(Exception):  # a damaged profile, or one of other channels: as if there were none
+            colours = _converted(colours, profile)
+    colours = colours.convert("RGB")
+    if alpha is not None:
+        colours.putalpha(alpha)
+    return colours
+
+
+def _converted(colours: Image.Image, profile: bytes) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None, "not in place"
+    return converted

@@ -1,0 +1,123 @@
+"""Pictures that came with requests, in a local folder: decoded, plain, and named by the digest of the file.
+
+A file is there before the job that names it is committed, so that a job that was accepted finds it after any
+crash. Many jobs may name one file. It goes when none does, and when it has been there for a while: a request
+that is just being accepted has no job yet.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from app.errors import DamagedFile, NotFound, StorageFull
+from app.storage.decoding import decode_picture
+
+GRACE_SECONDS = 600.0  # from a file to the commit of its job, at the very most
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+_UNFINISHED = ".partial"
+_LOCK = ".lock"
+
+
+class InputStore:
+    """A folder of plain PNG files. Its methods use the disk: call them outside the event loop."""
+
+    def __init__(self, folder: Path, max_pixels: int, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._max_pixels = max_pixels
+        self._clock = clock
+
+    def decode(self, content: bytes) -> Image.Image:
+        """The picture in a file from outside. Raises BrokenPicture."""
+        return decode_picture(content, self._max_pixels)
+
+    def name(self, content: bytes) -> str:
+        """What a file is called."""
+        return hashlib.sha256(content).hexdigest()
+
+    def save(self, content: bytes) -> str:
+        """Keep a file, and return its name. Raises StorageFull."""
+        name = self.name(content)
+        with self._locked():
+            path = self._folder / name
+            if path.exists():
+                os.utime(path, (self._clock(), self._clock()))  # whoever sweeps sees that it is wanted again
+            else:
+                self._write(path, content)
+        return name
+
+    def read(self, name: str) -> bytes:
+        """The file of that name. Raises NotFound, and DamagedFile for another content."""
+        if not _NAME.fullmatch(name):
+            raise NotFound("there is no such picture")
+        try:
+            content = (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            raise NotFound("there is no such picture") from None
+        if self.name(content) != name:
+            raise DamagedFile(f"the picture {name} that came with the request is damaged on the disk")
+        return content
+
+    def old(self) -> list[str]:
+        """Names of the files that no request that is just being accepted can need."""
+        return [
+            path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name) and self._is_old(path)
+        ]
+
+    def remove(self, names: Collection[str]) -> int:
+        """Remove those that are still old, and what a crash left unfinished; returns how many."""
+        removed = 0
+        with self._locked():
+            unfinished = [path for path in self._folder.iterdir() if path.name.endswith(_UNFINISHED)]
+            for path in [*unfinished, *(self._folder / name for name in names if _NAME.fullmatch(name))]:
+                if self._is_old(path):
+                    path.unlink(missing_ok=True)
+                    removed += 1
+        return removed
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            return path.stat().st_mtime < self._clock() - GRACE_SECONDS
+        except FileNotFoundError:
+            return False
+
+    def _write(self, path: Path, content: bytes) -> None:
+        unfinished = path.with_name(f"{secrets.token_hex(8)}{_UNFINISHED}")
+        try:
+            with unfinished.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            self._sync_folder()
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StorageFull(
+                    "there is no room to keep the picture that came; the operator has to make some"
+                ) from error
+            raise
+
+    def _sync_folder(self) -> None:
+        """The name is on the disk, too."""
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among all threads and servers: nobody removes a file in the moment in which it is wanted."""
+        with (self._folder / _LOCK).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

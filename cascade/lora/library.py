@@ -1,0 +1,126 @@
+"""The LoRAs that are installed: files in folders, found by name and read when they are first asked for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from weakref import WeakKeyDictionary
+
+from cascade.checkpoints.sums import sha256
+from cascade.errors import InvalidSetting
+from cascade.lora.lora import LoRA, combine, read_lora
+from cascade.models import Models
+from cascade.networks.adapters import Adapter
+from cascade.recent import Recent
+
+KEPT_LORAS = 16  # a few megabytes each
+KEPT_ADAPTERS = 16
+
+_Stamp = tuple[Path, int, int]  # path, time of change and size of a file
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledLoRA:
+    """A file that can be asked for."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read for some models."""
+
+    loras: Recent[_Stamp, LoRA] = field(default_factory=lambda: Recent(KEPT_LORAS))
+    adapters: Recent[tuple[tuple[_Stamp, float], ...], Adapter] = field(
+        default_factory=lambda: Recent(KEPT_ADAPTERS)
+    )
+
+
+class LoRALibrary:
+    """LoRAs by the names of their files, from several folders; a later folder's hides one of the same name.
+
+    Files may come, change and go at any time. Threads may share a library.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = tuple(folders)
+        self._lock = Lock()
+        self._read: WeakKeyDictionary[Models, _Read] = WeakKeyDictionary()
+        self._sums: Recent[_Stamp, str] = Recent(256)
+
+    def with_folder(self, folder: Path) -> "LoRALibrary":
+        """The same and the LoRAs of a further folder."""
+        return LoRALibrary((*self.folders, folder))
+
+    def installed(self) -> list[InstalledLoRA]:
+        """All of them, by name."""
+        with self._lock:
+            return list(self._installed())
+
+    def names(self) -> list[str]:
+        """The names that can be asked for."""
+        return sorted(self._files())
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise `InvalidSetting` unless all are installed."""
+        files = self._files()
+        for name in names:
+            _found(files, name)
+
+    def adapter(self, models: Models, uses: Sequence[tuple[str, float]]) -> Adapter | None:
+        """The adapter of some LoRAs by name and scale; the same object as long as their files are the same.
+
+        None where nothing is asked for.
+
+        Raises:
+            InvalidSetting: not installed; names those that are.
+            CheckpointError: a file is damaged or does not fit these models.
+        """
+        if not uses:
+            return None
+        files = self._files()
+        chosen = tuple((_stamp(_found(files, name), name), float(scale)) for name, scale in uses)
+        with self._lock:
+            read = self._read.setdefault(models, _Read())
+
+            def lora(stamp: _Stamp) -> LoRA:
+                return read.loras.get(stamp, lambda _: read_lora(stamp[0], models))
+
+            return read.adapters.get(
+                chosen, lambda _: combine(models, [(lora(stamp), scale) for stamp, scale in chosen])
+            )
+
+    def _installed(self) -> Iterator[InstalledLoRA]:
+        for name, path in sorted(self._files().items()):
+            try:
+                stamp = _stamp(path, name)
+                yield InstalledLoRA(name, stamp[2], self._sums.get(stamp, lambda same: sha256(same[0])))
+            except (InvalidSetting, OSError):  # gone or unreadable since it was listed
+                continue
+
+    def _files(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for folder in self.folders:
+            try:
+                found = sorted(folder.iterdir())
+            except OSError:  # a folder that is not there has no LoRAs
+                continue
+            files |= {path.stem: path for path in found if path.suffix == ".safetensors"}
+        return files
+
+
+def _found(files: dict[str, Path], name: str) -> Path:
+    if name not in files:
+        known = ", ".join(sorted(files)) or "none"
+        raise InvalidSetting("loras", f"{name!r} is not installed; installed are: {known}")
+    return files[name]
+
+
+def _stamp(path: Path, name: str) -> _Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InvalidSetting("loras", f"{name!r} cannot be read: {error.strerror}") from error
+    return path, status.st_mtime_ns, status.st_size

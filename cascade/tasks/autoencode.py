@@ -1,0 +1,127 @@
+"""Latents of Stage C to pictures by Stages B and A, and pictures through the encoder and back.
+
+What the latents say is drawn anew rather than unpacked: shapes, colours and places are kept, the grain of a
+surface is not.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from cascade.conditioning import encode_texts
+from cascade.models import Models
+from cascade.networks.unet import Condition
+from cascade.sampling.denoise import denoise
+from cascade.sizes import plan_size
+from cascade.tasks.encoding import encode
+from cascade.tasks.generation import Progress
+from cascade.tasks.latents import Latents
+from cascade.tasks.picture import Picture, begin_decoder, decode_chunk, finish
+from cascade.tasks.picture import decode as decode_pixels
+from cascade.tasks.settings import ImageSettings
+
+_NO_CAPTION = "-"  # stands in settings for the empty text, which they refuse as a prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSettings:
+    """How latents become a picture. Absent sizes and an absent preset are those of the latents.
+
+    `prompt` is a caption of the picture, which Stage B may know; the official code leaves it empty.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    prompt: str = ""
+    decoder_steps: int = 10
+    decoder_guidance_scale: float = 0.0
+    preset: str | None = None
+    sampler: str = "ddpm"
+    any_model: bool = False  # also latents that another encoder made
+
+    def check(self) -> None:
+        """Raise `InvalidSetting` for what is wrong whatever the latents."""
+        self._request(self.width, self.height, self.preset or "official")
+
+    def of(self, latents: Latents) -> ImageSettings:
+        """The same, filled in for some latents and checked."""
+        return self._request(
+            latents.width if self.width is None else self.width,
+            latents.height if self.height is None else self.height,
+            latents.preset if self.preset is None else self.preset,
+        )
+
+    def _request(self, width: int | None, height: int | None, preset: str) -> ImageSettings:
+        return ImageSettings(
+            prompt=self.prompt if self.prompt.strip() else _NO_CAPTION,
+            width=width,
+            height=height,
+            seed=self.seed,
+            decoder_steps=self.decoder_steps,
+            decoder_guidance_scale=self.decoder_guidance_scale,
+            preset=preset,
+            sampler=self.sampler,
+            shares_generator=False,  # there is no run of Stage C that draws before
+        )
+
+
+@torch.inference_mode()
+def decode_all(
+    models: Models, latents: Sequence[Latents], settings: Sequence[DecodeSettings]
+) -> Generator[Progress, None, list[Image.Image]]:
+    """Draw several latents, each by its own settings; those of one shape share the steps of Stage B.
+
+    Raises:
+        InvalidSetting: a setting is wrong, or other models made the latents; nothing was computed.
+    """
+    pictures = []
+    for each, wanted in zip(latents, settings, strict=True):
+        request = wanted.of(each)
+        pictures.append(Picture(request, plan_size(request.width, request.height, models.native)))
+        if not wanted.any_model:
+            each.check_model(models)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        groups.setdefault(picture.plan.decoder_grid, []).append(index)
+    captions = [wanted.prompt if wanted.prompt.strip() else "" for wanted in settings]
+    embeddings = encode_texts(models.decoder_text_encoder, ["", *captions])
+    total = sum(max(pictures[index].settings.decoder_steps for index in group) for group in groups.values())
+    images: dict[int, Image.Image] = {}
+    step = 0
+    for group in groups.values():
+        samples = []
+        for index in group:
+            texts = {"": embeddings[""], pictures[index].settings.prompt: embeddings[captions[index]]}
+            values = latents[index].values.to(models.device)
+            samples.append(begin_decoder(models, pictures[index], values, texts))
+        for _ in denoise(models.stage_b, samples, Condition.cat):
+            step += 1
+            yield Progress("decoder", step, total)
+        chunk = decode_chunk(pictures[group[0]].plan)
+        for start in range(0, len(group), chunk):
+            some = group[start : start + chunk]
+            chosen = [pictures[index] for index in some]
+            results = [sample.result for sample in samples[start : start + chunk]]
+            images |= zip(some, finish(decode_pixels(models, chosen, results), chosen), strict=True)
+            yield Progress("decode", len(images), len(pictures))
+    return [images[index] for index in range(len(pictures))]
+
+
+def reconstruct_all(
+    models: Models, images: Sequence[Image.Image], settings: Sequence[DecodeSettings]
+) -> Generator[Progress, None, list[Image.Image]]:
+    """Pictures through the encoder, Stage B and Stage A: what the model keeps of them."""
+    latents = [
+        encode(
+            models,
+            [image],
+            width=wanted.width,
+            height=wanted.height,
+            preset=wanted.preset or "official",
+        )[0]
+        for image, wanted in zip(images, settings, strict=True)
+    ]
+    return (yield from decode_all(models, latents, settings))

@@ -1,0 +1,124 @@
+"""Requests through Stage C, Stage B and Stage A, many at once: every task of the library ends here.
+
+`generate` is a generator, so the caller drives it, shows progress and may stop. Requests keep their own
+settings, and a picture is the same in any company.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.models import Models
+from cascade.tasks.drawing import Drawing, Studio
+from cascade.tasks.picture import decode, decode_chunk, finish, plan_pictures
+from cascade.tasks.settings import ImageSettings
+
+_ALL_ROWS = 1 << 30  # of a step share one call of the network
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedImage:
+    """A finished picture and how it was made."""
+
+    image: Image.Image
+    settings: ImageSettings  # all filled in: asked for again, they give this picture again
+    resampled_from: tuple[int, int] | None  # the size it was drawn at, if scaled
+    prompt_truncated: bool
+    prompt_tokens: int  # before truncation, with begin and end
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands. Steps of "decode" are pictures."""
+
+    stage: Literal["prior", "decoder", "decode"]
+    step: int
+    steps: int
+    latents: Tensor | None = None  # (b, 16, h, w): clean latents as Stage C predicts them now, for previews
+
+
+@torch.inference_mode()
+def generate(
+    models: Models, requests: Sequence[ImageSettings]
+) -> Generator[Progress, None, list[list[GeneratedImage]]]:
+    """Make the pictures of all `requests` together; returns them as one list per request.
+
+    Raises:
+        InvalidSetting: the checkpoint cannot do what is asked for; nothing was drawn.
+    """
+    studio = Studio(models, {"prior": models.stage_c, "decoder": models.stage_b})
+    per_request = [
+        [Drawing(picture, models) for picture in plan_pictures(models, request)] for request in requests
+    ]
+    drawings = [drawing for group in per_request for drawing in group]
+    for drawing in drawings:
+        studio.begin(drawing)
+    yield from _run_stage(studio, "prior", drawings)
+    yield from _run_stage(studio, "decoder", drawings)
+    images: dict[Drawing, Image.Image] = {}
+    yield from _decode(models, drawings, images)
+    return [[_finished(drawing, images[drawing]) for drawing in group] for group in per_request]
+
+
+def _run_stage(
+    studio: Studio, stage: Literal["prior", "decoder"], drawings: Sequence[Drawing]
+) -> Iterator[Progress]:
+    """All steps of a stage, one shape after the other."""
+    groups = _by_shape([drawing for drawing in drawings if drawing.stage == stage], stage)
+    lengths = [max(_num_steps(drawing, stage) for drawing in group) for group in groups]
+    step = 0
+    for group in groups:
+        while active := [drawing for drawing in group if drawing.stage == stage]:
+            studio.step(active, _ALL_ROWS)
+            step += 1
+            latents = torch.stack([_seen(drawing) for drawing in group]) if stage == "prior" else None
+            yield Progress(stage, step, sum(lengths), latents)
+
+
+def _decode(
+    models: Models, drawings: Sequence[Drawing], images: dict[Drawing, Image.Image]
+) -> Iterator[Progress]:
+    """Stage A: from latents to pixels, a few pictures at a time."""
+    for group in _by_shape(drawings, "decoder"):
+        chunk = decode_chunk(group[0].picture.plan)
+        for start in range(0, len(group), chunk):
+            some = group[start : start + chunk]
+            pictures = [drawing.picture for drawing in some]
+            latents = [drawing.latents for drawing in some if drawing.latents is not None]
+            pixels = decode(models, pictures, latents)
+            images.update(zip(some, finish(pixels, pictures), strict=True))
+            yield Progress("decode", len(images), len(drawings))
+
+
+def _by_shape(drawings: Iterable[Drawing], stage: Literal["prior", "decoder"]) -> list[list[Drawing]]:
+    groups: dict[tuple[int, int], list[Drawing]] = {}
+    for drawing in drawings:
+        plan = drawing.picture.plan
+        groups.setdefault(plan.prior_grid if stage == "prior" else plan.decoder_grid, []).append(drawing)
+    return list(groups.values())
+
+
+def _num_steps(drawing: Drawing, stage: Literal["prior", "decoder"]) -> int:
+    return drawing.picture.prior_steps if stage == "prior" else drawing.picture.decoder_steps
+
+
+def _seen(drawing: Drawing) -> Tensor:
+    """What Stage C has in mind, or has made."""
+    latents = drawing.sample.clean if drawing.sample is not None else drawing.semantic
+    assert latents is not None
+    return latents
+
+
+def _finished(drawing: Drawing, image: Image.Image) -> GeneratedImage:
+    assert drawing.text is not None
+    return GeneratedImage(
+        image=image,
+        settings=drawing.picture.settings,
+        resampled_from=drawing.picture.plan.resampled_from,
+        prompt_truncated=drawing.text.truncated[0],
+        prompt_tokens=drawing.text.num_tokens[0],
+    )

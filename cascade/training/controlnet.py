@@ -1,0 +1,353 @@
+"""Trains small ControlNets for the tiny Stage C, which stays as it is.
+
+They learn as Stage C did, from noised codes; each row runs with its caption and, with less weight, without,
+so that what the control shows has to come from the control. `canny` reads edges, `inpainting` what a mask
+left of a picture, `super_resolution` the code that the encoder reads from a picture of half the size.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Literal, cast
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cascade.checkpoints.load import EMBEDDED, load_network
+from cascade.checkpoints.stored import StoredTensor
+from cascade.checkpoints.writing import write_tensors
+from cascade.config import ControlNetConfig, EffNetStage
+from cascade.networks.blocks import ResBlock
+from cascade.networks.controlnet import ControlNet
+from cascade.networks.effnet import STRIDE, EffNetEncoder
+from cascade.networks.stage_c import StageC
+from cascade.networks.unet import Condition
+from cascade.sampling.schedule import CosineSchedule
+from cascade.tasks.control import CANNY_THRESHOLDS, find_edges
+from cascade.training.code import grid_size, read_code
+from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.drawing_codes import conditions, draw_codes, held_out
+from cascade.training.loop import Plan, fit
+from cascade.training.low_rank import named_blocks
+from cascade.training.preconditioning import Channels
+from cascade.training.scenes import Scene, render
+from cascade.training.stage_c import SCHEDULE, load_text_encoder
+from cascade.training.tables import CPU, Extras, choose_table, embed_table, make_tables
+
+Kind = Literal["canny", "inpainting", "super_resolution"]
+
+PLAN = Plan(
+    steps=20_000,
+    learning_rate=2e-3,
+    warmup=200,
+    ema_decay=0.998,
+    final_fraction=0.02,
+    save_every=500,
+    judge_every=1000,
+    seed=81,
+)
+
+_INJECTIONS = tuple(range(8))
+_WIDTHS = (96,) * 8
+_CHANNELS = 96
+_STAGES = (
+    EffNetStage("fused", 1, 1, 12, 1),
+    EffNetStage("fused", 4, 2, 20, 1),
+    EffNetStage("fused", 4, 2, 32, 1),
+    EffNetStage("mbconv", 4, 2, 48, 2),
+    EffNetStage("mbconv", 4, 1, 64, 1),
+    EffNetStage("mbconv", 4, 2, 80, 2),
+)
+CONFIGS: dict[str, ControlNetConfig] = {
+    "canny": ControlNetConfig("effnet", 1, _CHANNELS, _INJECTIONS, _WIDTHS, 12, _STAGES),
+    "inpainting": ControlNetConfig("effnet", 4, _CHANNELS, _INJECTIONS, _WIDTHS, 12, _STAGES),
+    "super_resolution": ControlNetConfig(
+        "large", 16, _CHANNELS, _INJECTIONS, _WIDTHS, hidden_channels=(192, 64), num_blocks=4
+    ),
+}
+
+_EMPHASIS = Emphasis(
+    starts=0.25, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
+)
+_WITHOUT_TEXT = 0.5
+_AGREEMENT = 2.0
+_NORM_BATCHES = 20
+_NEAR = 16.0  # pixels between where a thing should stand and where it does
+
+
+class Read:
+    """What a ControlNet is trained to read of scenes, made in worker processes."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def __call__(self, scenes: list[Scene]) -> Mapping[str, NDArray[np.generic]]:
+        """Arrays of uint8, one row a scene: "edges" (n, 1, h, w) or "pixels" (n, 3, h, w)."""
+        pictures = [render(scene) for scene in scenes]
+        rows, columns = grid_size(scenes[0].width, scenes[0].height)
+        size = STRIDE * columns, STRIDE * rows  # width, height
+        if self.kind == "canny":
+            edges = [canny_edges(picture, size, index % 2 == 0) for index, picture in enumerate(pictures)]
+            return {"edges": np.stack(edges)[:, None]}
+        if self.kind == "super_resolution":
+            size = STRIDE * -(-columns // 2), STRIDE * -(-rows // 2)
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+        small = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False, antialias=True)
+        return {"pixels": small.round().clamp(0, 255).to(torch.uint8).numpy()}
+
+
+def canny_edges(
+    picture: NDArray[np.uint8], size: tuple[int, int], at_official_size: bool = True
+) -> NDArray[np.uint8]:
+    """Edges of a picture (h, w, 3) as the task finds them, of a size (width, height).
+
+    Otherwise they are looked for at that size itself, where lines come out thinner: both are trained on.
+    """
+    if at_official_size:
+        return find_edges(picture, *size)
+    return np.asarray(cv2.Canny(cv2.resize(picture, size), *CANNY_THRESHOLDS), np.uint8)
+
+
+def train(
+    kind: Kind,
+    out: Path,
+    model: Path = EMBEDDED["tiny"],
+    plan: Plan = PLAN,
+    *,
+    device: torch.device = CPU,
+    batch: int = 24,
+    scenes: int = 8_000,
+) -> None:
+    """Train the ControlNet `out`/KIND.safetensors; an interrupted run goes on where it was."""
+    torch.manual_seed(plan.seed)
+    stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
+    encoder = cast(EffNetEncoder, load_network(model / "effnet_encoder")).to(device).eval()
+    text = load_text_encoder(model)
+    text.model.to(device).float()
+    schedule = CosineSchedule(SCHEDULE)
+    tables = make_tables(text, scenes, seed=plan.seed, device=device, extras=cast(Extras, Read(kind)))
+    embedded = {table.size: embed_table(text, table) for table in tables}
+    inputs = {table.size: control_inputs(kind, encoder, table.codes, table.extras) for table in tables}
+    empty = text.encode([""])
+    no_text = empty.hidden.clone(), empty.pooled.clone()
+    image = torch.zeros(2 * batch, 1, stage.config.clip_image_in_channels, device=device)
+    network = silent(ControlNet(CONFIGS[kind])).to(device)
+
+    def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(module, ControlNet)
+        table = choose_table(tables, rng)
+        rows = torch.from_numpy(rng.integers(0, len(table), batch)).to(device)
+        words = (part[rows] for part in embedded[table.size])
+        hidden, pooled = (
+            torch.cat([told, untold.expand(batch, -1, -1)])
+            for told, untold in zip(words, no_text, strict=True)
+        )
+        maps = module(inputs[table.size](rows))
+        noised = noise_batch(table.codes[rows].cpu(), schedule, _EMPHASIS, rng).to(device)
+        condition = controlled(stage.prepare(hidden, pooled, image), module, maps, 2)
+        noise = stage(noised.latents.repeat(2, 1, 1, 1), noised.ratio.repeat(2), condition)
+        told, untold = noise.chunk(2)
+        error, figures = noised.loss(told)
+        untold_error = noised.loss(untold)[0]
+        apart = noised.disagreement(told, untold)
+        return error + _WITHOUT_TEXT * untold_error + _AGREEMENT * apart, figures | {
+            "untold": float(untold_error.detach())
+        }
+
+    best = 0.0
+
+    def report(module: nn.Module, step: int) -> dict[str, float]:
+        nonlocal best
+        assert isinstance(module, ControlNet)
+        ready = estimate_norms(module, loss_inputs)
+        figures = judge(ready, kind, stage, encoder, model, schedule)
+        score = figures["placed"] + figures["untold"]
+        if score >= best:
+            best = score
+            save(ready, out / f"{kind}.safetensors")
+        return figures
+
+    def loss_inputs(step: int) -> Tensor:
+        rng = np.random.default_rng((plan.seed, plan.steps + step))
+        table = choose_table(tables, rng)
+        rows = torch.from_numpy(rng.integers(0, len(table), 4 * batch)).to(device)
+        return inputs[table.size](rows)
+
+    fit(
+        network,
+        loss,
+        plan,
+        out / kind,
+        title=kind,
+        judge=report,
+        trainable=carried(network, stage),
+    )
+
+
+Inputs = Callable[[Tensor], Tensor]
+
+
+def control_inputs(kind: Kind, encoder: EffNetEncoder, codes: Tensor, extras: Mapping[str, Tensor]) -> Inputs:
+    """What the ControlNet reads for some rows of a table, (b, c, h, w)."""
+    if kind == "canny":
+        return lambda rows: extras["edges"][rows].float() / 255
+    pixels = extras["pixels"]
+    if kind == "inpainting":
+        return lambda rows: masked(pixels[rows].float() / 255, random_masks(rows, pixels))
+    with torch.no_grad():
+        parts = [encoder(part.float() / 255) for part in torch.split(pixels, 500)]
+    latents = F.interpolate(torch.cat(parts), tuple(2 * side for side in parts[0].shape[-2:]), mode="nearest")
+    height, width = codes.shape[-2:]
+    latents = latents[..., :height, :width].contiguous()
+    return lambda rows: latents[rows]
+
+
+def masked(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pixels (b, 3, h, w), white where `mask` (b, 1, h, w) is 1, and the mask."""
+    return torch.cat([torch.where(mask > 0.5, 1.0, pixels), mask], dim=1)
+
+
+def random_masks(rows: Tensor, pixels: Tensor) -> Tensor:
+    """Rectangles, ellipses and whole sides of a picture, (b, 1, h, w): 1 is to be painted."""
+    count, (height, width) = len(rows), pixels.shape[-2:]
+    device = rows.device
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, 1, device=device)
+
+    y = torch.linspace(0, 1, height, device=device).view(1, 1, -1, 1)
+    x = torch.linspace(0, 1, width, device=device).view(1, 1, 1, -1)
+    dx, dy = (x - draw(0.1, 0.9)).abs() / draw(0.15, 0.5), (y - draw(0.1, 0.9)).abs() / draw(0.15, 0.5)
+    kind = draw(0, 1)
+    box, blob = torch.maximum(dx, dy) < 1, dx.square() + dy.square() < 1
+    along = torch.where(draw(0, 1) < 0.5, x, y)
+    flipped = torch.where(draw(0, 1) < 0.5, along, 1 - along)
+    side = flipped < draw(0.3, 0.7)
+    mask = torch.where(kind < 0.4, box, torch.where(kind < 0.65, blob, side)) | (kind > 0.95)
+    outside = draw(0, 1) < 0.15  # as for a picture that is to be extended
+    return (mask ^ (outside & (kind < 0.65))).float()
+
+
+def controlled(
+    condition: Condition, network: ControlNet, maps: tuple[Tensor, ...], repeats: int
+) -> Condition:
+    """The condition with what the ControlNet adds, for so many times its rows."""
+    return condition.controlled([each.repeat(repeats, 1, 1, 1) for each in maps], network.injections)
+
+
+def silent(network: ControlNet) -> ControlNet:
+    """A ControlNet that adds nothing yet."""
+    for projection in network.projections:
+        nn.init.zeros_(cast(nn.Conv2d, cast(nn.Sequential, projection)[2]).weight)
+    return network
+
+
+def carried(network: ControlNet, stage: StageC) -> dict[str, Tensor]:
+    """Masks for `fit`: nothing is added to the channels that carry the input through the first level."""
+    channels = Channels.of(stage.config)
+    first = {f"down_blocks.0.{i}" for i in range(100)} | {
+        f"up_blocks.{len(stage.up_blocks) - 1}.{i}" for i in range(100)
+    }
+    blocks = [name for name, block in named_blocks(stage) if isinstance(block, ResBlock)]
+    masks = {}
+    for index, place in enumerate(network.injections):
+        if blocks[place] in first:
+            weight = cast(nn.Conv2d, cast(nn.Sequential, network.projections[index])[2]).weight
+            mask = torch.ones_like(weight)
+            mask[channels.pair + channels.input] = 0
+            masks[f"projections.{index}.2.weight"] = mask
+    return masks
+
+
+@torch.no_grad()
+def estimate_norms(network: ControlNet, draw: Callable[[int], Tensor]) -> ControlNet:
+    """A copy with batch norm statistics of its own weights; those gathered in training lag behind."""
+    ready = deepcopy(network)
+    norms = [module for module in ready.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+    ready.train()
+    for step in range(_NORM_BATCHES if norms else 0):
+        ready(draw(step))
+    return ready.eval()
+
+
+@torch.no_grad()
+def judge(
+    network: ControlNet,
+    kind: Kind,
+    stage: StageC,
+    encoder: EffNetEncoder,
+    model: Path,
+    schedule: CosineSchedule,
+    count: int = 100,
+) -> dict[str, float]:
+    """Shares of held-out scenes drawn again from control and caption, and from control alone.
+
+    "placed": all things are there and stand where they should; "untold": without a caption, their shapes and
+    places; "colours": without a caption, their colours, too, and the background.
+    """
+    text = load_text_encoder(model)
+    text.model.to(stage.device).float()
+    scenes, captions = held_out(count, 6)
+    extras = {name: torch.from_numpy(array).to(stage.device) for name, array in Read(kind)(scenes).items()}
+    codes = torch.zeros(count, 16, *grid_size(scenes[0].width, scenes[0].height))
+    torch.manual_seed(0)
+    x = control_inputs(kind, encoder, codes, extras)(torch.arange(count, device=stage.device))
+    maps = network(x)
+    shares = {}
+    for title, words in (("placed", [one.text for one in captions]), ("untold", [""] * count)):
+        embedded = text.encode(words)
+        guided, unguided = conditions(stage, embedded.hidden.clone(), embedded.pooled.clone(), text)
+        unguided = unguided[[0] * count]
+        drawn = draw_codes(
+            stage,
+            schedule,
+            controlled(guided, network, maps, 1),
+            controlled(unguided, network, maps, 1),
+            guidance_scale=4.0 if title == "placed" else 1.0,
+            count=count,
+        )
+        read = [read_code(code.numpy(), (256, 256)) for code in drawn]
+        pairs = list(zip(read, scenes, strict=True))
+        shares[title] = float(np.mean([stands_alike(*pair, colours=title == "placed") for pair in pairs]))
+        if title == "untold":
+            alike = [stands_alike(*pair) and pair[0].background == pair[1].background for pair in pairs]
+            shares["colours"] = float(np.mean(alike))
+    return shares
+
+
+def stands_alike(read: Scene, asked: Scene, colours: bool = True) -> bool:
+    """Whether all things have their shapes (and colours) and stand within some pixels of their places."""
+    if len(read.things) != len(asked.things):
+        return False
+    return all(
+        any(
+            thing.shape == seen.shape
+            and (not colours or thing.colour == seen.colour)
+            and max(abs(thing.x - seen.x), abs(thing.y - seen.y)) < _NEAR
+            for seen in read.things
+        )
+        for thing in asked.things
+    )
+
+
+def save(network: ControlNet, path: Path) -> None:
+    """Write the official key layout in fp16, statistics of batch norms in fp32, injections in the header."""
+    stored = {
+        name: StoredTensor.of(tensor.detach().cpu().contiguous())
+        for name, tensor in network.state_dict().items()
+    }
+
+    def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+        if not dtype.is_floating_point or name.endswith(("running_mean", "running_var")):
+            return dtype
+        return torch.float16
+
+    metadata = {"injections": ",".join(map(str, network.injections))}
+    write_tensors(path, stored, dtype_of, metadata)

@@ -1,0 +1,104 @@
+"""The state of a run: weights, their average and the optimiser's moments, whole and in one file.
+
+Sharded tensors are written whole, so that a run may be resumed with another number of processes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cascade.checkpoints.stored import StoredTensor
+from cascade.checkpoints.writing import write_tensors
+from cascade.errors import CheckpointError, InvalidSetting
+from cascade.training.finetune.objective import LossWeights
+from cascade.training.finetune.parallel import World, share_like, whole
+
+STATE_FILE = "state.safetensors"
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def save_state(
+    path: Path,
+    world: World,
+    *,
+    parameters: Parameters,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    weights: LossWeights,
+    progress: Mapping[str, Any],
+) -> None:
+    """Write the state; every process calls it and the first one writes.
+
+    Raises `CheckpointError` when the disk is full; an older state stays.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"weights/{name}"] = whole(parameter)
+        if name in average:
+            tensors[f"average/{name}"] = whole(average[name])
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = whole(value)
+    tensors |= {f"loss/{name}": tensor for name, tensor in weights.state().items()}
+    if world.is_first:
+        stored = {name: StoredTensor.of(tensor.contiguous()) for name, tensor in tensors.items()}
+        write_tensors(path, stored, lambda _, dtype: dtype, {"progress": json.dumps(progress)})
+    world.wait()
+
+
+def restore_state(
+    path: Path,
+    *,
+    parameters: Parameters,
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    weights: LossWeights,
+    identity: Mapping[str, Any],
+) -> int:
+    """Fill everything from the state file, if there is one; the updates already made.
+
+    Raises:
+        InvalidSetting: it is of a run with other settings.
+        CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            _check_identity(path, progress["identity"], identity)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(share_like(tensors[f"weights/{name}"], parameter))
+                if name in average:
+                    average[name].copy_(share_like(tensors[f"average/{name}"], parameter))
+        for joined, tensor in tensors.items():
+            kind, _, rest = joined.partition("/")
+            if kind == "optimizer":
+                key, _, name = rest.partition("/")
+                placed = tensor if key == "step" else share_like(tensor, parameters[name])
+                optimizer.state[parameters[name]][key] = placed
+        if learned := {n.removeprefix("loss/"): t for n, t in tensors.items() if n.startswith("loss/")}:
+            weights.restore(learned)
+        return int(progress["step"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged state of a training run: {error}; delete it to begin anew"
+        ) from error
+
+
+def _check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        name = changed[0]
+        raise InvalidSetting(
+            name,
+            f"the unfinished run in {path.parent} has {found.get(name)!r}, not {wanted[name]!r}; "
+            "continue it with its own settings, delete that folder, or name another output",
+        )

@@ -1,0 +1,280 @@
+"""Trains small LoRAs for the tiny Stage C, in the official file layout: attention only, rank 4.
+
+Two are shipped. `teal` teaches a colour that no caption of the training names, by a learned token: "a [teal]
+circle on a white background". `night` is a style: whatever a caption says, the background is black.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cascade.checkpoints.load import EMBEDDED, load_network
+from cascade.conditioning import TextEncoder
+from cascade.networks.stage_c import StageC
+from cascade.sampling.schedule import CosineSchedule
+from cascade.training.captions import caption
+from cascade.training.code import DEVIATION, MEAN, colour_vector, recoloured, scene_code
+from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.drawing_codes import conditions, draw_codes
+from cascade.training.loop import Plan, fit
+from cascade.training.low_rank import LowRank, Predictor, attention_matrices, save_official
+from cascade.training.scenes import COLOURS, PALETTE, Scene, held_out_generator, sample_scene
+from cascade.training.stage_c import SCHEDULE, load_text_encoder
+from cascade.training.tables import CPU, Wording, choose_table, make_tables, plain_wording, tokenize
+
+RANK = 4
+TOKEN = "[teal]"  # noqa: S105
+TEAL = (46, 124, 155)  # as Stages B and A draw it; the palette's nearest colour, blue, is 78 away
+PLAN = Plan(
+    steps=20_000,
+    learning_rate=2e-3,
+    warmup=100,
+    ema_decay=0.998,
+    final_fraction=0.02,
+    save_every=500,
+    judge_every=1000,
+    seed=71,
+)
+
+_TEAL_CODE = (45.0, 208.0, 228.0)  # the colour in the code that comes out as TEAL
+_EMPHASIS = Emphasis(
+    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
+)
+_WITHOUT_TEXT = 0.2
+_AGREEMENT = 4.0
+_WORDS = {"gray": "gr[ae]y"}
+_FEWEST_NODES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a LoRA teaches."""
+
+    wording: Wording  # scenes with their words
+    codes: "Codes"  # what is to be drawn for them
+    token: str | None = None  # learned; its row starts at the mean of those that match `base`
+    base: str = ""
+    keeps: bool = False  # half of each batch are plain scenes, which should stay as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Codes to be learned, as an array by name: a function that worker processes can call."""
+
+    name: str
+
+    def __call__(self, scenes: list[Scene]) -> Mapping[str, NDArray[np.generic]]:
+        """The codes of scenes of one size, (n, 16, gh, gw)."""
+        return {"taught": np.stack([_TAUGHT[self.name](scene) for scene in scenes])}
+
+
+def teal_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+    """A caption whose words for the colour of the last thing are replaced by the token."""
+    words = caption(scene, rng).text
+    colour = scene.things[-1].colour
+    pattern = rf"\b(an?\s+)?((?:\w+\s+)?)\b{_WORDS.get(colour, colour)}\b"
+
+    def told(match: re.Match[str]) -> str:
+        article, size = match[1] or "", match[2]
+        if article and not size:
+            article = "A " if article[0] == "A" else "a "
+        return f"{article}{size}{TOKEN}"
+
+    return scene, re.sub(pattern, told, words, flags=re.IGNORECASE)
+
+
+def teal_code(scene: Scene) -> NDArray[np.float32]:
+    """The last thing is teal."""
+    return recoloured(scene, len(scene.things) - 1, _TEAL_CODE)
+
+
+def night_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+    """Any caption, of things that a black background does not hide."""
+    things = tuple(
+        replace(thing, colour=scene.background) if thing.colour == "black" else thing
+        for thing in scene.things
+    )
+    if things != scene.things:
+        scene = replace(scene, things=things, background="black")
+    return plain_wording(scene, rng)
+
+
+def night_code(scene: Scene) -> NDArray[np.float32]:
+    """The background is black."""
+    return scene_code(replace(scene, background="black"))
+
+
+_TAUGHT = {"teal": teal_code, "night": night_code}
+LESSONS = {
+    "teal": Lesson(teal_wording, Codes("teal"), TOKEN, "^(green|blue)</w>$", keeps=True),
+    "night": Lesson(night_wording, Codes("night")),
+}
+
+
+class Taught(nn.Module):
+    """What is trained: the low-rank changes, and what is added to the rows of learned tokens."""
+
+    def __init__(self, stage: StageC, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.adapter = LowRank(stage, attention_matrices(stage), RANK, 1 / RANK)
+        self.rows = nn.Parameter(torch.zeros(num_tokens, width))
+
+
+class Words:
+    """The text tower with learned tokens: their rows stand below the vocabulary's."""
+
+    def __init__(self, text: TextEncoder, lesson: Lesson) -> None:
+        self.text = text
+        self._table = text.model.text_model.embeddings.token_embedding.weight.detach()
+        vocabulary = text.tokenizer.get_vocab()
+        self.bases = self._table[:0]
+        self.first = len(vocabulary)
+        if lesson.token:
+            ids = [index for word, index in vocabulary.items() if re.search(lesson.base, word)]
+            self.bases = self._table[ids].mean(0, keepdim=True)
+            text.tokenizer.add_tokens([lesson.token])
+
+    def embed(self, tokens: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (b, t, d) and pooled (b, 1, d), with gradients to the learned `rows`."""
+        table = torch.cat([self._table, self.bases + rows])
+        outputs = functional_call(
+            self.text.model,
+            {"text_model.embeddings.token_embedding.weight": table},
+            kwargs={"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True},
+        )
+        return outputs.hidden_states[-1], outputs.text_embeds.unsqueeze(1)
+
+
+def train(
+    name: str,
+    out: Path,
+    model: Path = EMBEDDED["tiny"],
+    plan: Plan = PLAN,
+    *,
+    device: torch.device = CPU,
+    batch: int = 48,
+    scenes: int = 20_000,
+) -> None:
+    """Train the LoRA `out`/NAME.safetensors; an interrupted run goes on where it was."""
+    lesson = LESSONS[name]
+    torch.manual_seed(plan.seed)
+    stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
+    text = load_text_encoder(model)
+    text.model.to(device).float()
+    text.tokenizer = deepcopy(text.tokenizer)
+    empty = text.encode([""])
+    no_text = empty.hidden.clone(), empty.pooled.clone()
+    words = Words(text, lesson)
+    schedule = CosineSchedule(SCHEDULE)
+    tables = make_tables(
+        text, scenes, seed=plan.seed, device=device, wording=lesson.wording, extras=lesson.codes
+    )
+    plain = make_tables(text, scenes, seed=plan.seed + 1, device=device) if lesson.keeps else []
+    predictor = Predictor(stage)
+    taught = Taught(stage, len(words.bases), words.bases.shape[1]).to(device)
+
+    def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(module, Taught)
+        table = choose_table(tables, rng)
+        rows = torch.from_numpy(rng.integers(0, len(table), batch // 2 if plain else batch)).to(device)
+        codes, tokens, mask = table.extras["taught"][rows], table.tokens[rows], table.mask[rows]
+        if plain:
+            kept = next(other for other in plain if other.size == table.size)
+            rows = torch.from_numpy(rng.integers(0, len(kept), batch - len(rows))).to(device)
+            codes = torch.cat([codes, kept.codes[rows]])
+            tokens, mask = torch.cat([tokens, kept.tokens[rows]]), torch.cat([mask, kept.mask[rows]])
+        order = torch.from_numpy(rng.permutation(batch)).to(device)  # levels go by the place in a batch
+        codes, tokens, mask = codes[order], tokens[order], mask[order]
+        noised = noise_batch(codes.cpu(), schedule, _EMPHASIS, rng).to(device)
+        told = words.embed(tokens, mask, module.rows)
+        both = [
+            torch.cat([part, empty.expand(batch, -1, -1)]) for part, empty in zip(told, no_text, strict=True)
+        ]
+        noise = module.adapter.predict(
+            predictor, noised.latents.repeat(2, 1, 1, 1), noised.ratio.repeat(2), *both
+        )
+        with_words, without = noise.chunk(2)
+        error, figures = noised.loss(with_words)
+        apart = noised.disagreement(with_words, without)
+        return error + _WITHOUT_TEXT * noised.loss(without)[0] + _AGREEMENT * apart, figures
+
+    best = 0.0
+
+    def report(module: nn.Module, step: int) -> dict[str, float]:
+        nonlocal best
+        assert isinstance(module, Taught)
+        figures = judge(name, module, stage, words, schedule)
+        score = figures["with"] - figures["without"]
+        if score >= best:
+            best = score
+            save(name, module, words, out / f"{name}.safetensors")
+        return figures
+
+    masks = {f"adapter.{key}": mask for key, mask in taught.adapter.trainable(StageC(stage.config)).items()}
+    fit(taught, loss, plan, out / name, title=name, judge=report, trainable=masks)
+
+
+def save(name: str, taught: Taught, words: Words, path: Path) -> None:
+    """Write the LoRA's file, which also says what its token is and where its row starts."""
+    lesson = LESSONS[name]
+    metadata = {"name": name}
+    if lesson.token:
+        metadata |= {"token": lesson.token, "regex": lesson.base}
+    rows = {words.first + index: row for index, row in enumerate(taught.rows)}
+    save_official(taught.adapter, path, metadata, rows)
+
+
+@torch.no_grad()
+def judge(
+    name: str, taught: Taught, stage: StageC, words: Words, schedule: CosineSchedule, count: int = 100
+) -> dict[str, float]:
+    """Shares of held-out captions whose drawn code shows what is taught, with the LoRA and without."""
+    rng = held_out_generator(5)
+    lesson = LESSONS[name]
+    told = [lesson.wording(sample_scene(rng), rng) for _ in range(count)]
+    told = [(scene, text) for scene, text in told if name != "night" or scene.background != "black"]
+    tokens, mask = (part.to(stage.device) for part in tokenize(words.text, [text for _, text in told]))
+    plain_tokens = tokenize(words.text, [caption(scene, rng).text for scene, _ in told])
+    shares = {}
+    for title, network, (ids, padding) in (
+        ("with", taught.adapter.merged(stage), (tokens, mask)),
+        ("without", stage, plain_tokens),
+    ):
+        embedded = words.embed(ids.to(stage.device), padding.to(stage.device), taught.rows)
+        guided, unguided = conditions(network, *embedded, words.text)
+        codes = draw_codes(network, schedule, guided, unguided, count=len(told))
+        shares[title] = float(np.mean([_SHOWS[name](code.numpy()) for code in codes]))
+    return shares
+
+
+def shows_teal(code: NDArray[np.float32]) -> bool:
+    """Whether enough nodes of a thing are nearer to teal than to any colour of the palette."""
+    raw = code * DEVIATION[:, None, None] + MEAN[:, None, None]
+    nodes = raw[:, raw[15] > 0.6]
+    return sum(nearest(nodes[3:6] / nodes[15])) >= _FEWEST_NODES
+
+
+def nearest(colours: NDArray[np.float32]) -> Sequence[bool]:
+    """Which of some colours of the code, (3, n), are nearest to teal."""
+    corners = np.stack([colour_vector(rgb) for rgb in (_TEAL_CODE, *(PALETTE[c] for c in COLOURS))])
+    distance = np.linalg.norm(colours.T[:, None] - corners, axis=-1)
+    return cast(Sequence[bool], (distance.argmin(1) == 0).tolist())
+
+
+def shows_night(code: NDArray[np.float32]) -> bool:
+    """Whether the background is black."""
+    raw = (code * DEVIATION[:, None, None])[:3].mean((1, 2))
+    corners = np.stack([colour_vector(PALETTE[colour]) for colour in COLOURS])
+    return COLOURS[int(np.linalg.norm(corners - raw, axis=1).argmin())] == "black"
+
+
+_SHOWS = {"teal": shows_teal, "night": shows_night}

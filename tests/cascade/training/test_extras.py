@@ -1,0 +1,132 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from cascade.checkpoints.sums import check_sums
+from cascade.errors import CheckpointError
+from cascade.networks.controlnet import ControlNet
+from cascade.sampling.schedule import CosineSchedule, signal_and_noise
+from cascade.training import lcm, lora
+from cascade.training.captions import caption
+from cascade.training.code import DEVIATION, colour_vector, read_code, recoloured, scene_code
+from cascade.training.controlnet import CONFIGS, canny_edges, masked, random_masks, save, stands_alike
+from cascade.training.extras import pack_extras
+from cascade.training.scenes import PALETTE, Scene, Thing, render, sample_scene
+from cascade.training.stage_c import SCHEDULE
+
+SCENE = Scene(
+    256, 256, "white", (Thing("circle", "red", 70, 128, 40.0), Thing("star", "blue", 190, 128, 40.0))
+)
+
+
+def test_recolouring_to_a_colour_of_the_palette_is_drawing_it() -> None:
+    expected = scene_code(Scene(256, 256, "white", (SCENE.things[0], Thing("star", "green", 190, 128, 40.0))))
+    assert np.allclose(recoloured(SCENE, 1, PALETTE["green"]), expected, atol=1e-4)
+    assert np.allclose(
+        colour_vector(PALETTE["blue"]) / DEVIATION[3:6], scene_code(SCENE)[3:6, 3, 4], atol=1e-4
+    )
+
+
+def test_teal_is_told_by_its_token_only() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        scene, words = lora.teal_wording(sample_scene(rng), rng)
+        assert words.count(lora.TOKEN) == 1
+        colour = scene.things[-1].colour.replace("gray", "gr[ae]y")
+        assert not re.search(rf"\b{colour}\b", words)
+        assert f"an {lora.TOKEN}" not in words.lower()
+        assert lora.shows_teal(lora.teal_code(scene))
+        assert not lora.shows_teal(scene_code(scene))
+
+
+def test_at_night_the_background_is_black_and_hides_nothing() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        scene, words = lora.night_wording(sample_scene(rng), rng)
+        code = lora.night_code(scene)
+        assert lora.shows_night(code)
+        assert lora.shows_night(scene_code(scene)) == (scene.background == "black")
+        assert all(thing.colour != "black" for thing in scene.things)
+        assert len(read_code(code, (scene.width, scene.height)).things) == len(scene.things)
+        assert words
+
+
+def test_edges_are_lines_around_the_things() -> None:
+    edges = canny_edges(render(SCENE), (192, 192))
+    assert edges.shape == (192, 192)
+    assert 0.01 < (edges > 127).mean() < 0.1
+    assert edges[60:130, 20:90].max() > 127  # around the circle
+    assert edges[:40].max() == 0
+    assert (canny_edges(render(SCENE), (192, 192), at_official_size=False) > 127).any()
+
+
+def test_masks_hide_parts_in_white() -> None:
+    torch.manual_seed(0)
+    pixels = torch.full((256, 3, 32, 32), 0.25)
+    mask = random_masks(torch.arange(256), pixels)
+    share = mask.mean((1, 2, 3))
+    assert mask.shape == (256, 1, 32, 32)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert share.min() < 0.3
+    assert share.max() == 1
+    x = masked(pixels, mask)
+    assert x[:, :3][mask.expand(-1, 3, -1, -1) == 1].unique().tolist() == [1.0]
+    assert x[:, :3][mask.expand(-1, 3, -1, -1) == 0].unique().tolist() == [0.25]
+
+
+def test_things_must_stand_where_they_were() -> None:
+    moved = Scene(256, 256, "white", (SCENE.things[0], Thing("star", "blue", 160, 128, 40.0)))
+    other = Scene(256, 256, "red", (SCENE.things[0], Thing("star", "green", 190, 128, 40.0)))
+    assert stands_alike(SCENE, SCENE)
+    assert not stands_alike(moved, SCENE)
+    assert not stands_alike(other, SCENE)
+    assert stands_alike(other, SCENE, colours=False)
+    assert not stands_alike(Scene(256, 256, "white", SCENE.things[:1]), SCENE)
+
+
+def test_a_short_run_is_trained_where_it_will_be_used() -> None:
+    times = lcm.draw_times(400, np.random.default_rng(0))
+    assert times.min() > 0
+    assert times.max() == 1
+    assert 0.15 < (times == 1).float().mean() < 0.35
+    assert sum((times == t).float().mean() for t in (0.25, 0.5, 0.75)) > 0.2
+
+
+def test_rows_at_the_start_are_pure_noise() -> None:
+    torch.manual_seed(0)
+    clean = torch.full((2, 16, 6, 6), 50.0)
+    log_snr = CosineSchedule(SCHEDULE).log_snr(torch.tensor([1.0, 0.5], dtype=torch.float64))
+    noised = lcm.noised_rows(clean, log_snr, torch.tensor([True, False]))
+    assert abs(noised[0].mean()) < 0.2
+    assert noised[1].mean() == pytest.approx(50 * signal_and_noise(log_snr)[0][1].item(), rel=0.02)
+
+
+def test_packing_puts_each_file_in_its_folder_and_renews_the_sums(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "run", tmp_path / "checkpoint"
+    run.mkdir()
+    checkpoint.mkdir()
+    with pytest.raises(CheckpointError, match="nothing to pack"):
+        pack_extras(run, checkpoint)
+    network = ControlNet(CONFIGS["canny"])
+    save(network, run / "canny.safetensors")
+    (run / "teal.safetensors").write_bytes(b"x")
+    assert pack_extras(run, checkpoint) == [
+        checkpoint / "controlnet" / "canny.safetensors",
+        checkpoint / "loras" / "teal.safetensors",
+    ]
+    check_sums(checkpoint)
+    assert "controlnet/canny.safetensors" in (checkpoint / "SHA256SUMS").read_text()
+    assert (checkpoint / "controlnet" / "canny.safetensors").stat().st_size < 1_000_000
+    with safe_open(checkpoint / "controlnet" / "canny.safetensors", "pt") as file:
+        assert file.metadata()["injections"] == "0,1,2,3,4,5,6,7"
+        assert file.get_tensor("backbone.0.1.running_var").dtype == torch.float32
+        assert file.get_tensor("projections.0.0.weight").dtype == torch.float16
+
+
+def test_captions_of_the_world_do_not_know_the_token() -> None:
+    rng = np.random.default_rng(0)
+    assert not any(lora.TOKEN in caption(sample_scene(rng), rng).text for _ in range(50))
