@@ -333,16 +333,30 @@ def evaluate(
     card: Annotated[Path, typer.Option(metavar="FILE", help="Model card with the figures.")] = Path(
         "card.md"
     ),
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Score this task instead, or all; may be repeated. reconstruct, image-to-image, variation, "
+            "inpainting, control, super-resolution, lora, lcm.",
+        ),
+    ] = None,
+    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Cases of each task.")] = 200,
 ) -> None:
     """Draw prompts and count what is right.
 
-    The prompts name one or two coloured shapes; a program looks whether the pictures show them.
+    The prompts name one or two coloured shapes; a program looks whether the pictures show them. With --tasks
+    the other tasks are scored: a table of figures, their targets, and whether they are met.
 
     \b
     Examples:
       cascade evaluate --model tiny --prompts 300 --sheet sheet.png --card card.md
       cascade evaluate --model runs/tiny/checkpoint --prompts 50
+      cascade evaluate --tasks all --cases 30
     """
+    if tasks:
+        _evaluate_tasks(model, tasks, cases)
+        return
     picture_format(sheet)
     for file in (sheet, card):
         check_folder(file)
@@ -371,3 +385,24 @@ def evaluate(
         )
         typer.echo(f"{name:22}  {'  '.join(scores)}")
     typer.echo(f"{sheet}, {card}: {report.seconds_per_picture:.2f} s per picture")
+
+
+def _evaluate_tasks(model: str, tasks: list[str], cases: int) -> None:
+    from cascade import Cascade
+    from cascade.cpu import suit_threads
+    from cascade.evaluation.tasks import choose_tasks, evaluate_tasks
+
+    names = choose_tasks(tasks)
+    cascade = Cascade.from_pretrained(model)
+    suit_threads(cascade)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Pictures", total=None)
+        scored = evaluate_tasks(
+            cascade, names, cases, progress=lambda done, of: progress.update(bar, completed=done, total=of)
+        )
+    for name, figures in scored.items():
+        typer.echo(name if figures else f"{name}: the checkpoint has nothing for it")
+        for figure in figures:
+            verdict = ("met" if figure.met else "missed") if figure.target else ""
+            typer.echo(f"  {figure.name:76}  {figure!s:>10}  {figure.target:15}  {verdict}".rstrip())

@@ -72,7 +72,9 @@ def test_a_converted_checkpoint_gives_the_same_picture(run: Run, checkpoint: Pat
     assert outcome.err.startswith(f"wrote {len(written)} files to {tmp_path / 'original'}, ")
     for name, model in (("a", checkpoint), ("b", tmp_path / "original")):
         run("generate", "a cat", "-o", tmp_path / f"{name}.png", "-m", model, "--seed", 7, *SMALL)
-    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    # Where mapped weights lie in memory may change the last bit of a sum; see the pipeline's test.
+    made, expected = (pixels(tmp_path / f"{name}.png").astype(int) for name in "ba")
+    assert np.abs(made - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
