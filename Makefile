@@ -14,7 +14,7 @@ given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 SERVER_READY := $(VENV)/.server-ready
 TESTS_READY := $(VENV)/.tests-ready
 
-.PHONY: help serve test test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate install constraints clean
+.PHONY: help serve test test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ train: $(TESTS_READY)  ## Train the embedded checkpoint anew in runs/tiny (core 
 
 evaluate: $(SERVER_READY)  ## Score the embedded checkpoint on prompts that it never saw
 	$(CASCADE) evaluate --model tiny --prompts 300 $(ARGS)
+
+gallery: $(SERVER_READY)  ## Draw a sheet of every task with the embedded checkpoint into docs/
+	$(BIN)/python -m cascade.evaluation.gallery $(ARGS)
 
 install: $(TESTS_READY)  ## Create .venv with everything that development needs
 
