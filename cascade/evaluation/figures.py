@@ -1,0 +1,98 @@
+"""Figures of an evaluation of tasks, and the easel on which their pictures are drawn."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image
+
+from cascade.evaluation.evaluate import BATCH_SIZE, finish
+from cascade.models import Models
+from cascade.tasks.generation import generate
+from cascade.tasks.settings import ImageSettings
+from cascade.training.captions import Caption, caption
+from cascade.training.scenes import Picture, Scene, held_out_generator, sample_scene
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number and the bound that it should keep; without one it only informs."""
+
+    name: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+    unit: str = ""  # "%": the value is a share of 1
+
+    @property
+    def met(self) -> bool:
+        """Within the bounds; a number that is none never is."""
+        low = -np.inf if self.least is None else self.least
+        high = np.inf if self.most is None else self.most
+        return bool(low <= self.value <= high)
+
+    @property
+    def target(self) -> str:
+        """The bound in words, such as "at least 85 %"; empty without one."""
+        bounds = (("at least", self.least), ("at most", self.most))
+        return " and ".join(f"{word} {self._said(bound)}" for word, bound in bounds if bound is not None)
+
+    def __str__(self) -> str:
+        return self._said(self.value)
+
+    def _said(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{100 * value:.4g} %"
+        return f"{value:.4g} {self.unit}".rstrip()
+
+
+def share(
+    name: str, hits: Sequence[bool], *, least: float | None = None, most: float | None = None
+) -> Figure:
+    """How many of all cases hit, as a share."""
+    return Figure(f"{name} (of {len(hits)})", float(np.mean(hits)), least, most, "%")
+
+
+@dataclass(slots=True)
+class Easel:
+    """Draws the pictures of a task in batches; `report` is told how many at a time were drawn.
+
+    `shown` keeps some pictures by name, for those who want to look.
+    """
+
+    models: Models
+    count: int  # cases per figure
+    seed: int = 0
+    report: Callable[[int], None] = lambda _: None
+    shown: dict[str, list[Image.Image]] = field(default_factory=dict)
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """The randomness of the cases of a task, always the same."""
+        return held_out_generator(1000 + self.seed)
+
+    def scenes(self, rng: np.random.Generator, size: tuple[int, int] = (256, 256)) -> list[Scene]:
+        """One scene for each case."""
+        return [sample_scene(rng, size) for _ in range(self.count)]
+
+    def draw(self, name: str, requests: Sequence[ImageSettings]) -> list[Picture]:
+        """The pictures of some requests, with seeds of their places in the list."""
+        seeded = [replace(request, seed=self.seed + row) for row, request in enumerate(requests)]
+        images: list[Image.Image] = []
+        for start in range(0, len(seeded), BATCH_SIZE):
+            batch = seeded[start : start + BATCH_SIZE]
+            images += [made[0].image for made in finish(generate(self.models, batch))]
+            self.report(len(batch))
+        return self.show(name, images)
+
+    def show(self, name: str, images: Sequence[Image.Image]) -> list[Picture]:
+        """Keep pictures for those who want to look, and return their pixels."""
+        self.shown[name] = list(images)
+        return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def told(scene: Scene, rng: np.random.Generator, *, background: bool = False) -> Caption:
+    """A caption; one that states the background, if need be."""
+    while "background" not in (stated := caption(scene, rng)).facts and background:
+        pass
+    return stated

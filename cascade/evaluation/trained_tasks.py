@@ -1,0 +1,140 @@
+"""Scores of what is trained beside the stages: ControlNets, LoRAs and the four-step LoRA."""
+
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from cascade.evaluation.evaluate import held_out_captions
+from cascade.evaluation.figures import Easel, Figure, share, told
+from cascade.evaluation.measures import (
+    decibels,
+    edges_of,
+    intersection_over_union,
+    mean_squared_error,
+    shows_night,
+    shows_teal,
+)
+from cascade.evaluation.picture_tasks import stand_alike
+from cascade.evaluation.verifier import judge, read_picture
+from cascade.tasks.settings import Control, ImageSettings, LoRAUse
+from cascade.training.lora import LESSONS
+from cascade.training.scenes import Picture, Scene, render
+
+ENLARGED = 2  # times by which super-resolution enlarges
+LCM_STEPS = 4
+LCM = ImageSettings(prompt="-", sampler="lcm", steps=LCM_STEPS, guidance_scale=1.0, loras=(LoRAUse("lcm"),))
+_SHOWS = {"teal": shows_teal, "night": shows_night}
+
+
+def canny(easel: Easel) -> list[Figure]:
+    """Edges of a scene and its caption, against the caption alone."""
+    if "canny" not in easel.models.controlnets:
+        return []
+    rng = easel.generator
+    scenes = easel.scenes(rng)
+    sources = [render(scene) for scene in scenes]
+    plain = [ImageSettings(prompt=told(scene, rng).text) for scene in scenes]
+    led = [
+        replace(request, control=Control("canny", Image.fromarray(source)))
+        for request, source in zip(plain, sources, strict=True)
+    ]
+    drawn = easel.draw("canny", led)
+    overlap = mean_overlap(sources, drawn)
+    without = mean_overlap(sources, easel.draw("canny, no control", plain))
+    near = [stand_alike(scene, read_picture(picture)) for scene, picture in zip(scenes, drawn, strict=True)]
+    return [
+        Figure("overlap of edges with those of the control picture", overlap, least=0.6),
+        Figure("without control", without),
+        Figure("with it, as a multiple", overlap / without if without else float("inf"), least=2),
+        share("things, colours and places as in the control picture", near),
+    ]
+
+
+def super_resolution(easel: Easel) -> list[Figure]:
+    """Pictures made small, enlarged by the ControlNet and by bicubic interpolation."""
+    if "super_resolution" not in easel.models.controlnets:
+        return []
+    rng = easel.generator
+    scenes = easel.scenes(rng)
+    sources = [render(scene) for scene in scenes]
+    small = [_shrunk(source) for source in sources]
+    requests = [
+        ImageSettings(
+            prompt=told(scene, rng).text,
+            control=Control("super_resolution", image),
+            width=scene.width,
+            height=scene.height,
+        )
+        for scene, image in zip(scenes, small, strict=True)
+    ]
+    drawn = easel.draw("super-resolution", requests)
+    size = (scenes[0].width, scenes[0].height)
+    smooth = easel.show("bicubic", [image.resize(size, Image.Resampling.BICUBIC) for image in small])
+    ours, theirs = (decibels(map(mean_squared_error, sources, made)) for made in (drawn, smooth))
+    near = [stand_alike(scene, read_picture(picture)) for scene, picture in zip(scenes, drawn, strict=True)]
+    return [
+        Figure(f"{ENLARGED} times: peak signal to noise", ours, unit="dB"),
+        Figure("bicubic", theirs, unit="dB"),
+        Figure("better than bicubic by", ours - theirs, least=0, unit="dB"),
+        share("things, colours and places as in the small picture", near),
+    ]
+
+
+def lora(easel: Easel) -> list[Figure]:
+    """The learned thing is there with the LoRA and not without, by the same prompts."""
+    figures = []
+    for name, shows in _SHOWS.items():
+        if easel.models.loras is None or name not in easel.models.loras.names():
+            continue
+        rng = easel.generator
+        taught = [_lesson(name, scene, rng) for scene in easel.scenes(rng)]
+        plain = [ImageSettings(prompt=text) for text in taught]
+        with_it = [replace(request, loras=(LoRAUse(name),)) for request in plain]
+        for word, bound, requests in (("with", {"least": 0.85}, with_it), ("without", {"most": 0.05}, plain)):
+            drawn = easel.draw(f"{name} {word}", requests)
+            figures.append(share(f"{name} appears {word} its LoRA", list(map(shows, drawn)), **bound))
+    return figures
+
+
+def lcm(easel: Easel) -> list[Figure]:
+    """Four steps without guidance against twenty with it."""
+    if easel.models.loras is None or "lcm" not in easel.models.loras.names():
+        return []
+    captions = held_out_captions(easel.count, easel.seed)
+    rights = []
+    for name, settings in (("20 steps", ImageSettings(prompt="-")), (f"{LCM_STEPS} steps", LCM)):
+        drawn = easel.draw(name, [replace(settings, prompt=one.text) for one in captions])
+        right = [
+            judge(one.facts, read_picture(picture)).is_right
+            for one, picture in zip(captions, drawn, strict=True)
+        ]
+        rights.append(right)
+    slow, fast = (float(np.mean(right)) for right in rights)
+    return [
+        share("verified in 20 steps with guidance", rights[0]),
+        share(f"verified in {LCM_STEPS} steps without", rights[1]),
+        Figure("that of this", fast / slow if slow else 0.0, least=0.95, unit="%"),
+    ]
+
+
+def mean_overlap(sources: list[Picture], drawn: list[Picture]) -> float:
+    """Of the edges of pictures with those of others, in order."""
+    pairs = zip(sources, drawn, strict=True)
+    return float(np.mean([intersection_over_union(edges_of(one), edges_of(other)) for one, other in pairs]))
+
+
+def _shrunk(picture: Picture) -> Image.Image:
+    height, width = (side // ENLARGED for side in picture.shape[:2])
+    return Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _lesson(name: str, scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt of what is taught, which must not ask for it in plain words: no black background for night."""
+    if name == "night" and scene.background == "black":
+        used = [thing.colour for thing in scene.things]
+        scene = replace(
+            scene, background=next(colour for colour in ("white", "blue", "red") if colour not in used)
+        )
+    lesson: tuple[Scene, str] = LESSONS[name].wording(scene, rng)
+    return lesson[1]
