@@ -45,6 +45,7 @@ _TARGET_DECAY = 0.95
 _AT_START = 0.25  # share of rows of pure noise
 _AT_STEPS = 0.35  # share of rows at the levels of a run of four steps
 _HUBER = 0.03
+_STRENGTH = 0.5  # that is written: of 80 prompts the whole change drew 58 right, half of it 71 and none 69
 
 
 def train(
@@ -104,7 +105,8 @@ def train(
         score = figures["right_1"] + figures["right_2"]
         if score >= best:
             best = score
-            save_dotted(module, out / f"{NAME}.safetensors", metadata(step, figures))
+            path = out / f"{NAME}.safetensors"
+            save_dotted(module, path, metadata(step, figures), strength=_STRENGTH)
         return figures
 
     fit(
