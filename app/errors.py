@@ -31,6 +31,7 @@ DeviceGone, after which an engine process is good for nothing.
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
+RESTART_SECONDS = 5
 DO_NOT_REPEAT = {"x-should-retry": "false"}  # the OpenAI SDKs repeat every 5xx unless told this
 
 
@@ -266,7 +267,12 @@ class ModelLoading(Overloaded):
 
 
 class ShuttingDown(Overloaded):
-    """The server is about to stop and takes no more work."""
+    """The server is about to stop and takes no more work; another one is up in a few seconds."""
+
+    def __init__(
+        self, message: str = "the server is stopping", *, retry_after_seconds: int = RESTART_SECONDS
+    ) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds)
 
 
 class TimedOut(AppError):

@@ -22,8 +22,6 @@ from app.metrics import Metrics
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
 
-RESTART_SECONDS = 5
-
 EXPOSED_HEADERS = (
     "x-request-id, x-job-id, retry-after, retry-after-ms, location, preference-applied, x-seed, "
     "x-ignored-params, x-resampled-from, x-prompt-truncated, idempotency-replayed, "
@@ -98,7 +96,7 @@ class Gateway:
         except asyncio.CancelledError:  # the server ends and waits for its requests no longer
             if exchange.has_started:
                 raise
-            error: AppError = ShuttingDown("the server is stopping", retry_after_seconds=RESTART_SECONDS)
+            error: AppError = ShuttingDown()
             await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         except Exception:
             self._logger.exception("request failed", request_id=exchange.request_id)

@@ -21,8 +21,6 @@ from app.jobs.job import Job, Progress, StoredImage
 from app.schemas import GenerationRequest
 from app.storage.encoding import encode
 
-RESTART_SECONDS = 5
-
 EventFamily = Literal["image_generation", "image_edit"]
 
 
@@ -119,7 +117,7 @@ class ImageStream:
 def _error(ended: Job | None) -> AppError | None:
     """Why the stream ends without all pictures."""
     if ended is None or not ended.is_finished:
-        return ShuttingDown("the server is stopping", retry_after_seconds=RESTART_SECONDS)
+        return ShuttingDown()
     return outcome_error(ended)
 
 

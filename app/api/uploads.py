@@ -6,8 +6,6 @@ from contextlib import asynccontextmanager
 
 from app.errors import RequestTimeout, ShuttingDown
 
-RESTART_SECONDS = 5
-
 
 class Uploads:
     """All bodies that are being read."""
@@ -20,7 +18,7 @@ class Uploads:
     async def reading(self, seconds: float) -> AsyncIterator[None]:
         """Read a body inside. Raises RequestTimeout when that takes too long, ShuttingDown when we close."""
         if self._is_closed:
-            raise self._stopping()
+            raise ShuttingDown
         try:
             async with asyncio.timeout(seconds) as patience:
                 self._open.add(patience)
@@ -30,7 +28,7 @@ class Uploads:
                     self._open.discard(patience)
         except TimeoutError:
             if self._is_closed:
-                raise self._stopping() from None
+                raise ShuttingDown from None
             raise RequestTimeout(
                 f"the body did not come within {seconds:g} seconds", headers={"Connection": "close"}
             ) from None
@@ -45,6 +43,3 @@ class Uploads:
         self._is_closed = True
         for patience in self._open:
             patience.reschedule(0)
-
-    def _stopping(self) -> ShuttingDown:
-        return ShuttingDown("the server is stopping", retry_after_seconds=RESTART_SECONDS)
