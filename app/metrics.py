@@ -5,6 +5,7 @@ here alone.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -141,6 +142,10 @@ class Metrics:
         self.rows.labels(stage, self._bounded_shape(shape)).observe(rows)
         if is_backlogged:
             self.fill.labels(stage).observe(rows / max(cap, 1))
+
+    def streaming(self) -> AbstractContextManager[object]:
+        """An event stream is open inside."""
+        return self.streams.track_inprogress()
 
     def happened(self, event: str, times: int = 1) -> None:
         """An engine told of something with its heartbeat."""

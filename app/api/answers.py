@@ -1,22 +1,55 @@
 """Answers about jobs, in the forms that all contracts share: the job itself, accepted, or one raw picture."""
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 
 from fastapi import Request, Response
 
 from app.api.deps import Services, public_base
 from app.api.gateway import Exchange
-from app.api.generation import read_images
+from app.api.generation import read_images, require_success, wait_for_end
 from app.api.prefer import Preference
 from app.api.views import ImageView, JobUrls, JobView, image_view, job_view, server_timing, size_text
 from app.errors import NotAcceptable
 from app.jobs.job import Job, JobStatus, Progress, StoredImage
+from app.jobs.store import Submitted
+from app.schemas import OutputFormat
 
 JOBS = "/api/v1/jobs"
 VARY = "Accept, Prefer"
 POLL_SECONDS = 1
+
+Tell = Callable[[Job, Mapping[str, str]], Awaitable[Response]]  # an ended job and headers to an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request for pictures, and how its caller wants to be answered."""
+
+    request: Request
+    services: Services
+    exchange: Exchange
+    preference: Preference
+    raw: OutputFormat | None  # the bytes of one picture in this format
+
+
+async def answer_when_ended(
+    call: Call, submitted: Submitted, tell: Tell, headers: Mapping[str, str]
+) -> Response:
+    """Wait for the pictures; `tell` is what a contract says of them, unless their bytes are wanted.
+
+    A caller that does not want to wait so long is told where to ask for the job.
+    """
+    job, told = submitted.job, {**headers, **replayed(submitted.is_replay)}
+    ended = await wait_for_end(call.request, call.services, job, call.preference)
+    if ended is None:
+        return await _accepted(call, job, {**told, "X-Job-Id": job.id, "Vary": VARY})
+    require_success(ended)
+    told = picture_headers(ended) | told
+    if call.preference.may_outlive_the_call:
+        told["Preference-Applied"] = call.preference.applied
+    return await (tell(ended, told) if call.raw is None else _raw_picture(call.services, ended, told))
 
 
 def file_url(image: StoredImage, services: Services, base: str) -> str:
@@ -80,30 +113,23 @@ async def json_response(
     return Response(text, status, headers, media_type="application/json")
 
 
-async def accepted(
-    request: Request,
-    services: Services,
-    exchange: Exchange,
-    job: Job,
-    preference: Preference,
-    headers: Mapping[str, str],
-) -> Response:
+async def _accepted(call: Call, job: Job, headers: Mapping[str, str]) -> Response:
     """202: the job goes on, and where to ask for it."""
-    base = public_base(request, services.settings)
+    base = public_base(call.request, call.services.settings)
     return await json_response(
-        await view(job, services, exchange, base),
-        services,
+        await view(job, call.services, call.exchange, base),
+        call.services,
         {
             **headers,
             "Location": f"{JOBS}/{job.id}",
             "Retry-After": str(POLL_SECONDS),
-            "Preference-Applied": preference.applied,
+            "Preference-Applied": call.preference.applied,
         },
         202,
     )
 
 
-async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
+async def _raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
     """The bytes of the one picture of an ended job."""
     [image] = job.images
     [content] = await read_images(services, job.images)

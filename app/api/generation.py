@@ -5,7 +5,7 @@ job that nobody could fetch later is dropped.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +28,10 @@ from app.errors import (
     TimedOut,
     UnsupportedParameter,
 )
-from app.jobs.job import Job, JobStatus, OnDisconnect, StoredImage
+from app.jobs.job import Job, JobStatus, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.store import Submitted
-from app.schemas import GenerationRequest, PictureRef, check_size, choose_seeds, fit_size, other_side
+from app.schemas import GenerationRequest, LoRA, PictureRef, check_size, choose_seeds, fit_size, other_side
 
 MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
 SUPER_RESOLUTION = 2  # times the sides of the picture, unless another size is asked for
@@ -42,13 +42,11 @@ class Order:
     """A checked request, and how its job is to be treated."""
 
     generation: GenerationRequest
-    priority: int
-    deadline_seconds: int | None
-    on_disconnect: OnDisconnect
+    body: GenerationMembers  # which says how
     preference: Preference
+    received: Received
+    idempotency: Idempotency | None
     metadata: dict[str, str] = field(default_factory=dict)
-    idempotency: Idempotency | None = None
-    received: Received = field(default_factory=Received)
 
 
 def resolve_model(name: str | None, services: Services) -> None:
@@ -121,9 +119,8 @@ async def check_abilities(generation: GenerationRequest, services: Services) -> 
     if generation.anchor is not None and generation.image is not None:
         _check_canvas(generation, generation.image)
     if generation.image is not None and not model.reads_pictures:
-        raise UnsupportedParameter(
-            "image needs an encoder of pictures, which this model lacks", param="image"
-        )
+        message = "image needs an encoder of pictures, which this model lacks"
+        raise UnsupportedParameter(message, param="image")
     if generation.image_prompts and not model.reads_image_prompts:
         message = "image_prompts need a vision tower, which this model lacks"
         raise UnsupportedParameter(message, param="image_prompts")
@@ -133,14 +130,16 @@ async def check_abilities(generation: GenerationRequest, services: Services) -> 
         message = f"control {control.type} is not installed; installed are: {installed}"
         raise UnsupportedParameter(message, param="control", places=[("/control/type", message)])
     if generation.loras:
-        loop = asyncio.get_running_loop()
-        names = await loop.run_in_executor(services.encoders, services.loras.names, model.lora_dirs)
-        for number, lora in enumerate(generation.loras):
-            if lora.name not in names:
-                message = (
-                    f"loras: there is no {lora.name[:100]!r}; installed are: {', '.join(names) or 'none'}"
-                )
-                raise InvalidRequest(message, param="loras", places=[(f"/loras/{number}/name", message)])
+        await _check_loras(generation.loras, services, model.lora_dirs)
+
+
+async def _check_loras(loras: Sequence[LoRA], services: Services, folders: Sequence[str]) -> None:
+    loop = asyncio.get_running_loop()
+    names = await loop.run_in_executor(services.encoders, services.loras.names, folders)
+    for number, lora in enumerate(loras):
+        if lora.name not in names:
+            message = f"loras: there is no {lora.name[:100]!r}; installed are: {', '.join(names) or 'none'}"
+            raise InvalidRequest(message, param="loras", places=[(f"/loras/{number}/name", message)])
 
 
 def _check_canvas(generation: GenerationRequest, image: PictureRef) -> None:
@@ -152,10 +151,17 @@ def _check_canvas(generation: GenerationRequest, image: PictureRef) -> None:
         )
 
 
-def guidance_members(body: GenerationMembers, received: Received) -> dict[str, Any]:
-    """What guides a picture beside words, as members of a GenerationRequest."""
+def shared_members(body: GenerationMembers, received: Received) -> dict[str, Any]:
+    """Those members of a GenerationRequest that mean the same in every contract."""
     return {
         **received.members(),
+        "prompt": body.prompt,
+        "negative_prompt": body.negative_prompt,
+        "prior_guidance_scale": body.prior_guidance_scale,
+        "decoder_guidance_scale": body.decoder_guidance_scale,
+        "preset": body.preset,
+        "sampler": body.sampler,
+        "embed_metadata": body.embed_metadata,
         "strength": body.strength,
         "feather": body.feather,
         "anchor": body.anchor,
@@ -179,7 +185,7 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
 
     The pictures that came are on the disk before it is.
     """
-    generation = order.generation
+    generation, body = order.generation, order.body
     await check_abilities(generation, services)
     exchange.facts.update(
         images=generation.num_images,
@@ -195,9 +201,9 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
         tenant=exchange.tenant,
         request=generation,
         created_at=now,
-        priority=order.priority,
-        deadline_at=None if order.deadline_seconds is None else now + order.deadline_seconds,
-        on_disconnect="finish" if order.preference.is_async else order.on_disconnect,
+        priority=body.priority,
+        deadline_at=None if body.deadline_seconds is None else now + body.deadline_seconds,
+        on_disconnect="finish" if order.preference.is_async else body.on_disconnect,
         metadata=order.metadata,
     )
     await order.received.keep(services)

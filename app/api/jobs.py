@@ -102,7 +102,7 @@ async def get_job_events(
     if job.is_finished and last >= last_number(job):
         return Response(status_code=204)  # a browser would come back for ever
     stream = JobStream(services, exchange, public_base(request, services.settings))
-    return respond_with_events(stream.events(job, last), {}, retry=True)
+    return respond_with_events(stream.events(job, last), {}, services.metrics, retry=True)
 
 
 @router.post(

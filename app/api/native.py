@@ -1,41 +1,24 @@
 """The native contract: `POST /api/v1/images` and `GET /api/v1/queue`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.api.accept import prefers_events, raw_format
-from app.api.answers import (
-    VARY,
-    accepted,
-    json_response,
-    picture_headers,
-    raw_picture,
-    replayed,
-    require_one,
-    view,
-)
+from app.api.answers import VARY, Call, answer_when_ended, json_response, replayed, require_one, view
 from app.api.bodies import NativeImageBody, parse_native
-from app.api.deps import (
-    Services,
-    TheExchange,
-    TheServices,
-    authenticate,
-    count_request,
-    public_base,
-)
+from app.api.deps import TheExchange, TheServices, authenticate, count_request, public_base
 from app.api.description import NATIVE_GENERATION, NATIVE_RESPONSES, NEEDS_KEY, problems
 from app.api.forms import read_members
 from app.api.generation import (
     Order,
-    guidance_members,
     picture_size,
-    require_success,
     resolve_model,
     seeds_for,
+    shared_members,
     size_for,
     submit,
-    wait_for_end,
     wait_for_model,
     while_waiting,
 )
@@ -45,7 +28,8 @@ from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import QueueView
-from app.schemas import GenerationRequest, OutputFormat
+from app.jobs.job import Job
+from app.schemas import GenerationRequest
 
 router = APIRouter(prefix="/api/v1", tags=["Native"], dependencies=[Depends(authenticate)])
 
@@ -76,29 +60,21 @@ async def generate_images(
     base = public_base(request, services.settings)  # a bad Host is refused before the work
     resolve_model(body.model, services)
     await wait_for_model(services)
-    received = await receive(body, services, exchange.tenant)
-    order = _order(body, received, raw or body.output_format, preference, request, members, services)
+    call = Call(request, services, exchange, preference, raw)
+    order = _order(call, body, members, await receive(body, services, exchange.tenant))
     submitted = await submit(services, exchange, order)
-    job, said = submitted.job, replayed(submitted.is_replay)
     if is_stream:
-        as_base64 = body.response_format != "url"
+        job, as_base64 = submitted.job, body.response_format != "url"
         stream = JobStream(services, exchange, base, as_base64, body.previews)
         events = while_waiting(services, job, stream.events(job))
-        return respond_with_events(events, {"X-Job-Id": job.id, "Vary": VARY, **said}, retry=True)
-    ended = await wait_for_end(request, services, job, preference)
-    if ended is None:
-        said |= {"X-Job-Id": job.id, "Vary": VARY}
-        return await accepted(request, services, exchange, job, preference, said)
-    require_success(ended)
-    headers = picture_headers(ended) | said
-    if preference.may_outlive_the_call:
-        headers["Preference-Applied"] = preference.applied
-    if raw is not None:
-        return await raw_picture(services, ended, headers)
-    as_base64 = body.response_format != "url"
-    return await json_response(
-        await view(ended, services, exchange, base, as_base64=as_base64), services, headers
-    )
+        headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay)}
+        return respond_with_events(events, headers, services.metrics, retry=True)
+
+    async def tell(job: Job, headers: Mapping[str, str]) -> Response:
+        told = await view(job, services, exchange, base, as_base64=body.response_format != "url")
+        return await json_response(told, services, headers)
+
+    return await answer_when_ended(call, submitted, tell, {})
 
 
 @router.get(
@@ -119,43 +95,27 @@ async def get_queue(services: TheServices) -> QueueView:
     )
 
 
-def _order(
-    body: NativeImageBody,
-    received: Received,
-    output_format: OutputFormat,
-    preference: Preference,
-    request: Request,
-    members: dict[str, Any],
-    services: Services,
-) -> Order:
+def _order(call: Call, body: NativeImageBody, members: Mapping[str, Any], received: Received) -> Order:
     """The body with every default filled in and every limit checked."""
+    services = call.services
     seeds = seeds_for(body.seed, body.seeds, body.num_images, services, param="num_images_per_prompt")
     param, like = "width" if body.width else "height", picture_size(received)
     width, height = size_for(body.width, body.height, services, param=param, like=like)
     generation = GenerationRequest(
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
         width=width,
         height=height,
         seeds=seeds,
         prior_num_inference_steps=body.prior_num_inference_steps,
-        prior_guidance_scale=body.prior_guidance_scale,
         decoder_num_inference_steps=body.decoder_num_inference_steps,
-        decoder_guidance_scale=body.decoder_guidance_scale,
-        preset=body.preset,
-        sampler=body.sampler,
-        output_format=output_format,
+        output_format=call.raw or body.output_format,
         output_quality=body.output_quality,
-        embed_metadata=body.embed_metadata,
-        **guidance_members(body, received),
+        **shared_members(body, received),
     )
     return Order(
         generation=generation,
-        priority=body.priority,
-        deadline_seconds=body.deadline_seconds,
-        on_disconnect=body.on_disconnect,
-        preference=preference,
-        metadata=body.metadata,
-        idempotency=idempotency_of(request, members, generation, services.settings.idempotency_ttl),
+        body=body,
+        preference=call.preference,
         received=received,
+        idempotency=idempotency_of(call.request, members, generation, services.settings.idempotency_ttl),
+        metadata=body.metadata,
     )

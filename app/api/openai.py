@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
 from app.api.accept import raw_format
-from app.api.answers import VARY, accepted, file_url, picture_headers, raw_picture, replayed, require_one
+from app.api.answers import VARY, Call, answer_when_ended, file_url, replayed, require_one
 from app.api.bodies import (
     ImageGenerationBody,
     ImageVariationBody,
@@ -17,14 +17,7 @@ from app.api.bodies import (
     parse_image_generation,
     parse_image_variation,
 )
-from app.api.deps import (
-    Services,
-    TheExchange,
-    TheServices,
-    authenticate,
-    count_request,
-    public_base,
-)
+from app.api.deps import Services, TheExchange, TheServices, authenticate, count_request, public_base
 from app.api.description import (
     EDIT,
     GENERATION,
@@ -37,15 +30,13 @@ from app.api.forms import read_members
 from app.api.gateway import Exchange
 from app.api.generation import (
     Order,
-    guidance_members,
     picture_size,
     read_images,
-    require_success,
     resolve_model,
     seeds_for,
+    shared_members,
     size_for,
     submit,
-    wait_for_end,
     wait_for_model,
     while_waiting,
 )
@@ -56,7 +47,7 @@ from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
 from app.jobs.job import Job
-from app.schemas import GenerationRequest, OutputFormat, parse_size
+from app.schemas import GenerationRequest, parse_size
 from app.settings import Settings
 
 Members = Annotated[dict[str, Any], Depends(read_members)]
@@ -150,34 +141,27 @@ async def _respond(
     if raw is not None:
         require_one(body.n, "n")
     as_url = raw is None and not body.stream and _wants_url(body)
-    needs_base = as_url or preference.may_outlive_the_call
-    base = (
-        public_base(request, services.settings) if needs_base else ""
-    )  # a bad Host is refused before the work
+    base = ""
+    if as_url or preference.may_outlive_the_call:  # a bad Host is refused before the work
+        base = public_base(request, services.settings)
     resolve_model(body.model, services)
     await wait_for_model(services)
-    received = await receive(body, services, exchange.tenant)
-    order = _order(body, received, raw or body.output_format, preference, request, members, services)
+    call = Call(request, services, exchange, preference, raw)
+    order = _order(call, body, members, await receive(body, services, exchange.tenant))
     submitted = await submit(services, exchange, order)
-    job, said = submitted.job, replayed(submitted.is_replay) | _ignored(body)
     if body.stream:
+        job = submitted.job
         stream = ImageStream(services, _quality(body), body.partial_images, event)
         events = while_waiting(services, job, stream.events(job))
-        return respond_with_events(events, {"X-Job-Id": job.id, "Vary": VARY, **said})
-    ended = await wait_for_end(request, services, job, preference)
-    if ended is None:
-        said |= {"X-Job-Id": job.id, "Vary": VARY}
-        return await accepted(request, services, exchange, job, preference, said)
-    require_success(ended)
-    headers = picture_headers(ended) | said
-    if preference.may_outlive_the_call:
-        headers["Preference-Applied"] = preference.applied
-    if raw is not None:
-        return await raw_picture(services, ended, headers)
-    data = await _data(ended, services, base if as_url else None)
-    loop = asyncio.get_running_loop()
-    content = await loop.run_in_executor(services.encoders, to_json, _answer(_quality(body), ended, data))
-    return Response(content, media_type="application/json", headers=headers)
+        headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay), **_ignored(body)}
+        return respond_with_events(events, headers, services.metrics)
+
+    async def tell(job: Job, headers: Mapping[str, str]) -> Response:
+        told = _answer(_quality(body), job, await _data(job, services, base if as_url else None))
+        content = await asyncio.get_running_loop().run_in_executor(services.encoders, to_json, told)
+        return Response(content, media_type="application/json", headers=headers)
+
+    return await answer_when_ended(call, submitted, tell, _ignored(body))
 
 
 @router.get(
@@ -215,45 +199,29 @@ def _owner(settings: Settings) -> str:
     return owner if slash else "unknown"
 
 
-def _order(
-    body: ImageGenerationBody,
-    received: Received,
-    output_format: OutputFormat,
-    preference: Preference,
-    request: Request,
-    members: Mapping[str, Any],
-    services: Services,
-) -> Order:
+def _order(call: Call, body: ImageGenerationBody, members: Mapping[str, Any], received: Received) -> Order:
     """The body with every default filled in and every limit checked."""
+    services = call.services
     seeds = seeds_for(body.seed, body.seeds, body.n, services, param="n")
     width, height = _size(body, received, services)
     steps, decoder_steps = services.settings.quality_steps[_quality(body)]
     compression = 95 if body.output_compression == 100 else max(body.output_compression, 1)
     generation = GenerationRequest(
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
         width=width,
         height=height,
         seeds=seeds,
         prior_num_inference_steps=body.prior_num_inference_steps or steps,
-        prior_guidance_scale=body.prior_guidance_scale,
         decoder_num_inference_steps=body.decoder_num_inference_steps or decoder_steps,
-        decoder_guidance_scale=body.decoder_guidance_scale,
-        preset=body.preset,
-        sampler=body.sampler,
-        output_format=output_format,
+        output_format=call.raw or body.output_format,
         output_quality=body.output_quality or compression,
-        embed_metadata=body.embed_metadata,
-        **guidance_members(body, received),
+        **shared_members(body, received),
     )
     return Order(
         generation=generation,
-        priority=body.priority,
-        deadline_seconds=body.deadline_seconds,
-        on_disconnect=body.on_disconnect,
-        preference=preference,
-        idempotency=idempotency_of(request, members, generation, services.settings.idempotency_ttl),
+        body=body,
+        preference=call.preference,
         received=received,
+        idempotency=idempotency_of(call.request, members, generation, services.settings.idempotency_ttl),
     )
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: how they are written, and the stream of one job in the native contract."""
+"""Server-sent events on the wire: how one is written, and an answer that sends them as they come."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic_core import to_json
+
+from app.metrics import Metrics
 
 QUIET_SECONDS = 15.0  # then a comment, because proxies cut connections that seem dead
 RETRY_MILLISECONDS = 2000
@@ -22,31 +24,35 @@ def sse(event: str, data: Mapping[str, Any] | Any, *, number: int | None = None)
 
 
 def respond_with_events(
-    events: AsyncGenerator[bytes], headers: Mapping[str, str], *, retry: bool = False
+    events: AsyncGenerator[bytes], headers: Mapping[str, str], metrics: Metrics, *, retry: bool = False
 ) -> EventSourceResponse:
     """An answer that sends `events` as they come. When the caller leaves, they are closed."""
-    return EventSourceResponse(_kept_alive(events, retry=retry), headers={**_HEADERS, **headers})
+    stream = _kept_alive(events, metrics, retry=retry)
+    return EventSourceResponse(stream, headers={**_HEADERS, **headers})
 
 
-async def _kept_alive(events: AsyncGenerator[bytes], *, retry: bool) -> AsyncIterator[bytes]:
+async def _kept_alive(
+    events: AsyncGenerator[bytes], metrics: Metrics, *, retry: bool
+) -> AsyncIterator[bytes]:
     """`events`, with comments while there are none. The first bytes leave at once."""
     ahead: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
     pump = asyncio.create_task(_pump(events, ahead))
-    try:
-        yield format_sse_event(retry=RETRY_MILLISECONDS) if retry else KEEPALIVE_COMMENT
-        while True:
-            try:
-                async with asyncio.timeout(QUIET_SECONDS):
-                    event = await ahead.get()
-            except TimeoutError:
-                event = KEEPALIVE_COMMENT
-            if event is None:
-                return
-            if isinstance(event, Exception):
-                raise event
-            yield event
-    finally:
-        pump.cancel()
+    with metrics.streaming():
+        try:
+            yield format_sse_event(retry=RETRY_MILLISECONDS) if retry else KEEPALIVE_COMMENT
+            while True:
+                try:
+                    async with asyncio.timeout(QUIET_SECONDS):
+                        event = await ahead.get()
+                except TimeoutError:
+                    event = KEEPALIVE_COMMENT
+                if event is None:
+                    return
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            pump.cancel()
 
 
 async def _pump(events: AsyncGenerator[bytes], ahead: "asyncio.Queue[bytes | Exception | None]") -> None:

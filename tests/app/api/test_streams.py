@@ -8,6 +8,7 @@ import pytest
 
 from app.api import streams
 from app.api.streams import respond_with_events, sse
+from app.metrics import Metrics
 from tests.app.fakes import until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +48,7 @@ def source() -> Source:
 async def test_events_leave_in_order(source: Source) -> None:
     for event in (b"1", b"2", b""):
         source.queue.put_nowait(event)
-    response = respond_with_events(source.events(), {"x": "y"}, retry=True)
+    response = respond_with_events(source.events(), {"x": "y"}, Metrics(), retry=True)
     assert [chunk async for chunk in response.body_iterator] == [b"retry: 2000\n\n", b"1", b"2"]
     assert response.headers["content-type"].startswith("text/event-stream")
     assert (response.headers["cache-control"], response.headers["x-accel-buffering"]) == ("no-cache", "no")
@@ -57,7 +58,7 @@ async def test_events_leave_in_order(source: Source) -> None:
 
 async def test_comments_while_it_is_quiet(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "QUIET_SECONDS", 0.01)
-    chunks = aiter(respond_with_events(source.events(), {}).body_iterator)
+    chunks = aiter(respond_with_events(source.events(), {}, Metrics()).body_iterator)
     assert [await anext(chunks) for _ in range(3)] == [b": ping\n\n"] * 3
     source.queue.put_nowait(b"1")
     while (chunk := await anext(chunks)) == b": ping\n\n":
@@ -69,7 +70,7 @@ async def test_comments_while_it_is_quiet(source: Source, monkeypatch: pytest.Mo
 async def test_an_error_reaches_whoever_sends(source: Source) -> None:
     source.queue.put_nowait(RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"):
-        [chunk async for chunk in respond_with_events(source.events(), {}).body_iterator]
+        [chunk async for chunk in respond_with_events(source.events(), {}, Metrics()).body_iterator]
 
 
 async def test_a_caller_who_leaves_closes_the_events(source: Source) -> None:
@@ -83,21 +84,24 @@ async def test_a_caller_who_leaves_closes_the_events(source: Source) -> None:
     async def send(message: object) -> None:
         sent.append(message)  # type: ignore[arg-type]
 
-    response = respond_with_events(source.events(), {})
+    metrics = Metrics()
+    response = respond_with_events(source.events(), {}, metrics)
     visit = asyncio.ensure_future(response({"type": "http", "asgi": {"version": "3.0"}}, receive, send))
     source.queue.put_nowait(b"1")
     async with asyncio.timeout(5):
         await until(lambda: len(sent) >= 3)
+        assert metrics.registry.get_sample_value("cascade_http_streams") == 1
         gone.set()
         await visit
         await source.is_closed.wait()
+    assert metrics.registry.get_sample_value("cascade_http_streams") == 0
     assert [message.get("body") for message in sent[1:3]] == [b": ping\n\n", b"1"]
 
 
 async def test_a_slow_reader_holds_up_the_source_and_not_the_memory(source: Source) -> None:
     for _ in range(100):
         source.queue.put_nowait(b"x" * 1000)
-    chunks = aiter(respond_with_events(source.events(), {}).body_iterator)
+    chunks = aiter(respond_with_events(source.events(), {}, Metrics()).body_iterator)
     await anext(chunks)
     for _ in range(50):
         await asyncio.sleep(0)
