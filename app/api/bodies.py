@@ -1,12 +1,13 @@
-"""The bodies of the contracts, and how the first mistake in one becomes an error that names its place."""
+"""The bodies of the contracts: which members they have, and the several ways in which callers send them."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from app.api.sources import INVALID_IMAGE, ControlBody, ImagePromptMember, Picture, Source, parse_source
+from app.api.mistakes import CODES, validated
+from app.api.sources import ControlBody, ImagePromptMember, Picture, Source, parse_source
 from app.errors import InvalidRequest, UnsupportedParameter
 from app.jobs.job import OnDisconnect
 from app.schemas import (
@@ -33,7 +34,6 @@ from app.schemas import (
     check_company,
 )
 
-Body = TypeVar("Body", bound=BaseModel)
 OpenAIBody = TypeVar("OpenAIBody", bound="ImageGenerationBody")
 
 ResponseFormat = Literal["url", "b64_json"]
@@ -41,8 +41,6 @@ NumPreviews = Annotated[int, Field(ge=0, le=3), Number]
 Priority = Annotated[int, Field(ge=-10, le=10), Number]
 DeadlineSeconds = Annotated[int, Field(ge=1, le=86_400), Number]
 MetadataText = Annotated[str, Field(max_length=512)]
-
-MAX_PLACES = 20  # mistakes that one answer lists
 
 # Members that are known to mean something, whose silent loss would give a wrong picture.
 NOT_YET = ("webhook",)
@@ -280,7 +278,7 @@ def _picture(given: object, name: str) -> Source:
         return parse_source(given, name)
     except PydanticCustomError as error:
         message = f"{name} {error.message()}".replace("should", "must", 1)
-        raise InvalidRequest(message, param=name, code=_CODES[error.type]) from None
+        raise InvalidRequest(message, param=name, code=CODES[error.type]) from None
 
 
 def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: dict[str, str]) -> OpenAIBody:
@@ -300,7 +298,7 @@ def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: d
             given[name] = given.pop(alias)
             sent_as[name] = alias
     _allow_no_prompt(given)
-    return _validated(kind, given, sent_as)
+    return validated(kind, given, sent_as)
 
 
 def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
@@ -308,7 +306,7 @@ def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
     _refuse_what_cannot_be_served(members)
     given = {name: value for name, value in members.items() if value is not None and name not in NOT_YET}
     _allow_no_prompt(given)
-    return _validated(NativeImageBody, given, {})
+    return validated(NativeImageBody, given, {})
 
 
 def _allow_no_prompt(given: dict[str, Any]) -> None:
@@ -321,71 +319,3 @@ def _refuse_what_cannot_be_served(members: Mapping[str, Any]) -> None:
     for name in NOT_YET:
         if members.get(name) not in _EMPTY:
             raise UnsupportedParameter(f"{name} is not supported by this version", param=name)
-
-
-_CODES = {
-    "not_a_number": "invalid_type",
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unsupported_parameter",
-    "string_type": "invalid_type",
-    "int_type": "invalid_type",
-    "int_parsing": "invalid_type",
-    "int_from_float": "invalid_type",
-    "float_type": "invalid_type",
-    "float_parsing": "invalid_type",
-    "bool_type": "invalid_type",
-    "bool_parsing": "invalid_type",
-    "list_type": "invalid_type",
-    "dict_type": "invalid_type",
-    "model_type": "invalid_type",
-    "tuple_type": "invalid_type",
-    INVALID_IMAGE: INVALID_IMAGE,
-    "unsupported_url": "unsupported_parameter",
-}
-
-
-def _validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, str]) -> Body:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _invalid_request(error, sent_as) from None
-
-
-def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> InvalidRequest:
-    """The first mistake in words, under the name that the caller used, and the places of all."""
-    problems = error.errors(include_url=False, include_input=False)
-    places = [
-        (_pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
-        for problem in problems[:MAX_PLACES]
-    ]
-    first = problems[0]
-    code = _CODES.get(first["type"], "invalid_value")
-    bounds = first.get("ctx", {}).values()
-    is_bounded = first["type"] in ("greater_than_equal", "less_than_equal")
-    if is_bounded and all(isinstance(bound, int) for bound in bounds):
-        code = "integer_out_of_range"
-    param = _path(first, sent_as)[0]
-    return InvalidRequest(places[0][1], param=param, code=code, places=places)
-
-
-def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
-    """Names from the body down to the mistake. What concerns several members names one, or else the seeds."""
-    first, *rest = problem["loc"] or (problem.get("ctx", {}).get("member", "seeds"),)
-    names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
-    return [name if name.isprintable() and len(name) <= 64 else ascii(name[:64]) for name in names]
-
-
-def _pointer(names: list[str]) -> str:
-    """A JSON pointer (RFC 6901)."""
-    return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
-
-
-def _words(problem: ErrorDetails, names: list[str]) -> str:
-    name = ".".join(names)
-    if problem["type"] == "missing":
-        return f"{name} is required"
-    if problem["type"] == "extra_forbidden":
-        return f"{name} is no member of this request"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    message = message.replace("should", "must", 1)
-    return f"{name} {message}" if problem["loc"] else message

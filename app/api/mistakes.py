@@ -1,0 +1,86 @@
+"""How the mistakes in a body become an error that names their places, in the words of the caller."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from app.api.sources import INVALID_IMAGE
+from app.errors import InvalidRequest
+
+Body = TypeVar("Body", bound=BaseModel)
+
+MAX_PLACES = 20  # mistakes that one answer lists
+
+CODES = {  # what pydantic calls a mistake -> our code of it; others are "invalid_value"
+    "not_a_number": "invalid_type",
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unsupported_parameter",
+    "string_type": "invalid_type",
+    "int_type": "invalid_type",
+    "int_parsing": "invalid_type",
+    "int_from_float": "invalid_type",
+    "float_type": "invalid_type",
+    "float_parsing": "invalid_type",
+    "bool_type": "invalid_type",
+    "bool_parsing": "invalid_type",
+    "list_type": "invalid_type",
+    "dict_type": "invalid_type",
+    "model_type": "invalid_type",
+    "tuple_type": "invalid_type",
+    INVALID_IMAGE: INVALID_IMAGE,
+    "unsupported_url": "unsupported_parameter",
+}
+
+
+def validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, str]) -> Body:
+    """A body of this kind, or the InvalidRequest that says what is wrong with it.
+
+    Args:
+        sent_as: the names that the caller used for members, where they are other ones.
+    """
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _invalid_request(error, sent_as) from None
+
+
+def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> InvalidRequest:
+    """The first mistake in words, under the name that the caller used, and the places of all."""
+    problems = error.errors(include_url=False, include_input=False)
+    places = [
+        (_pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
+        for problem in problems[:MAX_PLACES]
+    ]
+    first = problems[0]
+    code = CODES.get(first["type"], "invalid_value")
+    bounds = first.get("ctx", {}).values()
+    is_bounded = first["type"] in ("greater_than_equal", "less_than_equal")
+    if is_bounded and all(isinstance(bound, int) for bound in bounds):
+        code = "integer_out_of_range"
+    param = _path(first, sent_as)[0]
+    return InvalidRequest(places[0][1], param=param, code=code, places=places)
+
+
+def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
+    """Names from the body down to the mistake. What concerns several members names one, or else the seeds."""
+    first, *rest = problem["loc"] or (problem.get("ctx", {}).get("member", "seeds"),)
+    names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
+    return [name if name.isprintable() and len(name) <= 64 else ascii(name[:64]) for name in names]
+
+
+def _pointer(names: list[str]) -> str:
+    """A JSON pointer (RFC 6901)."""
+    return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
+
+
+def _words(problem: ErrorDetails, names: list[str]) -> str:
+    name = ".".join(names)
+    if problem["type"] == "missing":
+        return f"{name} is required"
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is no member of this request"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = message.replace("should", "must", 1)
+    return f"{name} {message}" if problem["loc"] else message
