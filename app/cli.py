@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from app import cli_checkpoints, cli_generate, cli_health, cli_latents, cli_serve, cli_training
+from app import cli_checkpoints, cli_evaluate, cli_generate, cli_health, cli_latents, cli_serve, cli_training
 from app.cli_errors import problems, usage_problem
 
 INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
@@ -33,7 +33,7 @@ app.command("inspect")(cli_checkpoints.inspect)
 app.command("convert")(cli_checkpoints.convert)
 app.command("download")(cli_checkpoints.download)
 app.add_typer(cli_training.train, name="train")
-app.command("evaluate")(cli_training.evaluate)
+app.command("evaluate")(cli_evaluate.evaluate)
 
 
 def _print_version(wanted: bool) -> None:
