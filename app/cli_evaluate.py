@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from app import cli_options as options
-from app.cli_pictures import check_folder, picture_format
+from app.cli_pictures import check_folder, check_output
 
 if TYPE_CHECKING:
     from cascade import Cascade
@@ -55,9 +55,8 @@ def evaluate(
 
 
 def _evaluate_prompts(model: str, prompts: int, sheet: Path, card: Path) -> None:
-    picture_format(sheet)
-    for file in (sheet, card):
-        check_folder(file)
+    check_output(sheet)
+    check_folder(card)
     from cascade.checkpoints.load import EMBEDDED
     from cascade.evaluation.card import write_card
     from cascade.evaluation.evaluate import ASPECTS

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 
 from app import cli_options as options
 from app.cli_inputs import optional_picture, read_control, read_image_prompts, read_loras
-from app.cli_pictures import check_folder, grid_path, numbered, picture_format, save_pictures, save_preview
+from app.cli_pictures import check_output, grid_path, numbered, save_pictures, save_preview
 
 if TYPE_CHECKING:
     from cascade import Cascade, GeneratedImage, ImageSettings, Progress
@@ -76,10 +76,9 @@ def generate(
       cascade generate "two circles" --image circle.png --anchor left --width 512 --height 256
       cascade generate --image-prompt circle.png --image-prompt star.png:0.5
     """
-    for file, option in ((output, "output"), (preview, "preview")):
-        if file is not None:
-            picture_format(file, option)
-            check_folder(file, option)
+    check_output(output)
+    if preview is not None:
+        check_output(preview, "preview")
     from cascade import ImageSettings, InvalidSetting
 
     if prompt is None and image is None and not image_prompts:
@@ -172,7 +171,7 @@ def draw(cascade: "Cascade", settings: "ImageSettings", preview: Path | None) ->
         if preview is not None and previewer is not None and seen.latents is not None:
             save_preview(previewer, seen.latents, preview)
 
-    [pictures] = run_with_bars(make(cascade, [settings]), Console(stderr=True), watch)
+    [pictures] = run_with_bars(make(cascade, [settings]), watch)
     return pictures
 
 
@@ -190,22 +189,24 @@ def report(pictures: list["GeneratedImage"], output: Path, *, has_grid: bool) ->
 
 
 def run_with_bars(
-    run: Generator["Progress", None, Result], console: Console, watch: Callable[["Progress"], None]
+    run: Generator["Progress", None, Result], watch: Callable[["Progress"], None] | None = None
 ) -> Result:
     """Drive `run` to its end; on a terminal, with one bar for each stage, which appears when it begins.
 
     `watch` is called after every step.
     """
+    from cascade.tasks.generation import run_to_end
+
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as display:
-        while True:
-            try:
-                seen = next(run)
-            except StopIteration as finished:
-                result: Result = finished.value
-                return result
+
+        def show(seen: "Progress") -> None:
             if seen.stage not in bars:
                 bars[seen.stage] = display.add_task(STAGE_TITLES[seen.stage], total=seen.steps)
             display.update(bars[seen.stage], completed=seen.step)
-            watch(seen)
+            if watch is not None:
+                watch(seen)
+
+        return run_to_end(run, show)

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from app import cli_options as options
 from app.cli_generate import load, run_with_bars
 from app.cli_inputs import read_picture
-from app.cli_pictures import check_folder, picture_format, write_all
+from app.cli_pictures import check_folder, check_output, picture_format, write_all
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,7 +105,7 @@ def decode(
     from cascade.tasks.autoencode import DecodeSettings, decode_all
     from cascade.tasks.latents import Latents
 
-    _check_output(output)
+    check_output(output)
     stored = Latents.load(latents)
     settings = DecodeSettings(
         width=width,
@@ -121,7 +120,7 @@ def decode(
     )
     settings.of(stored)  # before the model is loaded: a wrong setting is known at once
     cascade = load(model, device, dtype, revision, variant, is_offline=offline)
-    [drawn] = run_with_bars(decode_all(cascade, [stored], [settings]), Console(stderr=True), lambda _: None)
+    [drawn] = run_with_bars(decode_all(cascade, [stored], [settings]))
     _save(drawn, output, quality, settings)
 
 
@@ -153,7 +152,7 @@ def reconstruct(
     """
     from cascade.tasks.autoencode import DecodeSettings, reconstruct_all
 
-    _check_output(output)
+    check_output(output)
     settings = DecodeSettings(
         width=width,
         height=height,
@@ -167,15 +166,8 @@ def reconstruct(
     settings.check()
     source = read_picture(picture, "picture")
     cascade = load(model, device, dtype, revision, variant, is_offline=offline)
-    [drawn] = run_with_bars(
-        reconstruct_all(cascade, [source], [settings]), Console(stderr=True), lambda _: None
-    )
+    [drawn] = run_with_bars(reconstruct_all(cascade, [source], [settings]))
     _save(drawn, output, quality, settings)
-
-
-def _check_output(output: Path) -> None:
-    picture_format(output)
-    check_folder(output)
 
 
 def _save(image: "Image.Image", output: Path, quality: int, settings: "DecodeSettings") -> None:

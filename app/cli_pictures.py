@@ -46,6 +46,12 @@ def check_folder(path: Path, option: str = "output") -> None:
         raise InvalidSetting(option, f"the folder {folder} may not be written to")
 
 
+def check_output(path: Path, option: str = "output") -> None:
+    """Both of these, for a picture file that is to be written."""
+    picture_format(path, option)
+    check_folder(path, option)
+
+
 def numbered(path: Path, count: int) -> list[Path]:
     """The path itself for one picture, else NAME-0.png, NAME-1.png, ..."""
     if count == 1:

@@ -1,9 +1,9 @@
 """Cascade: a checkpoint, ready to make pictures. The front door of the library."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from os import PathLike
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 import torch
 from PIL import Image
@@ -12,11 +12,9 @@ from cascade.errors import InvalidSetting
 from cascade.models import Models
 from cascade.tasks.autoencode import DecodeSettings, decode_all, reconstruct_all
 from cascade.tasks.encoding import encode
-from cascade.tasks.generation import GeneratedImage, Progress, generate
+from cascade.tasks.generation import GeneratedImage, Progress, generate, run_to_end
 from cascade.tasks.latents import Latents
 from cascade.tasks.settings import STRENGTH, ImagePrompt, ImageSettings, Options
-
-R = TypeVar("R")
 
 
 class Cascade(Models):
@@ -170,7 +168,7 @@ class Cascade(Models):
         self, request: ImageSettings, progress: Callable[[Progress], None] | None
     ) -> list[GeneratedImage]:
         """The pictures of one request: what all tasks come to."""
-        [images] = _driven(generate(self, [request]), progress)
+        [images] = run_to_end(generate(self, [request]), progress)
         return images
 
     def encode(
@@ -201,7 +199,7 @@ class Cascade(Models):
         Raises:
             InvalidSetting: a setting is wrong, or another encoder made the latents; nothing was computed.
         """
-        [image] = _driven(decode_all(self, [latents], [settings or DecodeSettings()]), progress)
+        [image] = run_to_end(decode_all(self, [latents], [settings or DecodeSettings()]), progress)
         return image
 
     def reconstruct(
@@ -215,17 +213,5 @@ class Cascade(Models):
         Raises:
             InvalidSetting: a setting is wrong, or the checkpoint has no encoder; nothing was computed.
         """
-        [drawn] = _driven(reconstruct_all(self, [image], [settings or DecodeSettings()]), progress)
+        [drawn] = run_to_end(reconstruct_all(self, [image], [settings or DecodeSettings()]), progress)
         return drawn
-
-
-def _driven(run: Generator[Progress, None, R], progress: Callable[[Progress], None] | None) -> R:
-    """Drive a run to its end; `progress` is called after every step."""
-    while True:
-        try:
-            step = next(run)
-        except StopIteration as finished:
-            result: R = finished.value
-            return result
-        if progress is not None:
-            progress(step)

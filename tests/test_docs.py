@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -29,6 +30,7 @@ from cascade.training.scenes import NATIVE_SIZES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -107,6 +109,20 @@ def test_named_make_targets_and_files_exist() -> None:
     assert {line.split()[1] for line in shell_lines() if line.startswith("make ")} <= targets
     for name in re.findall(r"`((?:tests|cascade|app)/[\w./]+|[A-Z]+\.md)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_every_command_is_documented() -> None:
+    for path in command_paths(typer.main.get_command(command_line), "cascade"):
+        assert f"`{path}`" in README
+
+
+def command_paths(command: Any, path: str) -> Iterator[str]:
+    """Every command that does something, as "cascade train tiny"."""
+    if not hasattr(command, "commands"):
+        yield path
+        return
+    for name, inner in command.commands.items():
+        yield from command_paths(inner, f"{path} {name}")
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("cascade ")])
@@ -201,3 +217,16 @@ def test_the_sizes_of_the_embedded_checkpoint_are_documented() -> None:
     [text] = re.findall(r"It draws at (.*?) and the same upright", README)
     named = [tuple(map(int, size)) for size in re.findall(r"(\d+)x(\d+)", text)]
     assert [*named, *((height, width) for width, height in named[1:])] == list(NATIVE_SIZES)
+
+
+def test_the_map_shows_what_is_there() -> None:
+    """What the map names under a package is there, and what stands in a package directly is named."""
+    [tree] = re.findall(r"^## The map\n+```\n(.*?)^```", ARCHITECTURE, re.MULTILINE | re.DOTALL)
+    for package, text in re.findall(r"^(app|cascade)/(.*?)(?=^\S|\Z)", tree, re.MULTILINE | re.DOTALL):
+        folder = ROOT / package
+        named = set(re.findall(r"\b\w+\.py\b", text))
+        assert named <= {path.name for path in folder.rglob("*.py")}, package
+        folders = {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"}
+        assert folders == set(re.findall(r"^  (\w+)/", text, re.MULTILINE)), package
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        assert {name for name in modules if not name.startswith("cli_")} <= named, package

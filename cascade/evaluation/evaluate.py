@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,7 @@ from PIL import Image
 from cascade.evaluation.reconstruction import Reconstruction, reconstruct
 from cascade.evaluation.verifier import Verdict, judge, read_picture
 from cascade.models import Models
-from cascade.tasks.generation import generate
+from cascade.tasks.generation import generate, run_to_end
 from cascade.tasks.settings import ImageSettings
 from cascade.training.captions import Caption, caption
 from cascade.training.scenes import Scene, held_out_generator, sample_scene
@@ -30,7 +30,6 @@ ASPECTS: dict[Aspect, str] = {
 NUM_TIMED = 10
 BATCH_SIZE = 16
 
-R = TypeVar("R")
 Draw = Callable[[list[ImageSettings]], list[Image.Image]]  # the first picture of each request
 
 
@@ -108,7 +107,7 @@ def evaluate(
             progress(done, total)
 
     def draw(requests: list[ImageSettings]) -> list[Image.Image]:
-        return [images[0].image for images in finish(generate(models, requests))]
+        return [images[0].image for images in run_to_end(generate(models, requests))]
 
     judged, seconds = draw_and_judge(draw, held_out_captions(num_prompts, seed), settings, report_done)
     reconstruction = reconstruct(models, num_reconstructions, seed) if num_reconstructions else None
@@ -138,16 +137,6 @@ def held_out_captions(count: int, seed: int) -> list[Caption]:
     """Captions of scenes with one thing and with two, in turn."""
     rng = held_out_generator(seed)
     return [caption(_scene_with(1 + index % 2, rng), rng) for index in range(count)]
-
-
-def finish(run: Generator[Any, None, R]) -> R:
-    """Drive a generator to its end and return its value."""
-    while True:
-        try:
-            next(run)
-        except StopIteration as finished:
-            value: R = finished.value
-            return value
 
 
 def _scene_with(num_things: int, rng: np.random.Generator) -> Scene:

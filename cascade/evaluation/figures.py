@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from cascade.evaluation.evaluate import BATCH_SIZE, finish
+from cascade.evaluation.evaluate import BATCH_SIZE
+from cascade.evaluation.verifier import judge, read_picture
 from cascade.models import Models
-from cascade.tasks.generation import generate
+from cascade.tasks.generation import generate, run_to_end
 from cascade.tasks.settings import ImageSettings
 from cascade.training.captions import Caption, caption
 from cascade.training.scenes import Picture, Scene, held_out_generator, sample_scene
@@ -81,7 +82,7 @@ class Easel:
         images: list[Image.Image] = []
         for start in range(0, len(seeded), BATCH_SIZE):
             batch = seeded[start : start + BATCH_SIZE]
-            images += [made[0].image for made in finish(generate(self.models, batch))]
+            images += [made[0].image for made in run_to_end(generate(self.models, batch))]
             self.report(len(batch))
         return self.show(name, images)
 
@@ -96,3 +97,11 @@ def told(scene: Scene, rng: np.random.Generator, *, background: bool = False) ->
     while "background" not in (stated := caption(scene, rng)).facts and background:
         pass
     return stated
+
+
+def are_right(captions: Sequence[Caption], pictures: Sequence[Picture]) -> list[bool]:
+    """Whether each picture shows what its caption says."""
+    return [
+        judge(one.facts, read_picture(picture)).is_right
+        for one, picture in zip(captions, pictures, strict=True)
+    ]

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cascade.errors import CheckpointError, InvalidSetting
+from cascade.evaluation.measures import decibels, mean_squared_error
 from cascade.evaluation.panels import Panel, Row, draw_sheet, save_png, stack
 from cascade.models import Models
 from cascade.pipeline import Cascade
@@ -424,8 +425,7 @@ def _box_mask(size: tuple[int, int], box: tuple[float, float, float, float]) -> 
 
 def _decibels(true: Image.Image, other: Image.Image) -> float:
     """Peak signal to noise ratio."""
-    error = (np.asarray(true, float) - np.asarray(other, float)) ** 2
-    return float(10 * np.log10(255**2 / error.mean()))
+    return decibels([mean_squared_error(np.asarray(true), np.asarray(other))])
 
 
 def main() -> int:

@@ -6,13 +6,12 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from cascade.evaluation.evaluate import finish
-from cascade.evaluation.figures import Easel, Figure, share, told
+from cascade.evaluation.figures import Easel, Figure, are_right, share, told
 from cascade.evaluation.measures import decibels, distance, mean_squared_error, seam_ratio
-from cascade.evaluation.verifier import judge, read_picture
+from cascade.evaluation.verifier import read_picture, shows
 from cascade.tasks.autoencode import DecodeSettings, reconstruct_all
+from cascade.tasks.generation import run_to_end
 from cascade.tasks.settings import ImagePrompt, ImageSettings
-from cascade.training.captions import scene_facts
 from cascade.training.scenes import COLOURS, SHAPES, SQUARE_SIZE, Picture, Scene, Thing, render, sample_scene
 
 ASPECTS = ((256, 256), (384, 256), (512, 256), (256, 384), (256, 512))
@@ -34,14 +33,14 @@ def reconstruction(easel: Easel) -> list[Figure]:
         images = []
         for row, source in enumerate(sources):
             settings = DecodeSettings(seed=easel.seed + row)
-            images += finish(reconstruct_all(easel.models, [Image.fromarray(source)], [settings]))
+            images += run_to_end(reconstruct_all(easel.models, [Image.fromarray(source)], [settings]))
             easel.report(1)
         name = f"{width}x{height}"
         drawn = easel.show(f"reconstructed {name}", images)
         noise = decibels(map(mean_squared_error, sources, drawn))
         figures += [
             Figure(f"{name}: peak signal to noise", noise, least=28, unit="dB"),
-            share(f"{name}: verified", list(map(_is_right, scenes, drawn)), least=0.9),
+            share(f"{name}: verified", list(map(shows, scenes, drawn)), least=0.9),
         ]
     return figures
 
@@ -83,7 +82,7 @@ def variation(easel: Easel) -> list[Figure]:
     alone = list(map(read_picture, easel.draw("the first alone", [_guided_by(both[:1]) for both in parents])))
     return [
         share("the same things", list(map(same_things, scenes, seen)), least=0.85),
-        share("verified", list(map(_is_right, scenes, drawn))),
+        share("verified", list(map(shows, scenes, drawn))),
         share("the pixels differ", differ, least=1),
         share("two image prompts: traits of both", list(map(has_both, pairs, mixed)), least=0.5),
         share("the first of them alone: traits of both", list(map(has_both, pairs, alone)), most=0.1),
@@ -120,11 +119,10 @@ def inpainting(easel: Easel) -> list[Figure]:
             stands_there(scene.things[-1], mask, picture)
             for scene, mask, picture in zip(wanted, masks, seen, strict=True)
         ]
-        right = [judge(one.facts, picture).is_right for one, picture in zip(captions, seen, strict=True)]
         figures += [
             share(f"{kind}: pixels that are kept are the same", kept, least=1),
             share(f"{kind}: the masked thing is what the prompt says", there, least=0.85),
-            share(f"{kind}: the whole picture is", right),
+            share(f"{kind}: the whole picture is", are_right(captions, drawn)),
         ]
     return figures + outpainting(easel)
 
@@ -151,13 +149,10 @@ def outpainting(easel: Easel) -> list[Figure]:
     drawn = easel.draw("outpainting", requests)
     kept = [bool((picture[:, inner] == source).all()) for picture, source in zip(drawn, sources, strict=True)]
     ratios = [seam_ratio(picture, (inner.start, inner.stop)) for picture in drawn]
-    right = [
-        judge(one.facts, read_picture(picture)).is_right for one, picture in zip(captions, drawn, strict=True)
-    ]
     return [
         share("outpainting: pixels that are kept are the same", kept, least=1),
         Figure("outpainting: step across the seam, of that elsewhere", float(np.mean(ratios)), most=1),
-        share("outpainting: verified", right),
+        share("outpainting: verified", are_right(captions, drawn)),
     ]
 
 
@@ -196,11 +191,13 @@ def _background_change(easel: Easel, rng: np.random.Generator) -> list[Figure]:
         ImageSettings(prompt=one.text, image=Image.fromarray(render(scene)), strength=BACKGROUND_STRENGTH)
         for one, scene in zip(captions, scenes, strict=True)
     ]
-    seen = list(map(read_picture, easel.draw("another background", requests)))
-    right = [judge(one.facts, picture).is_right for one, picture in zip(captions, seen, strict=True)]
-    near = [stand_alike(scene, picture) for scene, picture in zip(changed, seen, strict=True)]
+    drawn = easel.draw("another background", requests)
+    near = [stand_alike(scene, read_picture(one)) for scene, one in zip(changed, drawn, strict=True)]
     name = f"another background by prompt, strength {BACKGROUND_STRENGTH:g}"
-    return [share(f"{name}: verified", right, least=0.9), share(f"{name}: where they stood", near)]
+    return [
+        share(f"{name}: verified", are_right(captions, drawn), least=0.9),
+        share(f"{name}: where they stood", near),
+    ]
 
 
 def stand_alike(scene: Scene, seen: Scene, pixels: float = 16) -> bool:
@@ -212,10 +209,6 @@ def stand_alike(scene: Scene, seen: Scene, pixels: float = 16) -> bool:
         )
         for one in scene.things
     )
-
-
-def _is_right(scene: Scene, picture: Picture) -> bool:
-    return judge(scene_facts(scene), read_picture(picture)).is_right
 
 
 def _guided_by(pictures: Sequence[Picture]) -> ImageSettings:

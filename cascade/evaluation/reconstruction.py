@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from cascade.evaluation.verifier import judge, read_picture
+from cascade.evaluation.measures import decibels, mean_squared_error
+from cascade.evaluation.verifier import shows
 from cascade.models import Models
 from cascade.tasks.autoencode import DecodeSettings, reconstruct_all
-from cascade.training.captions import scene_facts
-from cascade.training.scenes import Picture, Scene, held_out_generator, render, sample_scene
+from cascade.tasks.generation import run_to_end
+from cascade.training.scenes import Picture, held_out_generator, render, sample_scene
 
 _BATCH_SIZE = 16
 
@@ -33,23 +34,14 @@ def reconstruct(models: Models, count: int, seed: int, decoder_steps: int = 10) 
         batch = scenes[start : start + _BATCH_SIZE]
         pictures = np.stack([render(scene) for scene in batch])
         drawn = _draw_anew(models, pictures, seed + start, decoder_steps)
-        errors += ((drawn.astype(float) - pictures) ** 2).mean((1, 2, 3)).tolist()
-        verified += sum(map(_is_right, batch, drawn))
-    return Reconstruction(count, float(10 * np.log10(255**2 / np.mean(errors))), verified)
+        errors += map(mean_squared_error, pictures, drawn)
+        verified += sum(map(shows, batch, drawn))
+    return Reconstruction(count, decibels(errors), verified)
 
 
 def _draw_anew(models: Models, pictures: Picture, seed: int, steps: int) -> Picture:
     """Pictures (b, h, w, 3) as Stages B and A draw them from the encoder's codes alone, without text."""
     images = [Image.fromarray(picture) for picture in pictures]
     settings = [DecodeSettings(seed=seed + row, decoder_steps=steps) for row in range(len(images))]
-    run = reconstruct_all(models, images, settings)
-    while True:
-        try:
-            next(run)
-        except StopIteration as finished:
-            drawn: list[Image.Image] = finished.value
-            return np.stack([np.asarray(image) for image in drawn])
-
-
-def _is_right(scene: Scene, picture: Picture) -> bool:
-    return judge(scene_facts(scene), read_picture(picture)).is_right
+    drawn = run_to_end(reconstruct_all(models, images, settings))
+    return np.stack([np.asarray(image) for image in drawn])

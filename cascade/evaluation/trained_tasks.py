@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from cascade.evaluation.evaluate import held_out_captions
-from cascade.evaluation.figures import Easel, Figure, share, told
+from cascade.evaluation.figures import Easel, Figure, are_right, share, told
 from cascade.evaluation.measures import (
     decibels,
     edges_of,
@@ -16,7 +16,7 @@ from cascade.evaluation.measures import (
     shows_teal,
 )
 from cascade.evaluation.picture_tasks import stand_alike
-from cascade.evaluation.verifier import judge, read_picture
+from cascade.evaluation.verifier import read_picture
 from cascade.tasks.settings import Control, ImageSettings, LoRAUse
 from cascade.training.lora import LESSONS
 from cascade.training.scenes import Picture, Scene, render
@@ -105,11 +105,7 @@ def lcm(easel: Easel) -> list[Figure]:
     rights = []
     for name, settings in (("20 steps", ImageSettings(prompt="-")), (f"{LCM_STEPS} steps", LCM)):
         drawn = easel.draw(name, [replace(settings, prompt=one.text) for one in captions])
-        right = [
-            judge(one.facts, read_picture(picture)).is_right
-            for one, picture in zip(captions, drawn, strict=True)
-        ]
-        rights.append(right)
+        rights.append(are_right(captions, drawn))
     slow, fast = (float(np.mean(right)) for right in rights)
     return [
         share("verified in 20 steps with guidance", rights[0]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade.training.captions import scene_facts
 from cascade.training.scenes import COLOURS, OUTLINES, PALETTE, Picture, Scene, Thing
 
 UNCLEAR = "unclear"
@@ -81,6 +82,11 @@ def judge(facts: Mapping[str, str], seen: Scene) -> Verdict:
         place=_judge_each(facts, seen, "place"),
         size=_judge_each(facts, seen, "size"),
     )
+
+
+def shows(scene: Scene, picture: Picture) -> bool:
+    """Whether a picture shows a scene: its background, and the number, colours and shapes of its things."""
+    return judge(scene_facts(scene), read_picture(picture)).is_right
 
 
 def _judge_each(facts: Mapping[str, str], seen: Scene, what: str) -> bool | None:

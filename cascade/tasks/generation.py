@@ -1,12 +1,12 @@
 """Requests through Stage C, Stage B and Stage A, many at once: every task of the library ends here.
 
-`generate` is a generator, so the caller drives it, shows progress and may stop. Requests keep their own
-settings, and a picture is the same in any company.
+`generate` is a generator, so the caller drives it, shows progress and may stop; who wants the pictures only
+takes `run_to_end`. Requests keep their own settings, and a picture is the same in any company.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +16,8 @@ from cascade.models import Models
 from cascade.tasks.drawing import Drawing, Studio
 from cascade.tasks.picture import decode, decode_chunk, finish, plan_pictures
 from cascade.tasks.settings import ImageSettings
+
+R = TypeVar("R")
 
 _ALL_ROWS = 1 << 30  # of a step share one call of the network
 
@@ -62,6 +64,18 @@ def generate(
     images: dict[Drawing, Image.Image] = {}
     yield from _decode(models, drawings, images)
     return [[_finished(drawing, images[drawing]) for drawing in group] for group in per_request]
+
+
+def run_to_end(run: Generator[Progress, None, R], watch: Callable[[Progress], None] | None = None) -> R:
+    """Drive a run and return its result. `watch` is called after every step; what it raises ends the run."""
+    while True:
+        try:
+            seen = next(run)
+        except StopIteration as finished:
+            result: R = finished.value
+            return result
+        if watch is not None:
+            watch(seen)
 
 
 def _run_stage(
