@@ -1,5 +1,6 @@
 """Pictures as files: names, formats, the grid of all pictures, and writing all or none."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from app.schemas import GenerationRequest, OutputFormat
-    from cascade import GeneratedImage, ImageSettings
+    from cascade import Control, GeneratedImage, ImageSettings
     from cascade.networks.previewer import Previewer
+    from cascade.tasks.settings import FeatureMap
 
 FORMATS: Mapping[str, "OutputFormat"] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+CONTROL_TYPES = {"inpainting": "inpaint"}  # where HTTP has another word for a kind
 GRID_GAP = 4  # pixels between the pictures of a grid
 
 
@@ -87,8 +90,9 @@ def save_pictures(
     for path, picture in zip(numbered(output, len(pictures)), pictures, strict=True):
         text = None
         if named_model is not None:
-            assert picture.settings.seed is not None
-            text = parameters_text(as_request(picture.settings), picture.settings.seed, named_model)
+            settings = picture.settings
+            assert settings.seed is not None
+            text = parameters_text(as_request(settings), settings.seed, named_model, _beyond_http(settings))
         files[path] = encode(picture.image, output_format, quality, text)
     if has_grid:
         sheet = contact_sheet([picture.image for picture in pictures])
@@ -114,7 +118,11 @@ def contact_sheet(images: list["Image"]) -> "Image":
 def as_request(settings: "ImageSettings") -> "GenerationRequest":
     """The settings of one picture, all filled in, as the server would have been asked for it."""
     from app.schemas import GenerationRequest
+    from app.storage.decoding import mask_of
 
+    mask = settings.mask
+    if mask is None and settings.image is not None and settings.repaints and settings.anchor is None:
+        mask = mask_of(settings.image.convert("RGBA"))
     return GenerationRequest.model_validate(
         {
             "prompt": settings.prompt,
@@ -128,8 +136,55 @@ def as_request(settings: "ImageSettings") -> "GenerationRequest":
             "decoder_guidance_scale": settings.decoder_guidance_scale,
             "preset": settings.preset,
             "sampler": settings.sampler,
+            "image": settings.image and _reference(settings.image),
+            "strength": settings.strength,
+            "mask": mask and _reference(mask),
+            "feather": settings.feather if settings.image is not None else 0,
+            "anchor": settings.anchor,
+            "image_prompts": [
+                {"image": _reference(prompt.image), "weight": prompt.weight}
+                for prompt in settings.image_prompts
+            ],
+            "control": settings.control and _control(settings.control),
+            "loras": [{"name": lora.name, "scale": lora.scale} for lora in settings.loras],
+            "guidance_interval": settings.guidance_interval,
+            "weighted_prompt": settings.weighted_prompt,
+            "long_prompt": settings.long_prompt,
         }
     )
+
+
+def _control(control: "Control") -> dict[str, object]:
+    return {
+        "type": CONTROL_TYPES.get(control.kind, control.kind),
+        "image": _reference(control.image),
+        "scale": control.scale,
+        "start": control.start,
+        "end": control.end,
+        "preprocess": control.preprocess,
+    }
+
+
+def _reference(picture: "Image | FeatureMap") -> dict[str, object]:
+    """A picture, or the map of numbers that stands for one, by its size and the digest of its values."""
+    from cascade.tasks.settings import FeatureMap
+
+    if isinstance(picture, FeatureMap):
+        _, height, width = picture.values.shape
+        content = picture.values.float().contiguous().numpy().tobytes()
+    else:
+        width, height = picture.size
+        content = picture.convert("RGBA").tobytes()
+    return {"sha256": hashlib.sha256(content).hexdigest(), "width": width, "height": height}
+
+
+def _beyond_http(settings: "ImageSettings") -> dict[str, object]:
+    """Settings of the command that no request has, where they are not as usual."""
+    unusual = {
+        "Two generators": settings.preset == "diffusers" and not settings.shares_generator,
+        "Noise at sampling shift": settings.image is not None and settings.noise_at_sampling_shift,
+    }
+    return {name: True for name, is_so in unusual.items() if is_so}
 
 
 def save_preview(previewer: "Previewer", latents: "Tensor", path: Path) -> None:

@@ -169,12 +169,19 @@ class GenerationRequest(BaseModel):
         return frozenset(picture.sha256 for picture in self.pictures)
 
     @property
+    def denoising_strength(self) -> float:
+        """How freely the picture to start from is redrawn; 1 where there is none."""
+        if self.image is None:
+            return 1.0
+        if self.strength is not None:
+            return self.strength
+        is_partial = self.mask is not None or self.anchor is not None
+        return 1.0 if is_partial else DEFAULT_STRENGTH
+
+    @property
     def prior_steps(self) -> int:
         """Steps that Stage C takes: image-to-image begins in the middle of the way."""
-        if self.image is None:
-            return self.prior_num_inference_steps
-        is_partial = self.mask is not None or self.anchor is not None
-        strength = self.strength if self.strength is not None else 1.0 if is_partial else DEFAULT_STRENGTH
+        strength = self.denoising_strength
         return max(int(self.prior_num_inference_steps * strength + 1e-9), 1) if strength else 0
 
     @property

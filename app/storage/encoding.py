@@ -4,17 +4,21 @@ The mark is XMP metadata (IPTC `DigitalSourceType`), which the readers of the pl
 the pixels alone. On request the settings go in too, as the `parameters` text that many tools read.
 """
 
+import json
+from collections.abc import Mapping
 from io import BytesIO
+from types import MappingProxyType
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.schemas import GenerationRequest, OutputFormat
+from app.schemas import Control, GenerationRequest, OutputFormat
 
 MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 PNG_LEVEL = 2  # deflate above 3 costs several times as long for a few per cent
+NOTHING: Mapping[str, object] = MappingProxyType({})
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
 XMP = (
@@ -47,8 +51,14 @@ def encode(
     return file.getvalue()
 
 
-def parameters_text(generation: GenerationRequest, seed: int, model: str) -> str:
-    """The settings of the picture of `seed`, as the text that A1111 made a custom."""
+def parameters_text(
+    generation: GenerationRequest, seed: int, model: str, further: Mapping[str, object] = NOTHING
+) -> str:
+    """The settings of the picture of `seed`, as the text that A1111 made a custom.
+
+    Of what guides the picture beside words it says how, and not the pictures themselves; what is as usual is
+    left out. `further` are settings that no request has.
+    """
     settings = {
         "Steps": generation.prior_num_inference_steps,
         "Sampler": generation.sampler,
@@ -59,11 +69,45 @@ def parameters_text(generation: GenerationRequest, seed: int, model: str) -> str
         "Decoder steps": generation.decoder_num_inference_steps,
         "Decoder CFG scale": generation.decoder_guidance_scale,
         "Preset": generation.preset,
+        **_guides(generation),
+        **further,
     }
     lines = [generation.prompt]
     if generation.negative_prompt:
         lines.append(f"Negative prompt: {generation.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items())])
+
+
+def _guides(generation: GenerationRequest) -> dict[str, object]:
+    """What guides a picture beside words, in the names of A1111 and of its extension for ControlNets."""
+    start, end = generation.guidance_interval
+    guides = {
+        "Denoising strength": None if generation.image is None else generation.denoising_strength,
+        "Masked": generation.mask is not None or None,
+        "Feather": generation.feather or None,
+        "Anchor": generation.anchor,
+        "Image prompts": ", ".join(str(prompt.weight) for prompt in generation.image_prompts) or None,
+        "ControlNet 0": generation.control and _control(generation.control),
+        "Loras": ", ".join(f"{lora.name}: {lora.scale}" for lora in generation.loras) or None,
+        "Guidance interval": None if (start, end) == (0.0, 1.0) else f"{start} to {end}",
+        "Weighted prompt": generation.weighted_prompt or None,
+        "Long prompt": generation.long_prompt or None,
+    }
+    return {name: value for name, value in guides.items() if value is not None}
+
+
+def _control(control: Control) -> str:
+    module = control.type if control.preprocess else "none"
+    return (
+        f"Module: {module}, Model: {control.type}, Weight: {control.scale}, "
+        f"Guidance Start: {control.start}, Guidance End: {control.end}"
+    )
+
+
+def _quoted(value: object) -> str:
+    """A value that holds what separates values is JSON text, as readers of this text expect it."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def _png_texts(parameters: str | None) -> PngInfo:

@@ -1,11 +1,21 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from app.cli_pictures import as_request, check_folder, contact_sheet, numbered, picture_format, write_all
+from app.cli_pictures import (
+    as_request,
+    check_folder,
+    contact_sheet,
+    numbered,
+    picture_format,
+    save_pictures,
+    write_all,
+)
 from app.storage.encoding import parameters_text
-from cascade import ImageSettings, InvalidSetting
+from cascade import Control, GeneratedImage, ImagePrompt, ImageSettings, InvalidSetting, LoRAUse
+from cascade.tasks.settings import FeatureMap
 
 
 @pytest.mark.parametrize(
@@ -49,6 +59,73 @@ def test_parameters_name_every_setting() -> None:
     text = parameters_text(as_request(settings), 7, "tiny")
     assert text.splitlines()[:2] == ["a cat", "Negative prompt: a dog"]
     assert "Steps: 11, Sampler: ddpm, CFG scale: 4.0, Seed: 7, Size: 256x128, Model: tiny" in text
+
+
+def test_parameters_tell_what_guides_a_picture_beside_words() -> None:
+    picture, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255)
+    settings = ImageSettings(
+        image=picture,
+        strength=0.5,
+        mask=mask,
+        feather=4,
+        image_prompts=(ImagePrompt(picture, 0.5), ImagePrompt(picture)),
+        control=Control("inpainting", picture, 0.8, 0.1, 0.9, preprocess=False),
+        loras=(LoRAUse("teal"), LoRAUse("a, b", -0.5)),
+        guidance_interval=(0.0, 0.5),
+        weighted_prompt=True,
+        long_prompt=True,
+        width=64,
+        height=64,
+        seed=7,
+    )
+    told = parameters_text(as_request(settings), 7, "tiny").partition("Preset: official, ")[2]
+    assert told == (
+        'Denoising strength: 0.5, Masked: True, Feather: 4, Image prompts: "0.5, 1.0", '
+        'ControlNet 0: "Module: none, Model: inpaint, Weight: 0.8, Guidance Start: 0.1, Guidance End: 0.9", '
+        'Loras: "teal: 1.0, a, b: -0.5", Guidance interval: 0.0 to 0.5, Weighted prompt: True, '
+        "Long prompt: True"
+    )
+
+
+def test_parameters_tell_the_strength_that_was_meant() -> None:
+    cut_out = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    sizes = {"width": 128, "height": 64, "seed": 7}
+    for picture, anchor, strength in (
+        (cut_out.convert("RGB"), None, "0.75"),
+        (cut_out, None, "1.0, Masked: True"),
+        (cut_out.convert("RGB"), "left", "1.0, Anchor: left"),
+    ):
+        settings = ImageSettings(image=picture, anchor=anchor, **sizes)  # type: ignore[arg-type]
+        assert parameters_text(as_request(settings), 7, "tiny").endswith(f"Denoising strength: {strength}")
+
+
+def test_a_map_of_numbers_stands_for_a_control_picture() -> None:
+    control = Control("identity", FeatureMap(torch.zeros(3, 2, 5)))
+    request = as_request(ImageSettings(prompt="x", control=control, width=64, height=64, seed=7))
+    assert request.control is not None
+    assert (request.control.type, request.control.image.width, request.control.image.height) == (
+        "identity",
+        5,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"preset": "diffusers", "shares_generator": False}, ", Two generators: True"),
+        ({"shares_generator": False}, "Preset: official"),
+    ],
+)
+def test_settings_that_no_request_has_are_embedded_too(
+    tmp_path: Path, settings: dict[str, object], told: str
+) -> None:
+    sizes = {"prompt": "x", "width": 64, "height": 64, "seed": 7}
+    chosen = ImageSettings(**sizes, **settings)  # type: ignore[arg-type]
+    made = GeneratedImage(Image.new("RGB", (64, 64)), chosen, None, prompt_truncated=False, prompt_tokens=3)
+    save_pictures([made], tmp_path / "a.png", quality=90, has_grid=False, named_model="tiny")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"].endswith(told)
 
 
 def test_all_files_are_written_or_none(tmp_path: Path) -> None:
