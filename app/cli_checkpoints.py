@@ -133,6 +133,10 @@ def download(
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.", show_default=False)],
     revision: options.Revision = None,
     variant: options.Variant = None,
+    controlnets: Annotated[
+        bool,
+        typer.Option("--controlnets", help="Also the ControlNets, which are for the full Stage C; 1.3 GB."),
+    ] = False,
     token: Annotated[
         str | None,
         typer.Option(
@@ -152,6 +156,7 @@ def download(
     \b
     Examples:
       cascade download stabilityai/stable-cascade
+      cascade download stabilityai/stable-cascade --controlnets
       cascade download stabilityai/stable-cascade --variant lite
       cascade generate "a castle at dusk" --model stabilityai/stable-cascade --offline
     """
@@ -160,6 +165,14 @@ def download(
     def notify(message: str) -> None:
         typer.echo(message, err=True)
 
-    folders = fetch(repository, revision=revision, variant=variant, token=token, cache=cache, notify=notify)
+    folders = fetch(
+        repository,
+        revision=revision,
+        variant=variant,
+        controlnets=controlnets,
+        token=token,
+        cache=cache,
+        notify=notify,
+    )
     for folder in folders:
         typer.echo(str(folder))

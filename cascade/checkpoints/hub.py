@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade.checkpoints.selection import select_files, variant_words
+from cascade.checkpoints.selection import CONTROLNETS, select_files, variant_words
 from cascade.checkpoints.transfer import RemoteFile, clear_errors, fetch_file, repository_folder
 from cascade.checkpoints.writing import write_json
 from cascade.errors import CheckpointError, InvalidSetting
@@ -51,6 +51,7 @@ def download(
     revision: str | None = None,
     token: str | None = None,
     variant: str | None = None,
+    controlnets: bool = False,
     local_files_only: bool = False,
     cache: Path | None = None,
     endpoint: str | None = None,
@@ -65,6 +66,8 @@ def download(
         revision: commit, branch or tag; for an official repository it applies to the one that is named.
         token: access token; None takes the one that `hf auth login` stored.
         variant: "bf16" (taken where there is one), "fp32", "lite", or "lite.bf16" and so on.
+        controlnets: also the ControlNets that lie in the folder controlnet: of the official repository three,
+            1.3 GB, for the full Stage C. Loading takes them from then on.
         local_files_only: use what is there and never ask the hub, as HF_HUB_OFFLINE=1 does.
         cache: the hub's cache folder; None takes the library's own.
         endpoint: address of the hub; None takes HF_ENDPOINT.
@@ -90,7 +93,7 @@ def download(
     names = [repository, *([PAIRS[repository]] if repository in PAIRS else [])]
     wanted = {name: revision if name == repository else None for name in names}
     return tuple(
-        _Repository(api, name, cache, words).fetch(asked, is_offline, notify)
+        _Repository(api, name, cache, words, controlnets=controlnets).fetch(asked, is_offline, notify)
         for name, asked in wanted.items()
     )
 
@@ -98,22 +101,27 @@ def download(
 class _Repository:
     """One repository in one cache."""
 
-    def __init__(self, api: "HfApi", name: str, cache: Path, words: frozenset[str]) -> None:
+    def __init__(
+        self, api: "HfApi", name: str, cache: Path, words: frozenset[str], *, controlnets: bool
+    ) -> None:
         self.api = api
         self.name = name
         self.cache = cache
         self.words = words
+        self.controlnets = controlnets
 
     def fetch(self, revision: str | None, is_offline: bool, notify: Callable[[str], None]) -> Path:
         """The folder of the pinned commit, with all files."""
         pin = self._pin()
-        if pin and (is_offline or revision in (None, pin.commit)) and not self._absent(pin):
-            return self._snapshot(pin.commit)
+        if pin and not self._absent(pin):
+            is_asked_for = revision in (None, pin.commit) and not self._lacks_controlnets(pin)
+            if is_offline or is_asked_for:
+                return self._snapshot(pin.commit)
         if is_offline:
             return self._unpinned_snapshot(revision)
         with clear_errors(self.name):
             commit, offered = self._offer(revision or (pin.commit if pin else "main"))
-        files = select_files(offered, self.words)
+        files = select_files(offered, self.words, controlnets=self.controlnets)
         if not files:
             listed = ", ".join(file.name for file in offered[:10]) or "no files"
             raise CheckpointError(f"{self.name}: holds no Stable Cascade checkpoint; it has {listed}")
@@ -122,7 +130,8 @@ class _Repository:
             self._announce(new, notify)
         for file in files:
             fetch_file(self.api, self.name, commit, file, self.cache)
-        self._remember(Pin(commit, {file.name: file.sha256 for file in files}))
+        known = pin.files if pin and pin.commit == commit else {}
+        self._remember(Pin(commit, {**known, **{file.name: file.sha256 for file in files}}))
         return self._snapshot(commit)
 
     def _offer(self, revision: str) -> tuple[str, list[RemoteFile]]:
@@ -191,3 +200,7 @@ class _Repository:
 
     def _absent(self, pin: Pin) -> list[str]:
         return [name for name in pin.files if not (self._snapshot(pin.commit) / name).exists()]
+
+    def _lacks_controlnets(self, pin: Pin) -> bool:
+        """They are wanted, and none was fetched so far."""
+        return self.controlnets and not any(map(CONTROLNETS.fullmatch, pin.files))

@@ -19,11 +19,17 @@ _SMALL_FOLDERS = (
     "prior_feature_extractor",
 )
 _ROOT_FILES = ("model_index.json", "effnet_encoder.safetensors", "previewer.safetensors")
+CONTROLNETS = re.compile(r"controlnet/[\w.-]+\.safetensors")  # as the official repository has them
 _ORIGINAL = re.compile(r"stage_([abc])(_lite)?(_bf16)?\.safetensors")
 
 
-def select_files(offered: Iterable[RemoteFile], words: frozenset[str]) -> list[RemoteFile]:
-    """The files that pictures need, in one variant: diffusers' folders, or else original files."""
+def select_files(
+    offered: Iterable[RemoteFile], words: frozenset[str], *, controlnets: bool = False
+) -> list[RemoteFile]:
+    """The files that pictures need, in one variant: diffusers' folders, or else original files.
+
+    ControlNets, which only some pictures need, come where they are asked for.
+    """
     by_name = {file.name: file for file in offered}
     lite = "_lite" if "lite" in words else ""
     folders = [f"{name}{lite}" for name in _NETWORKS]
@@ -34,7 +40,8 @@ def select_files(offered: Iterable[RemoteFile], words: frozenset[str]) -> list[R
     others = [name for folder in _OTHER_WEIGHTS for name in _weights_of(folder, by_name, words)]
     small = [name for name in by_name if name.split("/")[0] in _SMALL_FOLDERS and name.count("/") == 1]
     root = [name for name in _ROOT_FILES if name in by_name]
-    return [by_name[name] for name in dict.fromkeys([*root, *small, *others, *networks])]
+    extras = [name for name in by_name if controlnets and CONTROLNETS.fullmatch(name)]
+    return [by_name[name] for name in dict.fromkeys([*root, *small, *others, *networks, *extras])]
 
 
 def _weights_of(folder: str, names: Iterable[str], words: frozenset[str]) -> list[str]:

@@ -37,6 +37,10 @@ def mirror(saved_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(root / "decoder" / "decoder", root / "decoder" / "decoder_lite")
     shutil.copytree(root / "prior" / "prior", root / "prior" / "prior_lite")
     save_file({"blocks.0.weight": torch.zeros(1)}, root / "decoder" / "stage_c.safetensors")
+    (root / "decoder" / "controlnet").mkdir()
+    for channels, kind in ((1, "canny"), (4, "inpainting")):
+        tensors = {"projections.0.0.weight": torch.zeros(channels)}
+        save_file(tensors, root / "decoder" / "controlnet" / f"{kind}.safetensors")
     return root
 
 
@@ -66,6 +70,24 @@ def test_only_what_is_needed_is_fetched(fetch: partial, hub: Hub) -> None:
     assert len(weights) == len(set(weights)) == 6
     assert all(".bf16." in name for name in weights)
     assert not [name for name in hub.downloads if "lite" in name or "README" in name or "stage_c" in name]
+
+
+def test_controlnets_come_when_they_are_asked_for_and_stay(fetch: partial, hub: Hub) -> None:
+    (plain, _) = fetch(DECODER)
+    hub.requests.clear()
+    (folder, _) = fetch(DECODER, controlnets=True)
+    assert folder == plain
+    fetched = [name.partition("/")[2] for name in hub.downloads]
+    assert [name for name in fetched if name.endswith(".safetensors")] == [
+        "controlnet/canny.safetensors",
+        "controlnet/inpainting.safetensors",
+    ]
+    assert Component.CONTROLNET in find_parts(*fetch(DECODER))
+    hub.requests.clear()
+    hub.repositories[DECODER].commit = "c" * 40
+    assert fetch(DECODER, controlnets=True)[0] == folder, "the pin holds for them too"
+    assert fetch(DECODER, controlnets=True, local_files_only=True)[0] == folder
+    assert not [name for name in hub.downloads if "controlnet" in name]
 
 
 @pytest.mark.parametrize(
