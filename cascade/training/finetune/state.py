@@ -5,6 +5,7 @@ Sharded tensors are written whole, so that a run may be resumed with another num
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,37 @@ from cascade.training.finetune.parallel import World, share_like, whole
 
 STATE_FILE = "state.safetensors"
 
-Parameters = Mapping[str, nn.Parameter]
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What changes in the course of a run."""
+
+    parameters: dict[str, nn.Parameter]
+    average: dict[str, Tensor]  # of the parameters; empty where none is wanted
+    optimizer: torch.optim.Optimizer
+    weights: LossWeights
 
 
-def save_state(
-    path: Path,
-    world: World,
-    *,
-    parameters: Parameters,
-    average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    weights: LossWeights,
-    progress: Mapping[str, Any],
-) -> None:
+def save_state(path: Path, world: World, state: State, progress: Mapping[str, Any]) -> None:
     """Write the state; every process calls it and the first one writes.
 
     Raises `CheckpointError` when the disk is full; an older state stays.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in state.parameters.items():
         tensors[f"weights/{name}"] = whole(parameter)
-        if name in average:
-            tensors[f"average/{name}"] = whole(average[name])
-        for key, value in optimizer.state.get(parameter, {}).items():
+        if name in state.average:
+            tensors[f"average/{name}"] = whole(state.average[name])
+        for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = whole(value)
-    tensors |= {f"loss/{name}": tensor for name, tensor in weights.state().items()}
+    tensors |= {f"loss/{name}": tensor for name, tensor in state.weights.state().items()}
     if world.is_first:
         stored = {name: StoredTensor.of(tensor.contiguous()) for name, tensor in tensors.items()}
         write_tensors(path, stored, lambda _, dtype: dtype, {"progress": json.dumps(progress)})
     world.wait()
 
 
-def restore_state(
-    path: Path,
-    *,
-    parameters: Parameters,
-    average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    weights: LossWeights,
-    identity: Mapping[str, Any],
-) -> int:
+def restore_state(path: Path, state: State, identity: Mapping[str, Any]) -> int:
     """Fill everything from the state file, if there is one; the updates already made.
 
     Raises:
@@ -74,18 +66,19 @@ def restore_state(
             _check_identity(path, progress["identity"], identity)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in state.parameters.items():
                 parameter.copy_(share_like(tensors[f"weights/{name}"], parameter))
-                if name in average:
-                    average[name].copy_(share_like(tensors[f"average/{name}"], parameter))
+                if name in state.average:
+                    state.average[name].copy_(share_like(tensors[f"average/{name}"], parameter))
         for joined, tensor in tensors.items():
             kind, _, rest = joined.partition("/")
             if kind == "optimizer":
                 key, _, name = rest.partition("/")
-                placed = tensor if key == "step" else share_like(tensor, parameters[name])
-                optimizer.state[parameters[name]][key] = placed
+                parameter = state.parameters[name]
+                placed = tensor if key == "step" else share_like(tensor, parameter)
+                state.optimizer.state[parameter][key] = placed
         if learned := {n.removeprefix("loss/"): t for n, t in tensors.items() if n.startswith("loss/")}:
-            weights.restore(learned)
+            state.weights.restore(learned)
         return int(progress["step"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise CheckpointError(

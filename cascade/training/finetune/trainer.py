@@ -32,6 +32,7 @@ from cascade.training.finetune.objective import (
     AdaptiveWeights,
     Batch,
     DecoderObjective,
+    LossWeights,
     P2Weights,
     PriorObjective,
     row_errors,
@@ -39,7 +40,7 @@ from cascade.training.finetune.objective import (
 from cascade.training.finetune.parallel import World, distribute, joined, local, whole
 from cascade.training.finetune.pictures import Pictures
 from cascade.training.finetune.settings import FinetuneSettings
-from cascade.training.finetune.state import STATE_FILE, restore_state, save_state
+from cascade.training.finetune.state import STATE_FILE, State, restore_state, save_state
 
 SHEET_PICTURES = 4
 
@@ -90,39 +91,9 @@ class _Run:
     def go(self) -> list[float]:
         """Train from where the run stands to its end, and write the checkpoint."""
         settings, world = self.settings, self.world
-        stage = self._stage
-        kept = deepcopy(stage)  # for the result and the sheets; it never runs backward
-        stage.to(world.device).train().requires_grad_(True)
-        if settings.checkpointing:
-            _recompute(stage)
-        objective: nn.Module = (
-            PriorObjective(self.models.stage_c)
-            if settings.stage == "prior"
-            else DecoderObjective(self.models.stage_b)
-        )
-        runner = distribute(objective, world, sharded=settings.sharded)
-        parameters = dict(stage.named_parameters())
-        average = {n: p.detach().clone() for n, p in parameters.items()} if settings.ema_decay else {}
-        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.01)
-        self.weights = AdaptiveWeights() if settings.weighting == "adaptive" else P2Weights()
-        state = settings.work / STATE_FILE
-        start = restore_state(
-            state,
-            parameters=parameters,
-            average=average,
-            optimizer=optimizer,
-            weights=self.weights,
-            identity=self.identity,
-        )
-        save = functools.partial(
-            save_state,
-            state,
-            world,
-            parameters=parameters,
-            average=average,
-            optimizer=optimizer,
-            weights=self.weights,
-        )
+        kept = deepcopy(self._stage)  # for the result and the sheets; it never runs backward
+        runner, state = self._begin()
+        start = restore_state(self._state_file, state, self.identity)
         losses: list[float] = []
         shown: float | None = None
         title = {"prior": "Stage C", "decoder": "Stage B"}[settings.stage]
@@ -130,20 +101,14 @@ class _Run:
             task = bar.add_task(title, total=settings.steps, completed=start, figures="")
             for step in range(start, settings.steps):
                 rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
-                error, norm = self._update(runner, parameters, optimizer, step, rate)
-                _follow(average, parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
+                error, norm = self._update(runner, state, step, rate)
+                _follow(state.average, state.parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
                 losses.append(error)
                 shown = error if shown is None else _SMOOTHING * shown + (1 - _SMOOTHING) * error
                 figures = f"loss {shown:.4f}  norm {norm:.3g}  rate {rate:.2g}"
                 bar.update(task, advance=1, figures=figures)
-                done = step + 1
-                if done % settings.save_every == 0 or done == settings.steps:
-                    save(progress={"step": done, "identity": self.identity})
-                    self._log(f"step {done}  {figures}")
-                if settings.sheet_every and (done % settings.sheet_every == 0 or done == settings.steps):
-                    self._take_over(kept, average or parameters)
-                    self._sheet(kept, done)
-        self._take_over(kept, average or parameters)
+                self._keep(step + 1, state, kept, figures)
+        self._take_over(kept, state)
         if world.is_first:
             self._write(kept)
             unreadable = len(self.pictures.dataset.skipped) + len(self.pictures.unreadable)
@@ -151,18 +116,45 @@ class _Run:
         world.wait()
         return losses
 
+    def _begin(self) -> tuple[nn.Module, State]:
+        """What runs forward and backward, and what changes by that, before the first update."""
+        settings, stage = self.settings, self._stage
+        stage.to(self.world.device).train().requires_grad_(True)
+        if settings.checkpointing:
+            _recompute(stage)
+        objective: nn.Module = (
+            PriorObjective(self.models.stage_c)
+            if settings.stage == "prior"
+            else DecoderObjective(self.models.stage_b)
+        )
+        runner = distribute(objective, self.world, sharded=settings.sharded)
+        parameters = dict(stage.named_parameters())
+        return runner, State(
+            parameters=parameters,
+            average={n: p.detach().clone() for n, p in parameters.items()} if settings.ema_decay else {},
+            optimizer=torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.01),
+            weights=AdaptiveWeights() if settings.weighting == "adaptive" else P2Weights(),
+        )
+
+    def _keep(self, done: int, state: State, kept: nn.Module, figures: str) -> None:
+        """Save the state and draw a sheet, where it is time for that."""
+        settings, is_last = self.settings, done == self.settings.steps
+        if done % settings.save_every == 0 or is_last:
+            save_state(self._state_file, self.world, state, {"step": done, "identity": self.identity})
+            self._log(f"step {done}  {figures}")
+        if settings.sheet_every and (done % settings.sheet_every == 0 or is_last):
+            self._take_over(kept, state)
+            self._sheet(kept, done)
+
+    @property
+    def _state_file(self) -> Path:
+        return self.settings.work / STATE_FILE
+
     @property
     def _stage(self) -> nn.Module:
         return self.models.stage_c if self.settings.stage == "prior" else self.models.stage_b
 
-    def _update(
-        self,
-        runner: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        step: int,
-        rate: float,
-    ) -> tuple[float, float]:
+    def _update(self, runner: nn.Module, state: State, step: int, rate: float) -> tuple[float, float]:
         """One update from all its forward passes; the mean error of the noise, and the gradients' norm."""
         settings = self.settings
         torch.manual_seed(hash((settings.seed, step)) % 2**63)  # dropout inside the network
@@ -174,9 +166,10 @@ class _Run:
             is_last = part == settings.accumulate - 1
             with self._gradients_stay(runner, is_last), self._autocast():
                 errors = row_errors(runner(batch.latents, batch.ratio, *batch.told), batch.noise)
-                loss = (errors * self.weights(batch.log_snr)).mean() / settings.accumulate
+                loss = (errors * state.weights(batch.log_snr)).mean() / settings.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
-            error += self._learn_levels(batch, errors) / settings.accumulate
+            error += self._learn_levels(state.weights, batch, errors) / settings.accumulate
+        parameters, optimizer = state.parameters, state.optimizer
         norm = whole(nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or float("inf")))
         if torch.isfinite(norm):
             for group in optimizer.param_groups:
@@ -185,10 +178,10 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         return error, float(norm)
 
-    def _learn_levels(self, batch: Batch, errors: Tensor) -> float:
+    def _learn_levels(self, weights: LossWeights, batch: Batch, errors: Tensor) -> float:
         """Tell the weights the errors of all processes, so that all keep the same; their mean."""
         everywhere = self.world.gather(errors.detach())
-        self.weights.update(self.world.gather(batch.log_snr), everywhere)
+        weights.update(self.world.gather(batch.log_snr), everywhere)
         return float(everywhere.mean())
 
     def _gradients_stay(self, runner: nn.Module, is_last: bool) -> Any:
@@ -204,8 +197,9 @@ class _Run:
         wanted = on_gpu if self.settings.bf16 is None else self.settings.bf16
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=wanted)
 
-    def _take_over(self, kept: nn.Module, tensors: dict[str, Any]) -> None:
-        """Fill a whole copy of the stage, tensor by tensor; every process calls it."""
+    def _take_over(self, kept: nn.Module, state: State) -> None:
+        """Fill a whole copy of the stage with the average, tensor by tensor; every process calls it."""
+        tensors = state.average or state.parameters
         with torch.no_grad():
             for name, parameter in kept.named_parameters():
                 parameter.copy_(whole(tensors[name]))
