@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 
 from cascade.errors import CheckpointError
 
+CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")  # of the published ControlNets
+
 
 def _check_counts(config: object, but: tuple[str, ...] = ()) -> None:
     """Raise unless all whole numbers of a config are at least 1."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cascade.errors import InvalidSetting
 
@@ -93,6 +93,13 @@ def check_side(field: str, side: int) -> None:
         raise InvalidSetting(
             field, f"must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}"
         )
+
+
+def cover(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The picture scaled to cover a size and cut centrally; one of that size is left alone to the bit."""
+    return image if image.size == size else ImageOps.fit(image, size, resample)
 
 
 def fit_to_size(image: Image.Image, plan: SizePlan) -> Image.Image:

@@ -7,11 +7,8 @@ largest picture that can be asked for. For threads: large pictures take a second
 
 from contextlib import suppress
 from io import BytesIO
-from typing import Literal
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-
-Role = Literal["picture", "mask"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 PNG_LEVEL = 1

@@ -28,7 +28,7 @@ from cascade.checkpoints.keys import Component
 from cascade.checkpoints.sums import check_sums
 from cascade.checkpoints.towers import build_tower, load_processor, load_tokenizer
 from cascade.conditioning import ImageEncoder, TextEncoder
-from cascade.config import SCHEDULE_B, SCHEDULE_C, ControlNetConfig, ScheduleConfig
+from cascade.config import CONTROL_KINDS, SCHEDULE_B, SCHEDULE_C, ControlNetConfig, ScheduleConfig
 from cascade.errors import CheckpointError, InvalidSetting
 from cascade.lora.library import LoRALibrary
 from cascade.models import Models
@@ -56,7 +56,6 @@ _CLASSES: Mapping[Component, type[nn.Module]] = {
     Component.PREVIEWER: Previewer,
     Component.CONTROLNET: ControlNet,
 }
-CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")
 # Small, run once per request or preview, and sensitive: always in full precision.
 _ALWAYS_FP32 = (Component.EFFNET_ENCODER, Component.PREVIEWER)
 

@@ -16,9 +16,9 @@ Training: an `Adapter.of({path: Change(down, up * scale)})` made of parameters i
 paths such as "down_blocks.0.2.attention.attn.in_proj"; gradients flow to both factors.
 """
 
-from cascade.lora.library import InstalledLoRA, LoRALibrary
+from cascade.lora.library import LoRALibrary
 from cascade.lora.lora import LoRA, combine, read_lora
 from cascade.lora.merge import merge
 from cascade.networks.adapters import Adapter, Change
 
-__all__ = ["Adapter", "Change", "InstalledLoRA", "LoRA", "LoRALibrary", "combine", "merge", "read_lora"]
+__all__ = ["Adapter", "Change", "LoRA", "LoRALibrary", "combine", "merge", "read_lora"]

@@ -92,7 +92,7 @@ def _official(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
     """Output, then input projection of every attention in the order of execution; the scale is 1/rank."""
     found = {name: _OFFICIAL.fullmatch(name) for name in tensors}
     if strangers := [name for name, match in found.items() if match is None]:
-        raise CheckpointError(f"{path}: unknown tensors beside weights.N.lora_down: {_listed(strangers)}")
+        raise CheckpointError(f"{path}: unknown tensors beside weights.N.lora_down: {listed(strangers)}")
     layers = [
         Layer(f"{name}.{place}", shape)
         for name, weights in models.stage_c.named_modules()
@@ -113,7 +113,7 @@ def _official(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
         entry.names.append(name)
         entry.parts["down" if match[2] == "down" else "up"] = tensors[name]
     if missing := [f"weights.{index}" for index, entry in enumerate(entries) if not entry.parts]:
-        raise CheckpointError(f"{path}: made for another Stage C, tensors are missing: {_listed(missing)}")
+        raise CheckpointError(f"{path}: made for another Stage C, tensors are missing: {listed(missing)}")
     for entry in entries:
         entry.scale = 1 / entry.parts["down"].shape[0] if _has_rows(entry.parts.get("down")) else None
     return entries
@@ -136,7 +136,7 @@ def _named(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
             raise CheckpointError(f"{path}: {name} comes twice, in two spellings")
     if strangers:
         raise CheckpointError(
-            f"{path}: tensors of no layer of Stage C or its text encoder: {_listed(strangers)}; known are "
+            f"{path}: tensors of no layer of Stage C or its text encoder: {listed(strangers)}; known are "
             "LoRA and DoRA in the official layout, kohya's, OneTrainer's and PEFT's"
         )
     places = [(entry.layer.path, entry.layer.third) for entry in entries.values()]
@@ -204,7 +204,7 @@ def _check(path: Path, entry: Entry) -> None:
     down, up = entry.parts.get("down"), entry.parts.get("up")
     if down is None or up is None:
         missing = "lora_down" if down is None else "lora_up"
-        raise CheckpointError(f"{path}: {missing} is missing beside {_listed(entry.names)}")
+        raise CheckpointError(f"{path}: {missing} is missing beside {listed(entry.names)}")
     shape = entry.layer.shape
     floating = all(part.dtype.is_floating_point for part in (down, up))
     is_pair = len(down.shape) >= 2 and len(up.shape) >= 2 and floating
@@ -212,22 +212,22 @@ def _check(path: Path, entry: Entry) -> None:
     fits = is_pair and prod(down.shape[1:]) == prod(shape[1:]) and up.shape[0] == shape[0]
     if not fits or prod(up.shape[1:]) != rank:
         raise CheckpointError(
-            f"{path}: {_listed(entry.names)}: {list(down.shape)} and {list(up.shape)} are no factors of "
+            f"{path}: {listed(entry.names)}: {list(down.shape)} and {list(up.shape)} are no factors of "
             f"{entry.layer.path} {list(shape)}"
         )
     if not 1 <= rank <= MAX_RANK:
-        raise CheckpointError(f"{path}: {_listed(entry.names)}: the rank may be 1 to {MAX_RANK}, is {rank}")
+        raise CheckpointError(f"{path}: {listed(entry.names)}: the rank may be 1 to {MAX_RANK}, is {rank}")
     alpha, magnitude = entry.parts.get("alpha"), entry.parts.get("magnitude")
     if alpha is not None and prod(alpha.shape) != 1:
         raise CheckpointError(
-            f"{path}: alpha beside {_listed(entry.names)} must be one number, is {list(alpha.shape)}"
+            f"{path}: alpha beside {listed(entry.names)} must be one number, is {list(alpha.shape)}"
         )
     if magnitude is not None:
         by_row = magnitude.shape[:1] == shape[:1] and prod(magnitude.shape) == shape[0]
         by_column = magnitude.shape[:2] == (1, shape[1]) and prod(magnitude.shape) == shape[1]
         if not magnitude.dtype.is_floating_point or len(shape) != 2 or not (by_row or by_column):
             raise CheckpointError(
-                f"{path}: the DoRA scale beside {_listed(entry.names)} has the shape "
+                f"{path}: the DoRA scale beside {listed(entry.names)} has the shape "
                 f"{list(magnitude.shape)}, which does not fit {entry.layer.path} {list(shape)}"
             )
 
@@ -254,7 +254,8 @@ def _has_rows(tensor: StoredTensor | None) -> bool:
     return tensor is not None and bool(tensor.shape) and tensor.shape[0] > 0
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first few names in order, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

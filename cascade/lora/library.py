@@ -1,12 +1,11 @@
 """The LoRAs that are installed: files in folders, found by name and read when they are first asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
 
-from cascade.checkpoints.sums import sha256
 from cascade.errors import InvalidSetting
 from cascade.lora.lora import LoRA, combine, read_lora
 from cascade.models import Models
@@ -17,15 +16,6 @@ KEPT_LORAS = 16  # a few megabytes each
 KEPT_ADAPTERS = 16
 
 _Stamp = tuple[Path, int, int]  # path, time of change and size of a file
-
-
-@dataclass(frozen=True, slots=True)
-class InstalledLoRA:
-    """A file that can be asked for."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(slots=True)
@@ -48,26 +38,10 @@ class LoRALibrary:
         self.folders = tuple(folders)
         self._lock = Lock()
         self._read: WeakKeyDictionary[Models, _Read] = WeakKeyDictionary()
-        self._sums: Recent[_Stamp, str] = Recent(256)
-
-    def with_folder(self, folder: Path) -> "LoRALibrary":
-        """The same and the LoRAs of a further folder."""
-        return LoRALibrary((*self.folders, folder))
-
-    def installed(self) -> list[InstalledLoRA]:
-        """All of them, by name."""
-        with self._lock:
-            return list(self._installed())
 
     def names(self) -> list[str]:
         """The names that can be asked for."""
         return sorted(self._files())
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raise `InvalidSetting` unless all are installed."""
-        files = self._files()
-        for name in names:
-            _found(files, name)
 
     def adapter(self, models: Models, uses: Sequence[tuple[str, float]]) -> Adapter | None:
         """The adapter of some LoRAs by name and scale; the same object as long as their files are the same.
@@ -91,14 +65,6 @@ class LoRALibrary:
             return read.adapters.get(
                 chosen, lambda _: combine(models, [(lora(stamp), scale) for stamp, scale in chosen])
             )
-
-    def _installed(self) -> Iterator[InstalledLoRA]:
-        for name, path in sorted(self._files().items()):
-            try:
-                stamp = _stamp(path, name)
-                yield InstalledLoRA(name, stamp[2], self._sums.get(stamp, lambda same: sha256(same[0])))
-            except (InvalidSetting, OSError):  # gone or unreadable since it was listed
-                continue
 
     def _files(self) -> dict[str, Path]:
         files: dict[str, Path] = {}

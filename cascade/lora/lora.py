@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cascade.checkpoints.stored import StoredTensor, open_weights, read_metadata
 from cascade.errors import CheckpointError
-from cascade.lora.formats import Entry, Layer, read_contents
+from cascade.lora.formats import Entry, Layer, listed, read_contents
 from cascade.models import Models
 from cascade.networks.adapters import Adapter, Change, can_be_beside
 
@@ -94,8 +94,9 @@ def combine(models: Models, uses: Sequence[tuple[LoRA, float]], *, for_merging: 
     """
     for lora, _ in uses:
         if not for_merging and (names := lora.only_merged):
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            raise CheckpointError(f"{lora.path}: must be merged into the weights, because it changes {shown}")
+            raise CheckpointError(
+                f"{lora.path}: must be merged into the weights, because it changes {listed(names)}"
+            )
     changes: dict[str, list[Change]] = {}
     for lora, scale in uses:
         for pair in lora.pairs:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cascade.errors import InvalidSetting
 from cascade.models import Models
-from cascade.networks.effnet import resize_for_encoder
+from cascade.networks.effnet import EffNetEncoder, resize_for_encoder
 from cascade.sampling.presets import PRESETS
-from cascade.sizes import SizePlan, fit_to_drawing, nearest_size, plan_size
+from cascade.sizes import SizePlan, cover, fit_to_drawing, nearest_size, plan_size
 from cascade.tasks.latents import Latents, encoder_sha256
 
 
@@ -56,8 +56,7 @@ def encode(
 @torch.inference_mode()
 def encode_planned(models: Models, drawn: Image.Image, plan: SizePlan) -> Tensor:
     """A picture of the size at which it would be drawn, RGB, as latents of Stage C, (16, h, w) fp32."""
-    effnet = need_encoder(models).effnet
-    assert effnet is not None
+    effnet = need_encoder(models)
     weight = next(effnet.parameters())
     values = torch.from_numpy(np.array(drawn, dtype=np.uint8)).permute(2, 0, 1)[None]
     pixels = values.to(weight.device, weight.dtype) / 255
@@ -74,15 +73,15 @@ def flattened(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def need_encoder(models: Models) -> Models:
-    """Raise `InvalidSetting` unless the checkpoint can look at pictures."""
+def need_encoder(models: Models) -> EffNetEncoder:
+    """The semantic encoder, or `InvalidSetting` where the checkpoint cannot look at pictures."""
     if models.effnet is None:
         raise InvalidSetting(
             "image",
             f"{models.name or 'the checkpoint'} cannot look at pictures: it has no effnet_encoder, which the "
             "repository stabilityai/stable-cascade has as a file of that name",
         )
-    return models
+    return models.effnet
 
 
 def _plan_for(models: Models, image: Image.Image, width: int | None, height: int | None) -> SizePlan:
@@ -94,6 +93,4 @@ def _plan_for(models: Models, image: Image.Image, width: int | None, height: int
 
 def _drawn(image: Image.Image, plan: SizePlan) -> Image.Image:
     """A picture where a drawing of the planned size will be cut out, at the size at which it is drawn."""
-    size = (plan.width, plan.height)
-    fitted = image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return fit_to_drawing(fitted, plan)
+    return fit_to_drawing(cover(image, (plan.width, plan.height)), plan)

@@ -6,18 +6,12 @@ schedule's shift, so the network is told of more noise than there is and redraws
 """
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from cascade.sampling.noise import NoiseSource
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.schedule import CosineSchedule, signal_and_noise
 from cascade.tasks.settings import ImageSettings
-
-
-def cover(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """The picture scaled to cover a size and cut centrally; one of that size is left alone to the bit."""
-    return image if image.size == size else ImageOps.fit(image, size, resample)
 
 
 def noised(settings: ImageSettings, schedule: CosineSchedule, clean: Tensor, draw: NoiseSource) -> Tensor:

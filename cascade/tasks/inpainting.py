@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cascade.errors import InvalidSetting
 from cascade.models import Models
-from cascade.sizes import SizePlan, widen_edges, widen_to_drawing
-from cascade.tasks.image_to_image import cover
+from cascade.sizes import SizePlan, cover, widen_edges, widen_to_drawing
 from cascade.tasks.settings import ImageSettings
 
 
@@ -40,7 +39,7 @@ def canvas_of(settings: ImageSettings, plan: SizePlan) -> Canvas | None:
     image, size = source.convert("RGB"), (plan.width, plan.height)
     mask = _mask_of(settings, source)
     if settings.anchor is None:
-        fitted = cover(image, size, Image.Resampling.LANCZOS)
+        fitted = cover(image, size)
         return Canvas(fitted, None if mask is None else cover(mask, size, Image.Resampling.BOX))
     if image.width > plan.width or image.height > plan.height:
         message = f"needs a canvas no smaller than the image, {image.width}x{image.height}"

@@ -12,6 +12,7 @@ from cascade.checkpoints.stored import StoredTensor, open_weights, read_metadata
 from cascade.checkpoints.writing import write_tensors
 from cascade.errors import CheckpointError, InvalidSetting
 from cascade.models import Models
+from cascade.networks.effnet import EffNetEncoder
 from cascade.sampling.presets import PRESETS
 from cascade.sizes import check_size
 
@@ -102,7 +103,7 @@ class Latents:
                     f"{models.name} has no encoder to compare with that of {self.model}, which made the "
                     "latents; decode them all the same with any_model",
                 )
-        elif encoder_sha256(models) != self.encoder_sha256:
+        elif encoder_sha256(models.effnet) != self.encoder_sha256:
             raise InvalidSetting(
                 "model",
                 f"the latents were made by the encoder of {self.model}, and that of {models.name} is "
@@ -110,11 +111,10 @@ class Latents:
             )
 
 
-def encoder_sha256(models: Models) -> str:
+def encoder_sha256(encoder: EffNetEncoder) -> str:
     """The checksum of the encoder's weights: of names, shapes and fp32 values in the order of names."""
-    assert models.effnet is not None
     digest = hashlib.sha256()
-    for name, tensor in sorted(models.effnet.state_dict().items()):
+    for name, tensor in sorted(encoder.state_dict().items()):
         if name.endswith("num_batches_tracked"):  # a count of training, which some layouts leave out
             continue
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

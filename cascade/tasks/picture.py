@@ -25,7 +25,7 @@ from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
 from cascade.sizes import SizePlan, fit_to_drawing, fit_to_size, nearest_size, plan_size
-from cascade.tasks.encoding import encode_planned, need_encoder
+from cascade.tasks.encoding import encode_planned
 from cascade.tasks.extras import ControlMaps, adapter_of, control_of
 from cascade.tasks.image_prompts import encode_image_prompts
 from cascade.tasks.image_to_image import noised
@@ -115,7 +115,7 @@ def look_at(models: Models, picture: Picture) -> Given:
     control = control_of(models, settings, plan, canvas)
     if canvas is not None:
         drawn = fit_to_drawing(canvas.image, plan)
-        semantic = encode_planned(need_encoder(models), drawn, plan)
+        semantic = encode_planned(models, drawn, plan)
         if canvas.mask is not None:
             latents = encode_known(models, settings.preset, drawn)
             semantic_free = free_cells(canvas.mask, plan, plan.prior_grid, models.device)

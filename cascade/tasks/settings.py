@@ -8,19 +8,19 @@ from typing import TypedDict
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from cascade.config import CONTROL_KINDS
 from cascade.errors import InvalidSetting
+from cascade.prompts import MAX_PROMPT_CHARACTERS
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
 from cascade.sizes import check_side, check_size
 
 NUM_SEEDS = 2**32
-MAX_PROMPT_CHARACTERS = 32_000
 MAX_IMAGE_PROMPTS = 4
 MAX_LORAS = 4
 MAX_FEATHER = 256
 STRENGTH = 0.75  # of image-to-image where none is given; what a mask marks is drawn wholly anew
 
-CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")
 ANCHORS = (
     *("center", "top", "bottom", "left", "right"),
     *("top-left", "top-right", "bottom-left", "bottom-right"),
@@ -183,7 +183,6 @@ class ImageSettings:
             check_side("height", self.height)
         if self.width is not None and self.height is not None:
             check_size(self.width, self.height)
-
         _check_parts("loras", self.loras, LoRAUse, MAX_LORAS)
         _check_interval("guidance_interval", self.guidance_interval)
 
@@ -215,6 +214,11 @@ class ImageSettings:
             return range(0)
         return steps_within(self.guidance_interval, self.prior_steps)
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What the text encoder reads: prompt and negative prompt."""
+        return self.prompt, self.negative_prompt
+
     def _check_pictures(self) -> None:
         for name, image in (("image", self.image), ("mask", self.mask)):
             if image is not None:
@@ -235,11 +239,6 @@ class ImageSettings:
         _check_parts("image_prompts", self.image_prompts, ImagePrompt, MAX_IMAGE_PROMPTS)
         if self.control is not None and not isinstance(self.control, Control):
             raise InvalidSetting("control", f"must be a Control, but is {self.control!r}")
-
-    @property
-    def texts(self) -> tuple[str, str]:
-        """What the text encoder reads: prompt and negative prompt."""
-        return self.prompt, self.negative_prompt
 
 
 def steps_within(interval: tuple[float, float], steps: int) -> range:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from cascade.errors import CheckpointError
 from cascade.models import Models
 from cascade.networks.effnet import STRIDE, EffNetEncoder, resize_for_encoder
+from cascade.sampling.schedule import CosineSchedule
 from cascade.training.finetune.buckets import Size
 from cascade.training.finetune.dataset import Example
-from cascade.training.finetune.objective import Batch, noised, unshifted
+from cascade.training.finetune.objective import Batch, noised
 from cascade.training.finetune.parallel import World
 from cascade.training.finetune.pictures import LatentCache, Pictures, encoded
 from cascade.training.finetune.settings import FinetuneSettings
@@ -104,7 +105,7 @@ class _PriorSource(_Source):
         return noised(
             clean.to(self.world.device),
             (hidden, pooled, images),
-            unshifted(self.models.prior_schedule),
+            CosineSchedule(self.models.prior_schedule).unshifted,
             rngs,
             pyramid=False,
         )
@@ -147,7 +148,7 @@ class _DecoderSource(_Source):
         return noised(
             self._encode(pixels),
             (self._disturbed(semantic, rngs), pooled),
-            unshifted(self.models.decoder_schedule),
+            CosineSchedule(self.models.decoder_schedule).unshifted,
             rngs,
             pyramid=True,
         )

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cascade.errors import InvalidSetting
+from cascade.tasks.encoding import flattened
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_CAPTION = 10_000  # characters
@@ -54,11 +55,7 @@ class Example:
     def open(self) -> Image.Image:
         """The upright picture in RGB; transparent parts become white. Raises `UnreadablePicture`."""
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.source.read())))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return flattened(Image.open(io.BytesIO(self.source.read())))
         except _UNREADABLE as error:
             raise UnreadablePicture(f"{self.name}: {_reason(error)}") from error
 

@@ -5,7 +5,7 @@ the squared error of the noise, and P2 or adaptive weights.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.config import ScheduleConfig
 from cascade.networks.stage_b import StageB
 from cascade.networks.stage_c import StageC
 from cascade.sampling.schedule import CosineSchedule, signal_and_noise
@@ -137,11 +136,6 @@ def row_errors(predicted: Tensor, noise: Tensor) -> Tensor:
     return (predicted.float() - noise).square().mean((1, 2, 3))
 
 
-def unshifted(schedule: ScheduleConfig) -> CosineSchedule:
-    """The schedule of training: shifts belong to sampling."""
-    return CosineSchedule(replace(schedule, shift=1.0))
-
-
 def noised(
     clean: Tensor,
     told: tuple[Tensor, ...],
@@ -150,7 +144,10 @@ def noised(
     *,
     pyramid: bool,
 ) -> Batch:
-    """Noise `clean` (b, c, h, w), each row by its own generator, so that it is the same in any batch."""
+    """Noise `clean` (b, c, h, w), each row by its own generator, so that it is the same in any batch.
+
+    `schedule` is not shifted, as in the official training code: shifts belong to sampling.
+    """
     times = torch.tensor(
         [min(1.0, max(0.001, 1 - rng.random() + 0.001)) for rng in rngs], dtype=torch.float64
     )

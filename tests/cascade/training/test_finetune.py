@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from cascade.checkpoints.load import load_cascade
 from cascade.config import ScheduleConfig
 from cascade.errors import CheckpointError, InvalidSetting
+from cascade.sampling.schedule import CosineSchedule
 from cascade.training.finetune import FinetuneSettings, finetune
 from cascade.training.finetune import trainer as trainer_module
-from cascade.training.finetune.objective import AdaptiveWeights, P2Weights, noised, unshifted
+from cascade.training.finetune.objective import AdaptiveWeights, P2Weights, noised
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_noise_has_variance_one_and_gives_back_the_clean_latents(pyramid: bool) 
     clean = torch.randn(64, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     rngs = [np.random.default_rng(i) for i in range(64)]
 
-    batch = noised(clean, (), unshifted(ScheduleConfig(shift=2.0)), rngs, pyramid=pyramid)
+    batch = noised(clean, (), CosineSchedule(ScheduleConfig(shift=2.0)).unshifted, rngs, pyramid=pyramid)
 
     alpha, sigma = (v.sqrt().view(-1, 1, 1, 1) for v in (batch.log_snr.sigmoid(), (-batch.log_snr).sigmoid()))
     assert torch.allclose(batch.latents - sigma * batch.noise, alpha * clean, atol=1e-4)
