@@ -4,16 +4,16 @@ What the latents say is drawn anew rather than unpacked: shapes, colours and pla
 surface is not.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from cascade.conditioning import encode_texts
+from cascade.conditioning import TextEmbeddings, encode_texts
 from cascade.models import Models
 from cascade.networks.unet import Condition
-from cascade.sampling.denoise import denoise
+from cascade.sampling.denoise import Sample, denoise
 from cascade.sizes import plan_size
 from cascade.tasks.encoding import encode
 from cascade.tasks.generation import Progress
@@ -77,37 +77,52 @@ def decode_all(
     Raises:
         InvalidSetting: a setting is wrong, or other models made the latents; nothing was computed.
     """
-    pictures = []
-    for each, wanted in zip(latents, settings, strict=True):
-        request = wanted.of(each)
-        pictures.append(Picture(request, plan_size(request.width, request.height, models.native)))
-        if not wanted.any_model:
-            each.check_model(models)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, picture in enumerate(pictures):
-        groups.setdefault(picture.plan.decoder_grid, []).append(index)
-    captions = [wanted.prompt if wanted.prompt.strip() else "" for wanted in settings]
-    embeddings = encode_texts(models.decoder_text_encoder, ["", *captions])
-    total = sum(max(pictures[index].settings.decoder_steps for index in group) for group in groups.values())
-    images: dict[int, Image.Image] = {}
-    step = 0
+    decodings = [_planned(models, *pair) for pair in zip(latents, settings, strict=True)]
+    texts = encode_texts(models.decoder_text_encoder, ["", *(each.caption for each in decodings)])
+    groups: dict[tuple[int, int], list[_Decoding]] = {}
+    for each in decodings:
+        groups.setdefault(each.picture.plan.decoder_grid, []).append(each)
+    total = sum(max(each.picture.decoder_steps for each in group) for group in groups.values())
+    step = num_decoded = 0
     for group in groups.values():
-        samples = []
-        for index in group:
-            texts = {"": embeddings[""], pictures[index].settings.prompt: embeddings[captions[index]]}
-            values = latents[index].values.to(models.device)
-            samples.append(begin_decoder(models, pictures[index], values, texts))
+        samples = [_begin(models, each, texts) for each in group]
         for _ in denoise(models.stage_b, samples, Condition.cat):
             step += 1
             yield Progress("decoder", step, total)
-        chunk = decode_chunk(pictures[group[0]].plan)
+        chunk = decode_chunk(group[0].picture.plan)
         for start in range(0, len(group), chunk):
             some = group[start : start + chunk]
-            chosen = [pictures[index] for index in some]
+            pictures = [each.picture for each in some]
             results = [sample.result for sample in samples[start : start + chunk]]
-            images |= zip(some, finish(decode_pixels(models, chosen, results), chosen), strict=True)
-            yield Progress("decode", len(images), len(pictures))
-    return [images[index] for index in range(len(pictures))]
+            images = finish(decode_pixels(models, pictures, results), pictures)
+            for each, image in zip(some, images, strict=True):
+                each.image = image
+            num_decoded += len(some)
+            yield Progress("decode", num_decoded, len(decodings))
+    return [each.image for each in decodings if each.image is not None]
+
+
+@dataclass(slots=True, eq=False)
+class _Decoding:
+    """Latents on their way to a picture."""
+
+    latents: Latents
+    picture: Picture
+    caption: str
+    image: Image.Image | None = None
+
+
+def _planned(models: Models, latents: Latents, wanted: DecodeSettings) -> _Decoding:
+    request = wanted.of(latents)
+    plan = plan_size(request.width, request.height, models.native)
+    if not wanted.any_model:
+        latents.check_model(models)
+    return _Decoding(latents, Picture(request, plan), wanted.prompt if wanted.prompt.strip() else "")
+
+
+def _begin(models: Models, each: _Decoding, texts: Mapping[str, TextEmbeddings]) -> Sample[Condition]:
+    own = {"": texts[""], each.picture.settings.prompt: texts[each.caption]}
+    return begin_decoder(models, each.picture, each.latents.values.to(models.device), own)
 
 
 def reconstruct_all(
