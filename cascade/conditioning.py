@@ -226,13 +226,13 @@ class TextEncoder:
         self, input_ids: Tensor, attention_mask: Tensor, adapter: Adapter | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (b, n, d) and pooled embedding (b, 1, d) of tokens and their mask, (b, n)."""
-        changed, ids = ({}, input_ids) if adapter is None else self._with(adapter, input_ids)
+        changed, ids = ({}, input_ids) if adapter is None else self._adapted(adapter, input_ids)
         inputs = {"input_ids": ids, "attention_mask": attention_mask, "output_hidden_states": True}
-        tower = {
+        inside = {
             name.removeprefix(_TOWER): weight for name, weight in changed.items() if name.startswith(_TOWER)
         }
-        run = self.model.text_model
-        outputs = functional_call(run, tower, kwargs=inputs) if tower else run(**inputs)
+        tower = self.model.text_model
+        outputs = functional_call(tower, inside, kwargs=inputs) if inside else tower(**inputs)
         # transformers takes the largest id in old configurations; added tokens (LoRA) are larger than the end
         first_end = (input_ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
         rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -266,7 +266,7 @@ class TextEncoder:
             start += len(part)
         return ids, places
 
-    def _with(self, adapter: Adapter, input_ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _adapted(self, adapter: Adapter, input_ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Weights of the tower that an adapter changes, and the tokens as numbers of its small table."""
         changed = self._changed.get(adapter)
         if changed is None:
