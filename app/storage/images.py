@@ -4,7 +4,6 @@ Half of a name is random, the other half begins the digest of the content, so th
 the disk is known before a byte of it is served.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from app.errors import DamagedFile, NotFound, StorageFull
+from app.errors import DamagedFile, NotFound
+from app.storage.writing import UNFINISHED, write_whole
 
 EXTENSIONS = ("png", "jpeg", "webp")
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
 _MARK_DIGITS = 16
-_UNFINISHED = ".partial"
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -44,20 +43,8 @@ class ImageStore:
     def save(self, content: bytes, extension: str) -> str:
         """Keep `content` and return its name, 32 hexadecimal digits and `extension`. Raises StorageFull."""
         name = f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
-        unfinished = self._folder / f"{name}{_UNFINISHED}"
-        try:
-            with unfinished.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._folder / name)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise StorageFull(
-                    "there is no room to keep the picture; the operator has to make some"
-                ) from error
-            raise
+        unfinished = self._folder / f"{name}{UNFINISHED}"
+        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture")
         return name
 
     def open(self, name: str) -> StoredImage:
@@ -104,7 +91,7 @@ class ImageStore:
         oldest = self._clock() - self._ttl_seconds
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                name = entry.name.removesuffix(_UNFINISHED)
+                name = entry.name.removesuffix(UNFINISHED)
                 if _NAME.fullmatch(name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
                     Path(entry.path).unlink(missing_ok=True)
                     removed += 1

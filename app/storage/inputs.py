@@ -5,7 +5,6 @@ crash. Many jobs may name one file. It goes when none does, and when it has been
 that is just being accepted has no job yet.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -18,13 +17,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from app.errors import DamagedFile, NotFound, StorageFull
+from app.errors import DamagedFile, NotFound
 from app.storage.decoding import decode_picture
+from app.storage.writing import UNFINISHED, write_whole
 
 GRACE_SECONDS = 600.0  # from a file to the commit of its job, at the very most
 
 _NAME = re.compile(r"[0-9a-f]{64}")
-_UNFINISHED = ".partial"
 _LOCK = ".lock"
 
 
@@ -77,7 +76,7 @@ class InputStore:
         """Remove those that are still old, and what a crash left unfinished; returns how many."""
         removed = 0
         with self._locked():
-            unfinished = [path for path in self._folder.iterdir() if path.name.endswith(_UNFINISHED)]
+            unfinished = [path for path in self._folder.iterdir() if path.name.endswith(UNFINISHED)]
             for path in [*unfinished, *(self._folder / name for name in names if _NAME.fullmatch(name))]:
                 if self._is_old(path):
                     path.unlink(missing_ok=True)
@@ -91,21 +90,9 @@ class InputStore:
             return False
 
     def _write(self, path: Path, content: bytes) -> None:
-        unfinished = path.with_name(f"{secrets.token_hex(8)}{_UNFINISHED}")
-        try:
-            with unfinished.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            self._sync_folder()
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise StorageFull(
-                    "there is no room to keep the picture that came; the operator has to make some"
-                ) from error
-            raise
+        unfinished = path.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
+        write_whole(path, content, unfinished=unfinished, what="the picture that came")
+        self._sync_folder()
 
     def _sync_folder(self) -> None:
         """The name is on the disk, too."""
