@@ -24,7 +24,8 @@ from cascade.sampling.schedule import CosineSchedule
 from cascade.training import stage_c
 from cascade.training.captions import caption
 from cascade.training.code import read_code
-from cascade.training.scenes import SQUARE_SIZE, Scene, Thing, render, sample_scene
+from cascade.training.scenes import SQUARE_SIZE, Scene, Thing, sample_scene
+from cascade.training.tensors import picture_tensor
 
 COUNT = 4096  # of each kind
 
@@ -75,8 +76,7 @@ def _of_stage_c(
 
 @torch.no_grad()
 def _of_encoder(encoder: EffNetEncoder, scenes: list[Scene]) -> list[Tensor]:
-    pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2) / 255
-    return list(encoder(resize_for_encoder(pixels)))
+    return list(encoder(resize_for_encoder(picture_tensor(scenes))))
 
 
 def _names(scene: Scene) -> tuple[str, list[tuple[str, str]]]:

@@ -18,16 +18,16 @@ from cascade.checkpoints.save import save_component
 from cascade.config import EffNetConfig, EffNetStage, PreviewerConfig
 from cascade.networks.effnet import EffNetEncoder, resize_for_encoder
 from cascade.networks.previewer import Previewer
-from cascade.training.code import read_code, scene_code
+from cascade.training.code import read_code
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import (
     SQUARE_SIZE,
     Scene,
     held_out_generator,
-    render,
     sample_scene,
     sample_size,
 )
+from cascade.training.tensors import code_tensor, picture_tensor
 
 TINY_EFFNET = EffNetConfig(
     stem_channels=16,
@@ -87,8 +87,7 @@ def loss(networks: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tens
 
 def scenes_and_codes(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Pictures (b, 3, h, w) in 0..1 of scenes of one size, and their codes (b, 16, gh, gw)."""
-    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2) / 255
-    return pictures, torch.from_numpy(np.stack([scene_code(scene) for scene in scenes]))
+    return picture_tensor(scenes), code_tensor(scenes)
 
 
 def previews(pictures: Tensor, codes: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from cascade.networks.blocks import Pointwise, ResBlock, layer_norm, resize
 from cascade.networks.stage_b import StageB
-from cascade.training.code import scene_code
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import Channels
-from cascade.training.scenes import SQUARE_SIZE, Scene, render, sample_scene
+from cascade.training.scenes import SQUARE_SIZE, Scene, sample_scene
 from cascade.training.stage_a import colour_latents
+from cascade.training.tensors import code_tensor, picture_tensor
 
 PLAN = Plan(
     steps=18_000,
@@ -127,7 +127,7 @@ class _Scenes:
     def __init__(self, scale_factor: float, drawn: tuple[Tensor, list[Scene]]) -> None:
         rng = np.random.default_rng(77)
         scenes = [sample_scene(rng, SQUARE_SIZE) for _ in range(_SCENES)]
-        self._codes = torch.from_numpy(np.stack([scene_code(scene) for scene in scenes]))
+        self._codes = code_tensor(scenes)
         self._tokens = _tokens(scenes, scale_factor)
         self._outlines = _outlines(self._tokens)
         self._drawn = drawn[0]
@@ -155,8 +155,7 @@ def _tokens(scenes: list[Scene], scale_factor: float) -> Tensor:
     """Stage B's clean tokens, (n, tokens, 16), in half precision for there are many."""
     tokens = [torch.empty(0, _TOKENS_PER_SIDE**2, 16, dtype=torch.half)]
     for start in range(0, len(scenes), 100):
-        pixels = np.stack([render(scene) for scene in scenes[start : start + 100]])
-        means = F.avg_pool2d(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, 4)
+        means = F.avg_pool2d(picture_tensor(scenes[start : start + 100]), 4)
         tokens.append(F.pixel_unshuffle(colour_latents(means) / scale_factor, 2).flatten(2).mT.half())
     return torch.cat(tokens)
 

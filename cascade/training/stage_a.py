@@ -25,6 +25,7 @@ from cascade.config import StageAConfig
 from cascade.networks.stage_a import StageA
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import PALETTE, held_out_generator, render, sample_scene
+from cascade.training.tensors import picture_tensor
 
 TINY_STAGE_A = StageAConfig(
     levels=2, bottleneck_blocks=2, hidden_channels=64, latent_channels=4, codebook_size=512, scale_factor=1.0
@@ -179,8 +180,7 @@ def crops(rng: np.random.Generator, count: int) -> Tensor:
 def held_out_pictures(count: int) -> Tensor:
     """Pictures (count, 3, 256, 256) in 0..1 that no training has seen."""
     rng = held_out_generator(1)
-    pictures = np.stack([render(sample_scene(rng)) for _ in range(count)])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    return picture_tensor([sample_scene(rng) for _ in range(count)])
 
 
 @torch.inference_mode()

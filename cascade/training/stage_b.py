@@ -27,7 +27,6 @@ from cascade.sampling.noise import PhiloxNoise
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
-from cascade.training.code import scene_code
 from cascade.training.denoising import Emphasis, noise_batch
 from cascade.training.drawn_codes import drawn_codes
 from cascade.training.loop import Plan, fit
@@ -37,11 +36,11 @@ from cascade.training.scenes import (
     SQUARE_SIZE,
     Scene,
     held_out_generator,
-    render,
     sample_scene,
     sample_size,
 )
 from cascade.training.stage_a import colour_latents
+from cascade.training.tensors import code_tensor, picture_tensor
 
 TINY_STAGE_B = StageBConfig(
     timestep_ratio_embedding_dim=32,
@@ -94,7 +93,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         assert isinstance(module, StageB)
         size = sample_size(rng)
         codes, scenes = draw_batch(rng, size, drawn)
-        latents = latents_of(pictures(scenes), stage_a.config.scale_factor)
+        latents = latents_of(picture_tensor(scenes), stage_a.config.scale_factor)
         batch = noise_batch(latents, schedule, _EMPHASIS, rng)
         predict = compiled if size == SQUARE_SIZE else _predict
         return batch.loss(predict(module, batch.latents, batch.ratio, codes))
@@ -119,7 +118,7 @@ def draw_batch(
 ) -> tuple[Tensor, list[Scene]]:
     """Codes and scenes of pictures of one size; of square ones, half are drawn codes."""
     scenes = [sample_scene(rng, size) for _ in range(_BATCH // 2)]
-    codes = disturb(torch.from_numpy(np.stack([scene_code(scene) for scene in scenes])), rng)
+    codes = disturb(code_tensor(scenes), rng)
     if size != SQUARE_SIZE:
         return codes, scenes
     chosen = rng.integers(0, len(drawn[1]), _BATCH - len(scenes))
@@ -153,11 +152,6 @@ def latents_of(pixels: Tensor, scale_factor: float) -> Tensor:
     return colour_latents(F.avg_pool2d(pixels, 4)) / scale_factor
 
 
-def pictures(scenes: list[Scene]) -> Tensor:
-    """Rendered scenes of one size, (b, 3, h, w) in 0..1."""
-    return torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2) / 255
-
-
 @torch.no_grad()
 def judge(
     stage: StageB, stage_a: StageA, schedule: CosineSchedule, sheet: Path | None = None, count: int = 24
@@ -165,11 +159,9 @@ def judge(
     """Error of latents sampled in ten steps from held-out codes, and of their pictures in dB."""
     rng = held_out_generator(4)
     scenes = [sample_scene(rng) for _ in range(count)]
-    truth = pictures(scenes)
+    truth = picture_tensor(scenes)
     latents = stage_a.encode(truth)
-    drawn = sample_latents(
-        stage, schedule, torch.from_numpy(np.stack([scene_code(scene) for scene in scenes]))
-    )
+    drawn = sample_latents(stage, schedule, code_tensor(scenes))
     decoded = stage_a.decode(drawn).clamp(0, 1)
     per_picture = (decoded - truth).square().mean((1, 2, 3))
     if sheet:
