@@ -92,15 +92,6 @@ class InputStore:
     def _write(self, path: Path, content: bytes) -> None:
         unfinished = path.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
         write_whole(path, content, unfinished=unfinished, what="the picture that came")
-        self._sync_folder()
-
-    def _sync_folder(self) -> None:
-        """The name is on the disk, too."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -19,9 +19,19 @@ def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str) -> N
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         if error.errno in _NO_ROOM:
             message = f"there is no room to keep {what}; the operator has to make some"
             raise StorageFull(message) from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """The name is on the disk, too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,38 @@
+"""A file appears whole, and its content and then its name are on the disk before anybody is told."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from app.errors import StorageFull
+from app.storage.writing import write_whole
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, unfinished = tmp_path / "a", tmp_path / "a.partial"
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_whole(path, b"content", unfinished=unfinished, what="it")
+    assert synced == [(str(unfinished), False), (str(tmp_path), True)]
+    assert (path.read_bytes(), unfinished.exists()) == (b"content", False)
+
+
+def test_without_room_nothing_is_left_and_the_error_says_what_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull, match="no room to keep the cat"):
+        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="the cat")
+    assert list(tmp_path.iterdir()) == []
