@@ -47,6 +47,7 @@ def generate(
     control_scale: options.ControlScale = 1.0,
     control_interval: options.ControlInterval = (0.0, 1.0),
     preprocess: options.Preprocess = True,
+    faithful: options.Faithful = True,
     loras: options.LoRAs = None,
     guidance_interval: options.GuidanceInterval = (0.0, 1.0),
     weighted_prompt: options.WeightedPrompt = False,
@@ -103,7 +104,9 @@ def generate(
         feather=feather,
         anchor=anchor,
         image_prompts=read_image_prompts(image_prompts),
-        control=read_control(control, control_scale, control_interval, preprocess=preprocess),
+        control=read_control(
+            control, control_scale, control_interval, preprocess=preprocess, faithful=faithful
+        ),
         loras=read_loras(loras),
         guidance_interval=guidance_interval,
         weighted_prompt=weighted_prompt,

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from cascade import Control, ImagePrompt, LoRAUse
+    from cascade.tasks.settings import FeatureMap
 
 MAX_PIXELS = 100_000_000
 
@@ -57,7 +58,7 @@ def read_loras(texts: list[str] | None) -> tuple["LoRAUse", ...]:
 
 
 def read_control(
-    text: str | None, scale: float, interval: tuple[float, float], *, preprocess: bool
+    text: str | None, scale: float, interval: tuple[float, float], *, preprocess: bool, faithful: bool
 ) -> "Control | None":
     """KIND:FILE; for identity a safetensors file with a map."""
     from cascade import Control
@@ -71,9 +72,10 @@ def read_control(
     if kind == "identity":
         from cascade.tasks.control import read_map
 
-        return Control(kind, read_map(Path(name)), scale, *interval, preprocess=preprocess)
-    image = read_picture(Path(name), "control")
-    return Control(kind, image, scale, *interval, preprocess=preprocess)
+        picture: Image | FeatureMap = read_map(Path(name))
+    else:
+        picture = read_picture(Path(name), "control")
+    return Control(kind, picture, scale, *interval, preprocess=preprocess, faithful=faithful)
 
 
 def split_number(text: str, option: str, *, is_file: bool) -> tuple[str, float]:

@@ -125,6 +125,13 @@ Preprocess = Annotated[
         "--preprocess/--no-preprocess", help="Find what the ControlNet reads, or the picture is that already."
     ),
 ]
+Faithful = Annotated[
+    bool,
+    Option(
+        "--faithful/--no-faithful",
+        help="A picture enlarged by super_resolution, reduced again, is the small one; or as it was drawn.",
+    ),
+]
 LoRAs = Annotated[
     list[str] | None,
     Option("--lora", metavar="NAME[:SCALE]", help="LoRA by name; up to 4.", show_default="none"),

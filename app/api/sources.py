@@ -97,6 +97,9 @@ class ControlBody(BaseModel):
     preprocess: bool = Field(
         True, description="False: the picture is what the network reads, such as edges already found"
     )
+    faithful: bool = Field(
+        True, description="The result of `super_resolution`, reduced, is the picture; false: as it was drawn"
+    )
 
 
 ImagePromptMember = Annotated[ImagePromptBody, BeforeValidator(_as_entry)]

@@ -362,6 +362,7 @@ def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]
             start=control.start,
             end=control.end,
             preprocess=control.preprocess,
+            faithful=control.faithful,
         ),
         loras=tuple(LoRAUse(lora.name, lora.scale) for lora in request.loras),
         guidance_interval=request.guidance_interval,

@@ -14,7 +14,7 @@ from cascade.evaluation.picture_tasks import (
     reconstruction,
     variation,
 )
-from cascade.evaluation.trained_tasks import canny, lcm, lora, super_resolution
+from cascade.evaluation.trained_tasks import ENLARGED, canny, lcm, lora, super_resolution
 from cascade.models import Models
 
 
@@ -33,7 +33,7 @@ TASKS = MappingProxyType(
         "variation": Task(variation, 3),
         "inpainting": Task(inpainting, 3),
         "control": Task(canny, 2),
-        "super-resolution": Task(super_resolution, 1),
+        "super-resolution": Task(super_resolution, len(ENLARGED)),
         "lora": Task(lora, 4),
         "lcm": Task(lcm, 2),
     }

@@ -26,6 +26,7 @@ from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
 from cascade.sizes import SizePlan, fit_to_drawing, fit_to_size, nearest_size, plan_size
 from cascade.tasks.encoding import encode_planned
+from cascade.tasks.enlarging import keep_to_small
 from cascade.tasks.extras import ControlMaps, adapter_of, control_of
 from cascade.tasks.image_prompts import encode_image_prompts
 from cascade.tasks.image_to_image import noised
@@ -270,6 +271,9 @@ def finish(pixels: Tensor, pictures: Sequence[Picture]) -> list[Image.Image]:
 
 def _finished(image: Image.Image, picture: Picture) -> Image.Image:
     fitted = fit_to_size(image, picture.plan)
+    control = picture.settings.control
+    if control is not None and control.enlarges and isinstance(control.image, Image.Image):
+        fitted = keep_to_small(fitted, control.image)
     if not picture.settings.repaints:
         return fitted
     canvas = canvas_of(picture.settings, picture.plan)

@@ -56,7 +56,8 @@ class Control:
     """A picture that a ControlNet of the checkpoint follows, in the share `start`..`end` of Stage C's run.
 
     Without `preprocess` the picture is what the network reads, such as edges already found. Inpainting paints
-    what is transparent in it. For identity it is a map of numbers.
+    what is transparent in it. For identity it is a map of numbers. With `faithful` super-resolution keeps to
+    its picture: the result, reduced, is that picture but for rounding.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     preprocess: bool = True
+    faithful: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("control", self.kind, CONTROL_KINDS)
@@ -72,6 +74,11 @@ class Control:
             _check_image("control", self.image)
         _check_number("control", self.scale, 0, 2)
         _check_interval("control", (self.start, self.end))
+
+    @property
+    def enlarges(self) -> bool:
+        """The result has to be, reduced, the picture."""
+        return self.faithful and self.kind == "super_resolution"
 
 
 @dataclass(frozen=True, slots=True)

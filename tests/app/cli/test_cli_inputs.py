@@ -56,6 +56,21 @@ def test_a_canvas_and_an_image_prompt_need_no_words(run: Run, source: Path, tmp_
     assert np.array_equal(pixels(to)[:, :256], pixels(source))
 
 
+def test_an_enlarged_picture_keeps_to_the_small_one_unless_it_shall_not(
+    run: Run, source: Path, tmp_path: Path
+) -> None:
+    small, to = Image.open(source).convert("RGB").resize((64, 64)), tmp_path / "a.png"
+    small.save(tmp_path / "small.png")
+    differences = []
+    for asked in ((), ("--no-faithful",)):
+        control = ("--control", f"super_resolution:{tmp_path / 'small.png'}")
+        outcome = run("generate", "a red circle", *control, *asked, "-o", to, *QUICK)
+        assert outcome.status == 0, outcome.err
+        again = Image.open(to).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+        differences.append(np.abs(np.asarray(again, float) - np.asarray(small)).mean())
+    assert differences[0] < 1 < differences[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -52,6 +52,14 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"control": ({"type": "canny", "scale": 0.8, "end": 0.5}, SOURCE), "width": 256, "height": 256},
         {"control": Control("canny", SOURCE, scale=0.8, end=0.5)},
     ),
+    "super-resolution": (
+        {"control": ({"type": "super_resolution"}, OTHER), "width": 256, "height": 256},
+        {"control": Control("super_resolution", OTHER)},
+    ),
+    "super-resolution as it was drawn": (
+        {"control": ({"type": "super_resolution", "faithful": False}, OTHER), "width": 256, "height": 256},
+        {"control": Control("super_resolution", OTHER, faithful=False)},
+    ),
     "LoRA": ({"loras": [{"name": "noise", "scale": 0.5}]}, {"loras": (LoRAUse("noise", 0.5),)}),
     "words": (
         {"prompt": "a (red:1.4) circle " * 30, "weighted_prompt": True, "long_prompt": True},
@@ -71,7 +79,8 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
         controlnet(cascade, "canny").state_dict(), networks / "canny.safetensors", {"injections": "0,2"}
     )
     network = load_controlnet(networks / "canny.safetensors", cascade)
-    cascade.loras, cascade.controlnets = LoRALibrary([loras]), {network.kind: network}
+    cascade.loras = LoRALibrary([loras])
+    cascade.controlnets = {**cascade.controlnets, network.kind: network}
     return cascade
 
 
