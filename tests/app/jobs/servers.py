@@ -15,6 +15,7 @@ from app.engine.protocol import (
     Drain,
     Latents,
     Pixels,
+    Progressed,
     Ready,
     Run,
     Stepped,
@@ -67,7 +68,8 @@ class Engine(FakeLink):
         return [message for message in self.sent if isinstance(message, WantPreviews)]
 
     def step(self, run: Run, step: int, stage: str = "prior", *, remaining: float = 1.0) -> None:
-        self.say(Stepped(run.job, run.index, stage, step, 20, remaining))  # type: ignore[arg-type]
+        stepped = Stepped(run.job, run.index, stage, step, 20, remaining)  # type: ignore[arg-type]
+        self.say(Progressed((stepped,)))
 
     def end_prior(self, run: Run) -> None:
         self.say(Latents(run.job, run.index, latents_of(run.seed)))

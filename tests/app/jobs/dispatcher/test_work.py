@@ -183,6 +183,31 @@ async def test_several_devices_share_the_queue(serve: Serve) -> None:
     assert {(await server.ended(job)).status for job in jobs} == {JobStatus.SUCCEEDED}
 
 
+async def test_steps_are_told_to_those_who_watch_and_to_those_who_come_later(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5)
+    (run,) = await server.runs(1)
+    flight = server.dispatcher._fleet.flight(accepted.id)
+    assert flight is not None
+    server.engine.step(run, 3)
+    await until(lambda: flight.share_left() == 1.0 and flight._steps)
+    untold = server.dispatcher.events.progress(accepted.id)
+    assert untold is not None
+    assert untold.step == 0  # nobody watches: only that it was begun
+    steps: list[int] = []
+
+    async def watch() -> None:
+        async for event in server.dispatcher.follow(accepted.id):
+            steps.extend([event.news.step] if isinstance(event.news, Progress) else [])
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: steps == [3])
+    server.engine.step(run, 4)
+    await until(lambda: steps == [3, 4])
+    server.engine.finish(run)
+    await watching
+
+
 async def test_progress_never_falls(serve: Serve) -> None:
     server = await serve()
     accepted = await server.submit(5, 6)
