@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.engine.engine import HungUp
+from app.engine.picture import Picture
 from app.engine.protocol import (
     Cancel,
     Latents,
@@ -84,18 +85,20 @@ def test_a_picture_of_another_size_is_no_backlog_of_stage_a(bench: Bench, runner
 def test_stage_a_decodes_two_alike_together_with_another_between_them(
     bench: Bench, runner: FakeRunner
 ) -> None:
-    together: list[int] = []
-
-    def decode(tracks: Sequence[FakeTrack]) -> None:
-        together.append(len(tracks))
-        if len(together) == 1:
-            wait_until(lambda: len(bench.engine._finisher._drawn) == 3)
-
-    runner.on_decode = decode
-    other = asked("c", width=128)
-    bench.work(run("a"), run("b"), run("c", request=other), run("d"))
-    assert len(bench.made) == 4
-    assert together == [1, 2, 1]
+    finisher, together = bench.engine._finisher, []
+    runner.on_decode = lambda tracks: together.append([track.run.job for track in tracks])
+    runner.decoding.clear()
+    sizes = {"first": 64, "b": 128, "c": 192, "d": 128, "e": 128}
+    for name, width in sizes.items():
+        track = FakeTrack(run(name, request=asked(name, width=width)), (1, 1))
+        track.work = track.work[-1:]
+        picture = Picture.aboard(track.run, track, bench.now)
+        picture.began_stage_at = bench.now
+        finisher.finish(picture)
+        wait_until(lambda: finisher._is_working)  # on the first, until all others are there
+    runner.decoding.set()
+    finisher.wait_until_idle()
+    assert together == [["first"], ["b", "d"], ["c"], ["e"]]
 
 
 def test_latents_are_told_when_stage_c_is_done(bench: Bench) -> None:
