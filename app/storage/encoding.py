@@ -16,7 +16,7 @@ MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": 
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 # Runs and Huffman codes only: of filtered rows the search for longer matches finds next to nothing. Files are
-# 5 to 20 % smaller than at deflate's level 2, in 60 to 90 % of the time.
+# 7 to 25 % smaller than at deflate's level 2, in 60 to 90 % of the time.
 PNG_STRATEGY, PNG_LEVEL = zlib.Z_RLE, 1
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
