@@ -15,14 +15,14 @@ class Caps:
             stage, height, width = parse_shape(name)
             self._profiled[stage, height * width] = best_rows(measured)
         self._max_rows = max_rows
-        self._halved: dict[BatchKey, int] = {}
+        self._known: dict[BatchKey, int] = {}  # those asked for before, some of them halved since
 
     def cap(self, key: BatchKey) -> int:
         """Rows that may be stepped together, at least 1."""
-        if key in self._halved:
-            return self._halved[key]
-        rows = self._estimated(key)
-        return max(1, rows if self._max_rows is None else min(rows, self._max_rows))
+        if key not in self._known:
+            rows = self._estimated(key)
+            self._known[key] = max(1, rows if self._max_rows is None else min(rows, self._max_rows))
+        return self._known[key]
 
     @property
     def largest(self) -> int:
@@ -32,7 +32,7 @@ class Caps:
 
     def halve(self, key: BatchKey) -> None:
         """Allow half of the rows from now on, but at least 1."""
-        self._halved[key] = max(1, self.cap(key) // 2)
+        self._known[key] = max(1, self.cap(key) // 2)
 
     def _estimated(self, key: BatchKey) -> int:
         """As many cells as in the nearest profiled shape."""

@@ -20,6 +20,7 @@ from app.engine.protocol import (
     Latents,
     Message,
     Observation,
+    Progressed,
     Run,
     WantPreviews,
 )
@@ -205,8 +206,9 @@ class Engine:
 
     def _publish(self, pictures: list[Picture]) -> None:
         """Say where the pictures stand, not too often, and show those that somebody watches."""
-        for picture in self._aboard.to_tell(pictures, self._clock()):
-            self._send(picture.progress())
+        steps = tuple(picture.progress() for picture in self._aboard.to_tell(pictures, self._clock()))
+        if steps:
+            self._send(Progressed(steps))
         for picture in self._aboard.to_show(pictures):
             self._finisher.preview(picture, picture.num_previews - 1)
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from app.engine.contract import AnyRunner, Decoded
 from app.engine.picture import Picture
@@ -108,10 +109,11 @@ class Finisher:
             return partial(self._show, picture, self._previews.pop(picture))
 
     def _take_alike(self) -> list[Picture]:
-        """The oldest and, when one call can decode both, the one behind it."""
-        pictures = [self._drawn.popleft()]
-        while self._drawn and self._drawn[0].key == pictures[0].key and len(pictures) < AT_ONCE:
-            pictures.append(self._drawn.popleft())
+        """The oldest, and the next ones that the same call can decode."""
+        alike = (picture for picture in self._drawn if picture.key == self._drawn[0].key)
+        pictures = list(islice(alike, AT_ONCE))
+        for picture in pictures:
+            self._drawn.remove(picture)
         return pictures
 
     def _finish(self, pictures: list[Picture], is_backlogged: bool) -> None:

@@ -97,8 +97,8 @@ class Unusable(FromEngine, frozen=True, tag="unusable"):
     reason: str
 
 
-class Stepped(FromEngine, frozen=True, tag="stepped"):
-    """Where pictures stand; at most ten times a second per job."""
+class Stepped(msgspec.Struct, frozen=True, array_like=True):
+    """Where a picture stands."""
 
     job: str
     index: int
@@ -106,6 +106,12 @@ class Stepped(FromEngine, frozen=True, tag="stepped"):
     step: int
     steps: int
     remaining: float  # seconds that its work is predicted to take from here, alone
+
+
+class Progressed(FromEngine, frozen=True, tag="progressed"):
+    """How far pictures are, of all jobs that are due: at most ten times a second per job."""
+
+    steps: tuple[Stepped, ...]
 
 
 class Previewed(FromEngine, frozen=True, tag="previewed"):
@@ -183,7 +189,7 @@ class DeviceLost(FromEngine, frozen=True, tag="device_lost"):
 
 
 AnyToEngine = Configure | Run | Cancel | WantPreviews | Drain
-AnyFromEngine = Ready | Unusable | Stepped | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
+AnyFromEngine = Ready | Unusable | Progressed | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[AnyToEngine] = msgspec.msgpack.Decoder(AnyToEngine)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heapreplace
 from itertools import islice
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app.engine.fairness import Share, Shares, Turns
 
@@ -27,9 +27,11 @@ SCAN = 64  # queues, or pictures, of those that wait longest, that are looked at
 Stage = Literal["prior", "decoder", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchKey:
-    """What pictures must have in common to be stepped by one call of a network."""
+class BatchKey(NamedTuple):
+    """What pictures must have in common to be stepped by one call of a network.
+
+    A tuple, because several dictionaries are asked for it in every tick.
+    """
 
     stage: Stage
     shape: tuple[int, int]  # (h, w) of the latents

@@ -5,12 +5,13 @@ is taken only while the row has the fence that it knows.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, func, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select, update
 
 from app.jobs import rows
 from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
-from app.jobs.queue import IS_QUEUED, IS_RUNNING, claim_order
+from app.jobs.queue import CLAIM_ORDER, IS_QUEUED, IS_RUNNING
 from app.jobs.tables import jobs, pictures
 
 TOO_MANY_CRASHES = Failure(
@@ -20,21 +21,40 @@ TOO_MANY_CRASHES = Failure(
 )
 
 
-def claim(
-    connection: Connection,
-    worker: str,
-    limit: int,
-    lease_seconds: float,
-    without: Collection[str],
-    now: float,
-) -> list[Job]:
-    """Take up to `limit` of the jobs that are next, but none of the tenants `without`."""
-    order = claim_order(now)
-    query = select(jobs).join(order, jobs.c.number == order.c.number)
-    query = query.where(IS_QUEUED, jobs.c.tenant.not_in(without))
-    query = query.order_by(order.c.turn, jobs.c.number).limit(limit)
-    found = rows.lock(connection, query, skip_locked=True)
-    return [rows.put(connection, job.claimed(worker, now, lease_seconds)) for job in found]
+# Built once, as it takes longer than to carry them out. Claims never wait for rows that others have locked.
+_NEXT = (
+    select(jobs)
+    .join(CLAIM_ORDER, jobs.c.number == CLAIM_ORDER.c.number)
+    .where(IS_QUEUED, jobs.c.tenant.not_in(bindparam("without", expanding=True)))
+    .order_by(CLAIM_ORDER.c.turn, jobs.c.number)
+    .limit(bindparam("most"))
+    .with_for_update(of=jobs, skip_locked=True)
+)
+_HELD = (
+    select(jobs.c.id)
+    .where(jobs.c.id == bindparam("held_id"), jobs.c.fence == bindparam("held_fence"), IS_RUNNING)
+    .with_for_update()
+)
+_SAVE_PICTURE = update(pictures).where(
+    pictures.c.job_id == bindparam("of_job"), pictures.c.idx == bindparam("of_index")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a worker would take."""
+
+    worker: str
+    lease_seconds: float
+    limit: int = 1  # jobs at most
+    without: Collection[str] = ()  # tenants whose jobs it leaves
+
+
+def claim(connection: Connection, wanted: Claim, now: float) -> list[Job]:
+    """Take the jobs that are next."""
+    values = {"without": list(wanted.without), "most": wanted.limit, "now": now}
+    found = rows.read(connection, _NEXT, values)
+    return [rows.put(connection, job.claimed(wanted.worker, now, wanted.lease_seconds)) for job in found]
 
 
 def renew(connection: Connection, worker: str, lease_seconds: float, now: float) -> list[str]:
@@ -52,11 +72,10 @@ def save_picture(
 
     False when the job is not held under this fence any more, or never had such a picture.
     """
-    held = select(jobs.c.id).where(jobs.c.id == job.id, jobs.c.fence == job.fence, IS_RUNNING)
-    if connection.scalar(held.with_for_update()) is None:
+    if connection.scalar(_HELD, {"held_id": job.id, "held_fence": job.fence}) is None:
         return False
-    picture = (pictures.c.job_id == job.id) & (pictures.c.idx == index)
-    if connection.execute(update(pictures).where(picture).values(columns)).rowcount != 1:
+    values = {"of_job": job.id, "of_index": index, **columns}
+    if connection.execute(_SAVE_PICTURE, values).rowcount != 1:
         return False
     if ended is not None:
         rows.put(connection, ended)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from app.engine.cost import CostModel
@@ -190,11 +191,7 @@ class Dispatcher:
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
         async with self._canceling:  # or who joins could find a job that is just given up
-            submitted = await self._submit(priced, idempotency)
-        if not submitted.is_replay:
-            self._notes.of(job.id).promised_seconds = self._forecast.promise(priced)
-            self._chores.wake(is_queued=True)
-        return submitted
+            return await asyncio.shield(self._spawn(self._submit(priced, idempotency)))
 
     def waiting(self, job: Job) -> AbstractContextManager[None]:
         """Wait for a job inside. When the last caller has left, it is canceled, if it is not to finish."""
@@ -206,11 +203,12 @@ class Dispatcher:
 
     async def wait(self, job_id: str) -> Job:
         """The job, when it has ended. Raises NotFound, and ShuttingDown when we end first."""
-        job = await self._get(job_id)
-        if job.is_finished:
-            return job
-        if self._seat.is_sole and self._is_closed and self._fleet.flight(job_id) is None:
-            raise self._leaving()
+        if self._fleet.flight(job_id) is None:
+            job = await self._get(job_id)
+            if job.is_finished:
+                return job
+            if self._seat.is_sole and self._is_closed and self._fleet.flight(job_id) is None:
+                raise self._leaving()
         ended = await self.events.final(job_id)
         if ended is not None:
             return ended
@@ -226,6 +224,8 @@ class Dispatcher:
         """
         job = await self._get(job_id)
         await self._chores.look_at(job, is_watched=True)
+        if self._fleet.flight(job_id) is not None:
+            self._forecast.progress(job)  # nobody was told of the steps so far
         last = None
         async for event in self.events.subscribe(job_id, last_id):
             last = event
@@ -258,13 +258,22 @@ class Dispatcher:
     # Comings and goings
 
     async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
+        """Have a job accepted and, if there is room for it, have it begun: in a task, as nobody may leave
+        between what the database has taken down and what is known of it here."""
+        submit = partial(self._store.submit, job, max_queue=self._settings.max_queue, idempotency=idempotency)
+        promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
         try:
-            return await self._store.submit(job, max_queue=self._settings.max_queue, idempotency=idempotency)
+            submitted = await self._fleet.accept(job.tenant, submit, self._settings.lease_seconds)
         except QueueFull as full:
             self._metrics.refused.labels(Overloaded.code).inc()
             raise Overloaded(
                 f"{full}; try again later", retry_after_seconds=self.retry_after_seconds()
             ) from None
+        if not submitted.is_replay:
+            self._notes.of(job.id).promised_seconds = promised_seconds
+            if not submitted.is_claimed:
+                self._chores.wake(is_queued=True)
+        return submitted
 
     async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
         before = await self._store.get(job_id, tenant)

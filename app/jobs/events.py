@@ -120,6 +120,10 @@ class EventHub:
         """Whether the end of a job was told here, not long ago."""
         return job_id in self._logs and self._logs[job_id].is_over
 
+    def is_watched(self, job_id: str) -> bool:
+        """Whether somebody reads the news of a job as they come."""
+        return job_id in self._logs and self._logs[job_id].num_streams > 0
+
     def progress(self, job_id: str) -> Progress | None:
         """The latest that was said of how far a job is."""
         event = self._logs.get(job_id, _Log()).events.get("progress")

@@ -4,15 +4,16 @@ Whatever dies, here or there, at whatever moment: what is missing is made again,
 """
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 
 from app.engine.cost import work_of
-from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Stepped
-from app.errors import AppError
+from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
+from app.errors import AppError, QueueFull
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
 from app.jobs.keeping import Keeper, Means
+from app.jobs.store import Claim, Submitted
 from app.jobs.supervisor import Supervisor
 
 LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines
@@ -51,6 +52,29 @@ class Fleet:
         for slot in self.slots:
             for job in await self._store.release(slot.worker):
                 self._means.logger.info("a job is resumed", job=job.id, status=job.status)
+
+    async def accept(
+        self, tenant: str, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
+    ) -> Submitted:
+        """Have a job accepted by `submit`, and with it claim what is next, if there is room for the tenant.
+
+        Raises what `submit` raises.
+        """
+        slot = None if self._boarding.locked() or self.keeper.is_leaving else self._roomiest_for(tenant)
+        if slot is None:
+            return await submit()
+        async with self._boarding:
+            slot.may_hold_strays = True  # until all that was claimed is known here
+            try:
+                claim = Claim(slot.worker, lease_seconds, without=slot.sated)
+                submitted = await submit(claim=claim)
+            except (AppError, QueueFull):  # by the transaction, of which then nothing was done
+                slot.may_hold_strays = False
+                raise
+            for job in submitted.claimed:
+                await self._board(slot, job)
+            slot.may_hold_strays = False
+        return submitted
 
     async def claim(self, lease_seconds: float) -> bool:
         """Fill the engines, the one with the least to do first. True when there may be more than fits."""
@@ -122,7 +146,12 @@ class Fleet:
             for tick in message.ticks:
                 self._means.cost.learn(tick)
             self._means.metrics.cost_error.set(self._means.cost.error)
-        elif isinstance(message, Stepped | Previewed | Latents | Pixels | Failed):
+        elif isinstance(message, Progressed):
+            flights = self._slot(engine).flights
+            for step in message.steps:
+                if step.job in flights:
+                    self.keeper.follow(flights[step.job], step)
+        elif isinstance(message, Previewed | Latents | Pixels | Failed):
             flight = self._slot(engine).flights.get(message.job)
             if flight is not None:
                 await self.keeper.hear(flight, message)
@@ -143,6 +172,9 @@ class Fleet:
 
     def _slot(self, engine: Supervisor) -> Slot:
         return next(slot for slot in self.slots if slot.engine is engine)
+
+    def _roomiest_for(self, tenant: str) -> Slot | None:
+        return self._emptiest([slot for slot in self.slots if tenant in slot.sated])
 
     def _emptiest(self, done: Collection[Slot]) -> Slot | None:
         roomy = [slot for slot in self.slots if slot.room > 0 and slot not in done]

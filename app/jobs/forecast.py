@@ -24,9 +24,11 @@ class Forecast:
         if job.is_finished:
             return Progress("done", 1, 1, 1.0, 0.0)
         flight = self._fleet.flight(job.id)
-        if flight is not None:
-            return flight.progress()
-        return self._events.progress(job.id) or Progress()
+        if flight is None:
+            return self._events.progress(job.id) or Progress()
+        progress = flight.progress()
+        self._events.publish(job.id, progress)  # remembered: when another claim goes on, it falls not below
+        return progress
 
     def retry_after_seconds(self) -> int:
         """When there should be room, 1 to 59."""

@@ -65,12 +65,15 @@ class Keeper:
         self._logger = means.logger
         self._pixels = asyncio.Semaphore(MAX_PIXELS_WAITING)
 
-    async def hear(self, flight: Flight, message: Stepped | Previewed | Latents | Pixels | Failed) -> None:
+    def follow(self, flight: Flight, step: Stepped) -> None:
+        """Take note of a step, and tell of it if somebody watches; who asks later is told then."""
+        flight.stepped(step)
+        if self._events.is_watched(flight.job.id):
+            self._events.publish(flight.job.id, flight.progress())
+
+    async def hear(self, flight: Flight, message: Previewed | Latents | Pixels | Failed) -> None:
         """Deal with what an engine says of a job. Returns late when much waits to be encoded."""
         match message:
-            case Stepped():
-                flight.stepped(message)
-                self._events.publish(flight.job.id, flight.progress())
             case Previewed():
                 self._spawn(flight, self._show(flight, message))
             case Latents():

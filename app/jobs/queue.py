@@ -6,7 +6,7 @@ that has fewest jobs in work or before it. So who queues a thousand jobs delays 
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Subquery, func, or_, select
+from sqlalchemy import Connection, Subquery, bindparam, func, or_, select
 
 from app.errors import QueueFull
 from app.jobs.job import JobStatus
@@ -28,13 +28,7 @@ class QueueCounts:
 
 def count(connection: Connection) -> QueueCounts:
     """How much there is to do now."""
-    query = select(
-        func.count().filter(IS_QUEUED),
-        func.count().filter(IS_RUNNING),
-        func.coalesce(func.sum(jobs.c.cost_seconds).filter(IS_QUEUED), 0.0),
-        func.min(jobs.c.created_at).filter(IS_QUEUED),
-    ).where(IS_QUEUED | IS_RUNNING)
-    return QueueCounts(*connection.execute(query).one())
+    return QueueCounts(*connection.execute(_COUNT).one())
 
 
 def require_room(connection: Connection, max_queue: int) -> None:
@@ -47,14 +41,10 @@ def require_room(connection: Connection, max_queue: int) -> None:
 
 def position(connection: Connection, job_id: str, now: float) -> int | None:
     """How many jobs are to be taken before this one; None when it is not to be taken."""
-    order = claim_order(now)
-    place = func.row_number().over(order_by=(order.c.turn, order.c.number)) - 1
-    places = select(order.c.id, place.label("place")).subquery()
-    return connection.scalar(select(places.c.place).where(places.c.id == job_id))
+    return connection.scalar(_POSITION, {"job_id": job_id, "now": now})
 
 
-def claim_order(now: float) -> Subquery:
-    """`number`, `id` and `turn` of the jobs that wait and are not late; to be ordered by turn, number."""
+def _claim_order() -> Subquery:
     at_work = jobs.alias()
     shares = (
         select(at_work.c.tenant, func.count().label("num_running"))
@@ -69,6 +59,22 @@ def claim_order(now: float) -> Subquery:
     return (
         select(jobs.c.number, jobs.c.id, turn.label("turn"))
         .outerjoin(shares, shares.c.tenant == jobs.c.tenant)
-        .where(IS_QUEUED, or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now))
+        .where(IS_QUEUED, or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > bindparam("now")))
         .subquery()
     )
+
+
+# Built once: to build a query takes longer than SQLite needs to answer it.
+_COUNT = select(
+    func.count().filter(IS_QUEUED),
+    func.count().filter(IS_RUNNING),
+    func.coalesce(func.sum(jobs.c.cost_seconds).filter(IS_QUEUED), 0.0),
+    func.min(jobs.c.created_at).filter(IS_QUEUED),
+).where(IS_QUEUED | IS_RUNNING)
+# `number`, `id` and `turn` of the jobs that wait and are not late at `now`; to be ordered by turn, number.
+CLAIM_ORDER = _claim_order()
+_PLACES = select(
+    CLAIM_ORDER.c.id,
+    (func.row_number().over(order_by=(CLAIM_ORDER.c.turn, CLAIM_ORDER.c.number)) - 1).label("place"),
+).subquery()
+_POSITION = select(_PLACES.c.place).where(_PLACES.c.id == bindparam("job_id"))

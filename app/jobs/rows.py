@@ -1,49 +1,67 @@
 """Between a `Job` and its rows: how one is written, and how many are read or locked at once."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Select, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, insert, select, update
 
 from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
 from app.jobs.tables import inputs, jobs, pictures
 from app.schemas import GenerationRequest
 
+# Built once: to build a statement takes longer than SQLite needs to carry it out.
+_ADD_JOB = insert(jobs)
+_ADD_PICTURES = insert(pictures)
+_FIND = select(jobs).where(jobs.c.id == bindparam("job_id"))
+_MOVE = update(jobs).where(jobs.c.id == bindparam("moved_id"))
+_FORGET_LATENTS = (
+    update(pictures)
+    .where(pictures.c.job_id == bindparam("ended_id"), pictures.c.latents.is_not(None))
+    .values(latents=None)
+)
+_IMAGES = (
+    select(pictures.c.job_id, pictures.c.image)
+    .where(pictures.c.job_id.in_(bindparam("ids", expanding=True)), pictures.c.image.is_not(None))
+    .order_by(pictures.c.idx)
+)
+
 
 def add(connection: Connection, job: Job) -> None:
     """Write a new job, a row for each of its pictures, and one for each picture that it came with."""
-    connection.execute(insert(jobs).values(_columns(job)))
+    connection.execute(_ADD_JOB, _columns(job))
     rows = [{"job_id": job.id, "idx": index, "seed": seed} for index, seed in enumerate(job.request.seeds)]
-    connection.execute(insert(pictures), rows)
+    connection.execute(_ADD_PICTURES, rows)
     if names := job.request.input_names:
         connection.execute(insert(inputs), [{"job_id": job.id, "sha256": name} for name in sorted(names)])
 
 
-def read(connection: Connection, query: Select[Any]) -> list[Job]:
-    """The jobs of a query for whole rows of `jobs`, in its order, each with its finished pictures."""
-    rows = connection.execute(query).all()
+def read(connection: Connection, query: Select[Any], values: Mapping[str, object] | None = None) -> list[Job]:
+    """The jobs of a query for whole rows of `jobs`, in its order, each with its finished pictures.
+
+    `values` are those of its parameters.
+    """
+    rows = connection.execute(query, values).all()
     images = _images(connection, [row.id for row in rows])
     return [_job(row, images[row.id]) for row in rows]
 
 
-def lock(connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> list[Job]:
+def lock(connection: Connection, query: Select[Any], values: Mapping[str, object] | None = None) -> list[Job]:
     """Like `read`, and nobody else changes these jobs before the transaction ends.
 
     Whoever locks many jobs takes them in one order, that of `number` for all but claims, which never wait.
     """
-    return read(connection, query.with_for_update(of=jobs, skip_locked=skip_locked))
+    return read(connection, query.with_for_update(of=jobs), values)
 
 
 def find(connection: Connection, job_id: str, tenant: str | None, *, is_locked: bool = False) -> Job | None:
     """The job of that id, if it belongs to `tenant`; None stands for all of them."""
     if not may_be_id(job_id):
         return None
-    query = select(jobs).where(jobs.c.id == job_id)
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
-    found = lock(connection, query) if is_locked else read(connection, query)
+    query = _FIND if tenant is None else _FIND.where(jobs.c.tenant == tenant)
+    values = {"job_id": job_id}
+    found = lock(connection, query, values) if is_locked else read(connection, query, values)
     return found[0] if found else None
 
 
@@ -54,19 +72,16 @@ def may_be_id(text: str) -> bool:
 
 def put(connection: Connection, job: Job) -> Job:
     """Write a job that was moved and return it; its row is locked. An ended one needs no latents any more."""
-    connection.execute(update(jobs).where(jobs.c.id == job.id).values(_moved(job)))
+    connection.execute(_MOVE, {"moved_id": job.id, **_moved(job)})
     if job.is_finished:
-        begun = (pictures.c.job_id == job.id) & pictures.c.latents.is_not(None)
-        connection.execute(update(pictures).where(begun).values(latents=None))
+        connection.execute(_FORGET_LATENTS, {"ended_id": job.id})
     return job
 
 
 def _images(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[StoredImage, ...]]:
     images: defaultdict[str, tuple[StoredImage, ...]] = defaultdict(tuple)
     if ids:
-        finished = pictures.c.job_id.in_(ids) & pictures.c.image.is_not(None)
-        query = select(pictures.c.job_id, pictures.c.image).where(finished).order_by(pictures.c.idx)
-        for job_id, image in connection.execute(query).all():
+        for job_id, image in connection.execute(_IMAGES, {"ids": list(ids)}).all():
             images[job_id] += (msgspec.json.decode(image, type=StoredImage),)
     return images
 

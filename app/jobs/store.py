@@ -12,6 +12,7 @@ from sqlalchemy import Connection, delete, select, update
 
 from app.errors import Conflict
 from app.jobs import claims, keys, pages, queue, rows
+from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Job, JobStatus, StoredImage
@@ -20,7 +21,13 @@ from app.jobs.leases import LeaseWatch
 from app.jobs.queue import IS_QUEUED, QueueCounts
 from app.jobs.tables import inputs, jobs
 
-__all__ = ["Idempotency", "JobStore", "QueueCounts", "Submitted"]  # all that others need of the database
+__all__ = [
+    "Claim",
+    "Idempotency",
+    "JobStore",
+    "QueueCounts",
+    "Submitted",
+]  # all that others need of the database
 
 PRUNED_AT_ONCE = 200  # others write between two such transactions
 
@@ -29,8 +36,14 @@ PRUNED_AT_ONCE = 200  # others write between two such transactions
 class Submitted:
     """A job that is in the database."""
 
-    job: Job
+    job: Job  # as it was accepted
     is_replay: bool  # it was there before, submitted with the same idempotency key
+    claimed: Sequence[Job] = ()  # what was taken in the same moment: this job, or one whose turn was first
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether this job was taken."""
+        return any(job.id == self.job.id for job in self.claimed)
 
 
 class JobStore:
@@ -65,15 +78,24 @@ class JobStore:
 
     # What callers do
 
-    async def submit(self, job: Job, *, max_queue: int, idempotency: Idempotency | None = None) -> Submitted:
+    async def submit(
+        self,
+        job: Job,
+        *,
+        max_queue: int,
+        idempotency: Idempotency | None = None,
+        claim: Claim | None = None,
+    ) -> Submitted:
         """Accept a job, or find the one that came with the same idempotency key.
 
+        A worker with nothing better to do may `claim` in the same transaction: one commit less to wait for.
         Raises KeyReused for another request with that key, and QueueFull when `max_queue` jobs wait already;
         with a `max_queue` of 0 a job is accepted only when there is nothing else to do.
         """
-        submitted = await self._database.write(_submit, job, max_queue, idempotency, self._clock())
+        submitted = await self._database.write(_submit, job, max_queue, idempotency, claim, self._clock())
         if not submitted.is_replay:
             self._faults.hit("after_submit")
+        self._note_claim(submitted.claimed)
         return submitted
 
     async def get(self, job_id: str, tenant: str | None) -> Job | None:
@@ -121,12 +143,14 @@ class JobStore:
         """
         if self._watch.is_due:
             await self._release_lost(worker, lease_seconds)
-        claimed = await self._database.write(
-            claims.claim, worker, limit, lease_seconds, without, self._clock()
-        )
+        wanted = Claim(worker, lease_seconds, limit, without)
+        claimed = await self._database.write(claims.claim, wanted, self._clock())
+        self._note_claim(claimed)
+        return claimed
+
+    def _note_claim(self, claimed: Sequence[Job]) -> None:
         if claimed:
             self._faults.hit("after_claim")
-        return claimed
 
     async def _release_lost(self, worker: str, lease_seconds: float) -> None:
         leases = await self._database.read(claims.leases, worker)
@@ -198,7 +222,12 @@ class JobStore:
 
 
 def _submit(
-    connection: Connection, job: Job, max_queue: int, idempotency: Idempotency | None, now: float
+    connection: Connection,
+    job: Job,
+    max_queue: int,
+    idempotency: Idempotency | None,
+    claim: Claim | None,
+    now: float,
 ) -> Submitted:
     lock_queue(connection)
     if idempotency is not None:
@@ -209,7 +238,8 @@ def _submit(
     rows.add(connection, job)
     if idempotency is not None:
         keys.remember(connection, job, idempotency, now)
-    return Submitted(job, is_replay=False)
+    claimed = () if claim is None else claims.claim(connection, claim, now)
+    return Submitted(job, is_replay=False, claimed=claimed)
 
 
 def _request_cancel(connection: Connection, job_id: str, tenant: str | None, now: float) -> Job | None:

@@ -20,8 +20,8 @@ from app.engine.protocol import (
     Heartbeat,
     Latents,
     Pixels,
+    Progressed,
     Ready,
-    Stepped,
     ToEngine,
     Unusable,
 )
@@ -263,7 +263,7 @@ class _Conversation:
                 return
             case Heartbeat():
                 self._feel(message)
-            case Stepped() | Latents() | Pixels():
+            case Progressed() | Latents() | Pixels():
                 self._engine.proved_well()
         await self._crew.engine_said(self._engine, message)
 

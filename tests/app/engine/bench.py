@@ -19,7 +19,9 @@ from app.engine.protocol import (
     Message,
     Observation,
     Pixels,
+    Progressed,
     Run,
+    Stepped,
 )
 from app.engine.pulse import Pulse
 from app.engine.scheduler import Scheduler
@@ -93,6 +95,11 @@ class Bench:
 
     def of(self, kind: type[Said]) -> list[Said]:
         return [message for message in self.said if isinstance(message, kind)]
+
+    @property
+    def steps(self) -> list[Stepped]:
+        """All that was told of steps."""
+        return [step for message in self.of(Progressed) for step in message.steps]
 
     @property
     def made(self) -> dict[tuple[str, int], bytes]:

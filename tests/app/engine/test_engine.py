@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.engine.engine import HungUp
+from app.engine.picture import Picture
 from app.engine.protocol import (
     Cancel,
     Latents,
     Pixels,
     Previewed,
-    Stepped,
+    Progressed,
     WantPreviews,
 )
 from tests.app.engine.bench import STEP_SECONDS, Bench, asked, run, wait_until
@@ -81,6 +82,25 @@ def test_a_picture_of_another_size_is_no_backlog_of_stage_a(bench: Bench, runner
     assert not any(tick.is_backlogged for tick in bench.ticks if tick.stage == "decode")
 
 
+def test_stage_a_decodes_two_alike_together_with_another_between_them(
+    bench: Bench, runner: FakeRunner
+) -> None:
+    finisher, together = bench.engine._finisher, []
+    runner.on_decode = lambda tracks: together.append([track.run.job for track in tracks])
+    runner.decoding.clear()
+    sizes = {"first": 64, "b": 128, "c": 192, "d": 128, "e": 128}
+    for name, width in sizes.items():
+        track = FakeTrack(run(name, request=asked(name, width=width)), (1, 1))
+        track.work = track.work[-1:]
+        picture = Picture.aboard(track.run, track, bench.now)
+        picture.began_stage_at = bench.now
+        finisher.finish(picture)
+        wait_until(lambda: finisher._is_working)  # on the first, until all others are there
+    runner.decoding.set()
+    finisher.wait_until_idle()
+    assert together == [["first"], ["b", "d"], ["c"], ["e"]]
+
+
 def test_latents_are_told_when_stage_c_is_done(bench: Bench) -> None:
     bench.work(run("a"))
     [latents] = bench.of(Latents)
@@ -114,12 +134,18 @@ class TestProgress:
         runner.steps = (60, 40)
         bench.work(*(run("a", index) for index in range(3)))
         seconds = 100 * STEP_SECONDS
-        assert seconds * 5 < len(bench.of(Stepped)) <= seconds * 10 + 1
+        assert seconds * 5 < len(bench.steps) <= seconds * 10 + 1
+
+    def test_of_all_jobs_in_a_batch_is_one_message(self, bench: Bench, runner: FakeRunner) -> None:
+        runner.steps = (30, 1)
+        bench.work(*(run(name) for name in "abcd"))
+        together = [sorted(step.job for step in message.steps) for message in bench.of(Progressed)]
+        assert together.count(list("abcd")) > 5
 
     def test_goes_forward_and_gets_shorter(self, bench: Bench, runner: FakeRunner) -> None:
         runner.steps = (30, 30)
         bench.work(run("a"))
-        told = bench.of(Stepped)
+        told = bench.steps
         order = [("prior", "decoder", "encode").index(message.stage) for message in told]
         assert order == sorted(order)
         assert {(message.stage, message.steps) for message in told} >= {("prior", 30), ("decoder", 30)}
@@ -130,7 +156,7 @@ class TestProgress:
     def test_a_second_job_is_told_apart(self, bench: Bench, runner: FakeRunner) -> None:
         runner.steps = (30, 1)
         bench.work(run("a"), run("b"))
-        told = [message.job for message in bench.of(Stepped)]
+        told = [message.job for message in bench.steps]
         assert told.count("a") == told.count("b") > 5
 
 

@@ -15,6 +15,7 @@ from app.engine.protocol import (
     Drain,
     Latents,
     Pixels,
+    Progressed,
     Ready,
     Run,
     Stepped,
@@ -67,7 +68,8 @@ class Engine(FakeLink):
         return [message for message in self.sent if isinstance(message, WantPreviews)]
 
     def step(self, run: Run, step: int, stage: str = "prior", *, remaining: float = 1.0) -> None:
-        self.say(Stepped(run.job, run.index, stage, step, 20, remaining))  # type: ignore[arg-type]
+        stepped = Stepped(run.job, run.index, stage, step, 20, remaining)  # type: ignore[arg-type]
+        self.say(Progressed((stepped,)))
 
     def end_prior(self, run: Run) -> None:
         self.say(Latents(run.job, run.index, latents_of(run.seed)))
@@ -197,6 +199,11 @@ class Server:
         runs = self.engines[device][-1].runs
         assert len(runs) == count
         return runs
+
+    async def at_rest(self) -> None:
+        """Until the engine is ready, and nothing is being claimed or about to be."""
+        chores, fleet = self.dispatcher._chores, self.dispatcher._fleet
+        await until(lambda: self.engine.sent and not (chores._may_claim or fleet._boarding.locked()))
 
     async def replace_engine(self) -> None:
         """The engine dies, and another one takes its place."""

@@ -5,9 +5,20 @@ from dataclasses import replace
 
 import pytest
 
+from app.errors import QueueFull
 from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
-from app.jobs.store import JobStore
-from tests.app.jobs.stores import LEASE_SECONDS, Clock, add, add_running, claim, new_image, new_job, stored
+from app.jobs.store import Claim, JobStore
+from tests.app.jobs.stores import (
+    LEASE_SECONDS,
+    MANY,
+    Clock,
+    add,
+    add_running,
+    claim,
+    new_image,
+    new_job,
+    stored,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -28,6 +39,28 @@ async def test_a_claimed_job_is_held(store: JobStore, clock: Clock) -> None:
     (claimed,) = await claim(store)
     assert claimed == job.claimed("one", clock.now, LEASE_SECONDS) == await stored(store, job)
     assert await claim(store) == await claim(store, "two") == []
+
+
+async def test_a_job_may_be_claimed_as_it_is_accepted(store: JobStore, clock: Clock) -> None:
+    job, wanted = new_job(), Claim("one", LEASE_SECONDS)
+    submitted = await store.submit(job, max_queue=1, claim=wanted)
+    assert submitted.is_claimed
+    assert list(submitted.claimed) == [job.claimed("one", clock.now, LEASE_SECONDS)]
+    assert list(submitted.claimed) == [await stored(store, job)]
+    assert (await store.counts()).queued == 0
+
+
+async def test_a_job_that_is_accepted_goes_before_nobody(store: JobStore) -> None:
+    early, late = new_job(), new_job()
+    await add(store, early)
+    submitted = await store.submit(late, max_queue=MANY, claim=Claim("one", LEASE_SECONDS))
+    assert [job.id for job in submitted.claimed] == [early.id]
+    assert not submitted.is_claimed
+    left = await store.submit(new_job("bob"), max_queue=MANY, claim=Claim("one", 1.0, without=["ann", "bob"]))
+    assert left.claimed == []
+    with pytest.raises(QueueFull):
+        await store.submit(new_job(), max_queue=2, claim=Claim("one", LEASE_SECONDS))
+    assert (await stored(store, late)).status == JobStatus.QUEUED
 
 
 async def test_jobs_come_in_the_order_of_arrival_whatever_the_clock_said(

@@ -17,6 +17,7 @@ from app.engine.protocol import (
     Drain,
     Heartbeat,
     Observation,
+    Progressed,
     Ready,
     Run,
     Stepped,
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.anyio
 
 CONFIGURE = Configure(model="tiny", device="cpu", dtype="float32")
 READY = Ready("cpu", "float32", 64, 64, 100, {})
-STEPPED = Stepped("job", 0, "prior", 1, 20, 1.0)
+STEPPED = Progressed((Stepped("job", 0, "prior", 1, 20, 1.0),))
 
 
 @pytest.fixture

@@ -85,3 +85,10 @@ def test_the_settings_are_embedded_when_asked_for(image: Image.Image) -> None:
 def test_the_longest_prompt_fits(image: Image.Image, output_format: Any, letter: str) -> None:
     content = encode(image, output_format, 90, letter * 64_000)
     assert reopened(content).size == image.size
+
+
+def test_png_is_smaller_than_by_deflate() -> None:
+    image = Image.merge("RGB", [Image.effect_noise((128, 128), 8) for _ in range(3)])
+    plain = BytesIO()
+    image.save(plain, "PNG", compress_level=3)
+    assert len(encode(image, "png", 90)) < 0.98 * len(plain.getvalue())

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 
+from app.jobs.flights import LEAST_PLENTY
 from tests.benchmarks.measure import Comparison, compare
 from tests.benchmarks.serve.contestants import OURS, PEER, Contestants
 from tests.benchmarks.serve.load import PATH, Load, Pulse, closed_loop, feel_pulse, open_loop
@@ -117,8 +118,15 @@ async def opened(contestants: Contestants, server: str, extent: Extent, offered:
 
 
 async def overloaded(contestants: Contestants, extent: Extent, capacity: float) -> Overload:
-    """Five times what the server can do, with a queue that is soon full."""
+    """Five times what the server can do, with a queue that is soon full.
+
+    Who was accepted waits for as long as a full queue and full engines take twice: who left earlier would
+    have work dropped that was half done, and the goodput would tell of impatience.
+    """
     offered = OVERLOAD * capacity
+    devices = str(contestants.settings.get("devices", "")).count(",") + 1
+    accepted = OVERLOAD_QUEUE + LEAST_PLENTY * devices
+    patience = max(PATIENCE_SECONDS, 2 * accepted * mean_images() / capacity)
     async with contestants.running(OURS, max_queue=OVERLOAD_QUEUE) as client:
         stop = asyncio.Event()
         health = asyncio.create_task(feel_pulse(client, "/healthz", 0.1, stop))
@@ -129,7 +137,7 @@ async def overloaded(contestants: Contestants, extent: Extent, capacity: float) 
                 orders(seed=2),
                 rate=offered / mean_images(),
                 seconds=extent.overload_seconds,
-                patience=PATIENCE_SECONDS,
+                patience=patience,
             )
         finally:
             stop.set()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from app.jobs import chores, keeping
+from app.jobs.fleet import Fleet
 from app.jobs.store import JobStore
 from tests.app.jobs.servers import Server
 
@@ -19,6 +20,18 @@ Serve = Callable[..., Awaitable[Server]]
 def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chores, "ROUND_SECONDS", 0.05)
     monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.001)
+
+
+@pytest.fixture
+def claims_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is claimed as it is accepted, as if there were no room in that moment."""
+    monkeypatch.setattr(Fleet, "_roomiest_for", lambda *_: None)
+
+
+@pytest.fixture
+def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is claimed from the queue but at the start and when there is news."""
+    monkeypatch.setattr(chores, "ROUND_SECONDS", 60.0)
 
 
 @pytest.fixture

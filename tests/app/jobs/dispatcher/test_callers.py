@@ -51,6 +51,7 @@ async def test_a_running_job_that_is_canceled_frees_the_device(serve: Serve) -> 
     assert server.sample("cascade_jobs_total", outcome="canceled", reason="") == 1
 
 
+@pytest.mark.usefixtures("claims_come_later")
 async def test_canceling_while_the_job_is_being_claimed(
     serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +74,60 @@ async def test_canceling_while_the_job_is_being_claimed(
     canceled = await canceling
     assert canceled is not None
     assert canceled.status == JobStatus.CANCELED
+
+
+@pytest.mark.usefixtures("no_rounds")
+async def test_canceling_while_the_job_is_accepted_and_begun(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    submit, accepted, go_on = store.submit, asyncio.Event(), asyncio.Event()
+
+    async def slow_submit(*args: Any, **options: Any) -> Any:
+        submitted = await submit(*args, **options)
+        accepted.set()
+        await go_on.wait()
+        return submitted
+
+    monkeypatch.setattr(store, "submit", slow_submit)
+    first = job(1)
+    submitting = asyncio.create_task(server.dispatcher.submit(first))
+    await accepted.wait()
+    canceling = asyncio.create_task(server.dispatcher.cancel(first.id))
+    await until(lambda: canceling.done() or server.dispatcher._fleet._boarding._waiters)
+    go_on.set()
+    canceled = await canceling
+    assert canceled is not None
+    assert canceled.status == JobStatus.CANCELED
+    assert (await submitting).is_claimed
+    assert server.engine.canceled == [first.id]
+
+
+@pytest.mark.usefixtures("no_rounds")
+async def test_a_caller_who_is_sent_away_while_its_job_is_begun_leaves_no_stray(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    submit, accepted, go_on = store.submit, asyncio.Event(), asyncio.Event()
+
+    async def slow_submit(*args: Any, **options: Any) -> Any:
+        submitted = await submit(*args, **options)
+        accepted.set()
+        await go_on.wait()
+        return submitted
+
+    monkeypatch.setattr(store, "submit", slow_submit)
+    first = job(1)
+    submitting = asyncio.create_task(server.dispatcher.submit(first))
+    await accepted.wait()
+    submitting.cancel()
+    go_on.set()
+    (run,) = await server.runs(1)
+    server.engine.finish(run)
+    assert (await server.ended(first)).status == JobStatus.SUCCEEDED
+    assert not any(slot.may_hold_strays for slot in server.dispatcher._fleet.slots)
 
 
 async def test_the_last_picture_and_a_cancellation_at_once(serve: Serve) -> None:

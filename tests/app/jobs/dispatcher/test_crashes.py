@@ -47,6 +47,7 @@ def closed_to_claims(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever is submitted inside is still queued at the end."""
     with monkeypatch.context() as patch:
         patch.setattr(Fleet, "claim", no_claim)
+        patch.setattr(Fleet, "_roomiest_for", lambda *_: None)
         yield
 
 

@@ -1,6 +1,7 @@
 """From an accepted job to its pictures, when nothing dies."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
@@ -10,8 +11,10 @@ from app.engine.protocol import Failed, Previewed, WantPreviews
 from app.errors import Overloaded, StorageFull
 from app.jobs import chores
 from app.jobs.events import Preview
+from app.jobs.faults import Point
 from app.jobs.flights import LEAST_PLENTY
 from app.jobs.job import JobStatus, Progress
+from app.jobs.store import JobStore
 from app.storage.encoding import AI_MADE
 from tests.app.jobs.dispatcher.conftest import Serve
 from tests.app.jobs.servers import pixels_of, until
@@ -109,6 +112,41 @@ async def test_a_tenant_with_enough_aboard_waits_in_the_queue_and_delays_nobody(
     assert {(await server.ended(job)).status for job in [*jobs, other]} == {JobStatus.SUCCEEDED}
 
 
+@pytest.mark.usefixtures("no_rounds")
+async def test_a_job_is_begun_by_the_commit_that_accepts_it(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    commits = 0
+    hit = store._database._faults.hit
+
+    def counting(point: Point) -> None:
+        nonlocal commits
+        commits += point == "before_commit"
+        hit(point)
+
+    monkeypatch.setattr(store._database, "_faults", SimpleNamespace(hit=counting))
+    accepted = await server.submit(5)
+    assert [run.job for run in server.engine.runs] == [accepted.id]
+    running = await store.get(accepted.id, None)
+    assert running is not None
+    assert (running.status, running.fence) == (JobStatus.RUNNING, 1)
+    assert commits == 1
+
+
+async def test_a_refusal_leaves_the_engine_to_others(serve: Serve) -> None:
+    server = await serve(max_queue=0)
+    accepted = await server.submit(5)
+    with pytest.raises(Overloaded):
+        await server.submit(6)
+    (run,) = await server.runs(1)
+    server.engine.finish(run)
+    await server.ended(accepted)
+    again = await server.submit(7)
+    assert (await server.runs(2))[-1].job == again.id
+
+
 async def test_what_a_tenant_offers_too_much_is_refused_and_not_taken_aboard(serve: Serve) -> None:
     server = await serve(max_queue=3)
     for seed in range(LEAST_PLENTY):
@@ -143,6 +181,31 @@ async def test_several_devices_share_the_queue(serve: Serve) -> None:
     for device in range(2):
         server.engines[device][0].finish(*runs[device])
     assert {(await server.ended(job)).status for job in jobs} == {JobStatus.SUCCEEDED}
+
+
+async def test_steps_are_told_to_those_who_watch_and_to_those_who_come_later(serve: Serve) -> None:
+    server = await serve()
+    accepted = await server.submit(5)
+    (run,) = await server.runs(1)
+    flight = server.dispatcher._fleet.flight(accepted.id)
+    assert flight is not None
+    server.engine.step(run, 3)
+    await until(lambda: flight.share_left() == 1.0 and flight._steps)
+    untold = server.dispatcher.events.progress(accepted.id)
+    assert untold is not None
+    assert untold.step == 0  # nobody watches: only that it was begun
+    steps: list[int] = []
+
+    async def watch() -> None:
+        async for event in server.dispatcher.follow(accepted.id):
+            steps.extend([event.news.step] if isinstance(event.news, Progress) else [])
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: steps == [3])
+    server.engine.step(run, 4)
+    await until(lambda: steps == [3, 4])
+    server.engine.finish(run)
+    await watching
 
 
 async def test_progress_never_falls(serve: Serve) -> None:
