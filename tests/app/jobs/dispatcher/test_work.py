@@ -135,11 +135,15 @@ async def test_a_job_is_begun_by_the_commit_that_accepts_it(
     assert commits == 1
 
 
+@pytest.mark.usefixtures("no_rounds")
 async def test_a_refusal_leaves_the_engine_to_others(serve: Serve) -> None:
     server = await serve(max_queue=0)
+    await server.at_rest()
     accepted = await server.submit(5)
     with pytest.raises(Overloaded):
         await server.submit(6)
+    (slot,) = server.dispatcher._fleet.slots
+    assert slot.room
     (run,) = await server.runs(1)
     server.engine.finish(run)
     await server.ended(accepted)
