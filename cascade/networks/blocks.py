@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.networks.adapters import Groups, adapt, adapt_thirds
-from cascade.networks.fused import cached_rows, depthwise, energy, linear, linear_add, linear_gelu
+from cascade.networks.fused import (
+    cached_rows,
+    depthwise,
+    energy,
+    in_parts,
+    linear,
+    linear_add,
+    linear_gelu,
+)
 
 NORM_EPS = 1e-6
 
@@ -68,7 +76,7 @@ class Pointwise(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 class Downsample(nn.Module):
@@ -83,9 +91,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         patches = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).transpose(2, 3)
-        return F.linear(
-            patches.reshape(b, h // 2, w // 2, 4 * c), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias
-        )
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return linear(patches.reshape(b, h // 2, w // 2, 4 * c), weight, self.bias)
 
 
 class Upsample(nn.Module):
@@ -99,8 +106,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, _ = x.shape
-        patches = (x @ self.weight.flatten(1)).view(b, h, w, -1, 2, 2)
-        return patches.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, -1) + self.bias
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        patches = linear(x, weight, self.bias.repeat(4)).view(b, h, w, 2, 2, -1)
+        return patches.transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -182,10 +190,8 @@ class ResBlock(nn.Module):
         if self.training or torch.is_grad_enabled():
             return x + cast(Tensor, self.channelwise(hidden))
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
-        rows = cached_rows(4 * x[0].numel()) if x.is_cpu else len(x)
-        parts = zip(torch.split(x, rows), torch.split(hidden, rows), strict=True)
-        done = [self._add_mlp(*part) for part in parts]
-        return done[0] if len(done) == 1 else torch.cat(done)
+        rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
+        return in_parts(self._add_mlp, rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups) -> Tensor:
         """x + MLP(hidden), each group of rows with its changes and all others as if these were not there."""
@@ -311,7 +317,7 @@ class AttnBlock(nn.Module):
             own = self._split_heads(projected, parts=3)
             condition = torch.cat([own[:, 1:], condition], dim=3)
         else:
-            projected = F.linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
+            projected = linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
             projected = adapt_thirds(
                 projected, normed, weights.in_proj_weight[:channels], groups, _IN_PROJ, 0, 1
             )

@@ -55,3 +55,20 @@ def test_a_block_gives_the_same_with_and_without_gradients(
         quick = block(x, skip)
     assert recorded.requires_grad
     assert worst(quick, recorded) <= 1e-5 * recorded.abs().max().item()
+
+
+@pytest.mark.parametrize("tokens", [9, 36, 64, 250, 1024])
+@pytest.mark.parametrize(("narrow", "wide"), [(96, 384), (112, 448)])
+def test_fused_layers_give_a_row_the_same_alone_and_in_company(tokens: int, narrow: int, wide: int) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(5, tokens, narrow), torch.randn(5, tokens, wide)
+    weight, bias = torch.randn(wide, narrow), torch.randn(wide)
+    layers = {
+        "linear": lambda rows: linear(x[rows], weight, bias),
+        "gelu": lambda rows: linear_gelu(x[rows], weight, bias),
+        "add": lambda rows: linear_add(x[rows], weight, bias, residual[rows]),
+    }
+    with torch.inference_mode():
+        for name, layer in layers.items():
+            alone = [layer(slice(row, row + 1)) for row in range(len(x))]
+            assert torch.equal(torch.cat(alone), layer(slice(None))), name
