@@ -9,11 +9,12 @@ from cascade.checkpoints.load import EMBEDDED, load_network
 from cascade.conditioning import TextEncoder
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
+from cascade.sampling.noise import gaussian
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training import visits
 from cascade.training.captions import Caption
 from cascade.training.code import read_code, scene_code
-from cascade.training.drawing_codes import conditions, shows
+from cascade.training.drawing_codes import conditions, draw_codes, shows
 from cascade.training.scenes import Scene, Thing
 from cascade.training.stage_c import SCHEDULE, load_text_encoder
 from cascade.training.visits import Visits, ask, exact, go_on, scales_at, visit
@@ -85,6 +86,21 @@ def test_the_teacher_goes_back_to_the_scene_that_was_noised(stage: StageC, text:
         ends = go_on(stage, schedule, noised, 0.375, guided, both)
     assert (ends - codes).square().mean() < 0.02
     assert (noised / alpha - codes).square().mean() > 0.2
+
+
+def test_the_teacher_steps_as_the_sampler_ddim(
+    stage: StageC, text: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visits, "_DECIDED", -1.0)  # guided to the end, as the sampler is
+    schedule = CosineSchedule(SCHEDULE)
+    embeddings = text.encode([TOLD.text, "a blue star above a green ring"])
+    guided, unguided = conditions(stage, embeddings.hidden.clone(), embeddings.pooled.clone(), text)
+    both = Condition.cat([guided, unguided[[0, 0]]])
+    expected = draw_codes(stage, schedule, guided, unguided, count=2, steps=8, sampler="ddim", first_seed=7)
+    start = torch.stack([gaussian((16, 6, 6), 7 + row, "prior", 0) for row in range(2)])
+    with torch.no_grad():
+        ends = go_on(stage, schedule, start, 1.0, guided, both)
+    assert torch.allclose(ends, torch.stack(expected), atol=5e-3)
 
 
 def test_a_run_is_visited_at_its_own_latents(stage: StageC, text: TextEncoder) -> None:
