@@ -137,17 +137,10 @@ def train(
         figures = {f"at_{time:g}": error for time, error in zip(TIMES, by_time, strict=True)}
         return errors.mean(), figures | {"runs": float(len(lessons))}
 
-    best = 0.0
-
     def report(module: nn.Module, step: int) -> dict[str, float]:
-        nonlocal best
         assert isinstance(module, LowRank)
-        figures = judge(module, stage, schedule, model)
-        score = figures["drawn"]
-        if score >= best:
-            best = score
-            save_dotted(module, out / f"{NAME}.safetensors", metadata())
-        return figures
+        save_dotted(module, out / f"{NAME}.safetensors", metadata())
+        return judge(module, stage, schedule, model)
 
     fit(
         student,
@@ -183,7 +176,8 @@ def judge(
     """Shares of held-out captions whose code, drawn in four steps without guidance, reads right.
 
     A code may read right and yet lie too far from every scene to be drawn well. "drawn" is the share of those
-    that read right and lie near (of 240 pictures, nine in ten such were verified), "blur" the mean distance.
+    that read right and lie near, "blur" the mean distance. Of 240 pictures 94 % were verified whose codes
+    were so, and 62 % of those that read right but lay farther off.
     """
     text = load_text_encoder(model)
     text.model.to(stage.device).float()
