@@ -36,6 +36,7 @@ def write_card(report: Report, models: Models, path: Path, training_time: str = 
         "## Recipe",
         "\n".join(_recipe()),
         f"Each part is repeated by `cascade train tiny --component NAME`. {training_time}".rstrip(),
+        *([_LCM] if models.loras is not None and "lcm" in models.loras.names() else []),
         "## Parameters",
         "\n".join(_parameters(models)),
         "## Figures",
@@ -60,6 +61,11 @@ Drawn by a program, with captions written from the same scene descriptions, new 
 collected, no people, no works of others. Evaluation scenes come from seeds that training cannot reach.
 Stage C's latent is a code defined from the scene (background, and for each thing colour, shape, place and
 size), not a learned one, so that every network is trained on its own."""
+
+_LCM = """\
+The LoRA `lcm`, for four steps of the sampler "lcm" without guidance, is repeated by `cascade train lcm`: on
+the latents of its own runs of four steps, towards the codes of the scenes to which the guided Stage C goes
+from there."""
 
 _LIMITS = """\
 It knows the words of its captions and guesses at all others: no objects of the world, no styles, no third

@@ -1,11 +1,10 @@
 """Distils Stage C to four steps without guidance: a LoRA for the sampler "lcm".
 
-Consistency distillation (Luo et al. 2023, latent consistency models): from noised latents the frozen, guided
-Stage C takes one deterministic step; what the student says of the place it came from should be what its
-average says of the place it went to. So all noise levels come to agree on one clean code.
+The sampler is that of latent consistency models (Luo et al. 2023): predict the clean latents, noise them
+anew to the next level, and so on. The LoRA is taught where such a run really stands
+(`cascade.training.visits`): from there it shall say at once where the guided Stage C would arrive.
 """
 
-from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
@@ -15,37 +14,74 @@ from torch import Tensor, nn
 
 from cascade.checkpoints.load import EMBEDDED, load_network
 from cascade.networks.stage_c import StageC
-from cascade.sampling.guidance import guide
-from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import clean_latents
-from cascade.sampling.schedule import CosineSchedule, signal_and_noise
-from cascade.training.drawing_codes import conditions, draw_codes, held_out, shares_right
+from cascade.sampling.schedule import CosineSchedule
+from cascade.training.code import read_code, scene_code
+from cascade.training.drawing_codes import conditions, draw_codes, held_out, shares_right, shows
 from cascade.training.loop import Plan, fit
 from cascade.training.low_rank import LowRank, Predictor, all_matrices, save_dotted
+from cascade.training.scenes import SQUARE_SIZE, sample_size
 from cascade.training.stage_c import SCHEDULE, load_text_encoder
-from cascade.training.tables import CPU, choose_table, embed_table, make_tables
+from cascade.training.tables import CPU
+from cascade.training.visits import Visits, ask, level_at, visit
 
 NAME = "lcm"
 STEPS = 4
+TIMES = tuple(1 - step / STEPS for step in range(STEPS))  # of the run's steps, as the sampler takes them
 PLAN = Plan(
-    steps=30_000,
+    steps=10_000,
     learning_rate=1e-3,
-    warmup=200,
-    ema_decay=0.999,
+    matrix_rate=7e-3,
+    warmup=100,
+    compute_dtype=torch.bfloat16,
+    ema_decay=0.998,
     final_fraction=0.02,
-    save_every=500,
+    save_every=250,
     judge_every=1000,
     seed=61,
 )
 
-_RANK = 24
-_GUIDANCE = 4.0
-_HOP = 1 / 16  # of the run, by which the teacher steps
-_TARGET_DECAY = 0.95
-_AT_START = 0.25  # share of rows of pure noise
-_AT_STEPS = 0.35  # share of rows at the levels of a run of four steps
+_RANK = 28
+_FIRST = 8  # batches of runs before the first step
+_EVERY = 50  # steps from one visit to the next
+_PER_VISIT = 2  # batches of runs
 _HUBER = 0.03
-_STRENGTH = 0.5  # that is written: of 80 prompts the whole change drew 58 right, half of it 71 and none 69
+_NEAR = 0.03  # squared distance from a scene's code, within which Stage B draws it well
+
+
+class Lessons:
+    """All rows to learn from, by the size of their pictures and their time."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # runs
+        self.rows: dict[tuple[int, int], list[Visits]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(visits[0]) for visits in self.rows.values())
+
+    def add(self, size: tuple[int, int], visits: list[Visits]) -> None:
+        """Take the rows of some runs.
+
+        Latents of later steps are those of a student that has changed since, and are forgotten earlier.
+        """
+        bounds = (self.most, *(self.most // 8,) * (STEPS - 1))
+        known = self.rows.get(size)
+        self.rows[size] = (
+            [old.followed_by(new, most) for old, new, most in zip(known, visits, bounds, strict=True)]
+            if known
+            else visits
+        )
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[Visits]:
+        """Rows of one size, about as many of each time; `count` in all."""
+        sizes = [size for size, visits in self.rows.items() if all(map(len, visits))]
+        chances = np.array([len(self.rows[size][0]) for size in sizes], float)
+        visits = self.rows[sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]]
+        shares = [len(part) for part in np.array_split(np.arange(count), STEPS)]
+        return [
+            some[torch.from_numpy(rng.integers(0, len(some), share)).to(some.latents.device)]
+            for some, share in zip(visits, shares, strict=True)
+        ]
 
 
 def train(
@@ -57,57 +93,54 @@ def train(
     batch: int = 48,
     scenes: int = 20_000,
 ) -> None:
-    """Train the LoRA `out`/lcm.safetensors; an interrupted run goes on where it was."""
+    """Train the LoRA `out`/lcm.safetensors; an interrupted run goes on where it was, with new visits.
+
+    Args:
+        scenes: of so many runs the visits are remembered.
+    """
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
+    worker = cast(StageC, load_network(model / "prior")).to(device, plan.compute_dtype)
+    worker = worker.eval().requires_grad_(False)
     text = load_text_encoder(model)
     text.model.to(device).float()
     schedule = CosineSchedule(SCHEDULE)
-    tables = make_tables(text, scenes, seed=plan.seed, device=device)
-    embedded = {table.size: embed_table(text, table) for table in tables}
-    empty = text.encode([""])
-    no_text = empty.hidden.clone(), empty.pooled.clone()
-    predictor = Predictor(stage)
+    predictor = Predictor(worker)
+    lessons = Lessons(scenes)
     student = LowRank(stage, all_matrices(stage), _RANK, 1.0).to(device)
-    target: LowRank | None = None
+
+    def learn_more(module: LowRank, batches: int, rng: np.random.Generator) -> None:
+        merged = module.merged(worker)
+        for _ in range(batches):
+            size = sample_size(rng)
+            asked = ask(text, batch, size, rng)
+            lessons.add(size, visit(merged, worker, schedule, text, asked, TIMES))
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        nonlocal target
         assert isinstance(module, LowRank)
-        target = follow(target, module)
-        table = choose_table(tables, rng)
-        rows = torch.from_numpy(rng.integers(0, len(table), batch)).to(device)
-        words = tuple(part[rows] for part in embedded[table.size])
-        times = draw_times(batch, rng)
-        log_snr = schedule.log_snr(times)
-        later = schedule.log_snr((times - _HOP).clamp(min=0))
-        noised = noised_rows(table.codes[rows], log_snr.to(device), (times == 1).to(device))
-        ratio, later_ratio = (schedule.ratio(level).float().to(device) for level in (log_snr, later))
-        is_end = (times <= _HOP).to(device)
-        with torch.no_grad():
-            stepped, clean = teacher_step(
-                predictor, noised, ratio, log_snr.to(device), later.to(device), words, no_text
-            )
-            noise = target.predict(predictor, stepped, later_ratio, *words)
-            said = clean_latents(stepped, noise.float(), later.to(device))
-            goal = torch.where(is_end.view(-1, 1, 1, 1), clean, said)
-        noise = module.predict(predictor, noised, ratio, *words)
-        apart = clean_latents(noised, noise.float(), log_snr.to(device)) - goal
-        value = ((apart.square() + _HUBER**2).sqrt() - _HUBER).mean()
-        return value, {"error": float(apart.detach().square().mean())}
-
-    best = 0.0
+        if not lessons.rows:
+            learn_more(module, _FIRST, rng)
+        elif step % _EVERY == 0:
+            learn_more(module, _PER_VISIT, rng)
+        visits = lessons.draw(batch, rng)
+        levels, ratios = zip(
+            *(level_at(schedule, time, len(some), device) for time, some in zip(TIMES, visits, strict=True)),
+            strict=True,
+        )
+        latents, goals, hidden, pooled = (
+            torch.cat([getattr(some, name) for some in visits])
+            for name in ("latents", "goals", "hidden", "pooled")
+        )
+        noise = module.predict(predictor, latents, torch.cat(ratios), hidden, pooled)
+        errors = apart(clean_latents(latents, noise.float(), torch.cat(levels)), goals)
+        by_time = [float(some.detach().mean()) for some in torch.split(errors, list(map(len, visits)))]
+        figures = {f"at_{time:g}": error for time, error in zip(TIMES, by_time, strict=True)}
+        return errors.mean(), figures | {"runs": float(len(lessons))}
 
     def report(module: nn.Module, step: int) -> dict[str, float]:
-        nonlocal best
         assert isinstance(module, LowRank)
-        figures = judge(module, stage, schedule, model)
-        score = figures["right_1"] + figures["right_2"]
-        if score >= best:
-            best = score
-            path = out / f"{NAME}.safetensors"
-            save_dotted(module, path, metadata(step, figures), strength=_STRENGTH)
-        return figures
+        save_dotted(module, out / f"{NAME}.safetensors", metadata())
+        return judge(module, stage, schedule, model)
 
     fit(
         student,
@@ -120,65 +153,32 @@ def train(
     )
 
 
-def metadata(step: int, figures: dict[str, float]) -> dict[str, str]:
+def metadata() -> dict[str, str]:
     """What the file says about itself."""
     return {"name": NAME, "sampler": "lcm", "steps": str(STEPS), "guidance_scale": "1"}
 
 
-def follow(target: LowRank | None, student: LowRank) -> LowRank:
-    """The slow copy of the student that it learns from."""
-    if target is None:
-        return deepcopy(student).requires_grad_(False)
-    torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - _TARGET_DECAY)
-    return target
+def apart(clean: Tensor, goals: Tensor) -> Tensor:
+    """Distance of codes (b, 16, h, w) from their goals, (b,): of the background, and of all else.
 
-
-def draw_times(count: int, rng: np.random.Generator) -> Tensor:
-    """Times of the noised rows, (b,) in fp64: the start, the steps of a short run, and anywhere."""
-    times = (rng.permutation(count) + 1 - rng.random(count)) / count
-    kind = rng.random(count)
-    times[kind < _AT_START + _AT_STEPS] = (
-        rng.integers(1, STEPS, int((kind < _AT_START + _AT_STEPS).sum())) / STEPS
-    )
-    times[kind < _AT_START] = 1.0
-    return torch.from_numpy(times)
-
-
-def noised_rows(clean: Tensor, log_snr: Tensor, is_start: Tensor) -> Tensor:
-    """Latents at their levels; rows at the start are pure noise, as a run begins."""
-    alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in signal_and_noise(log_snr))
-    noise = torch.randn_like(clean)
-    return torch.where(is_start.view(-1, 1, 1, 1), noise, alpha * clean + sigma * noise)
-
-
-def teacher_step(
-    predictor: Predictor,
-    latents: Tensor,
-    ratio: Tensor,
-    log_snr: Tensor,
-    later: Tensor,
-    words: tuple[Tensor, ...],
-    no_text: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Latents after a deterministic, guided step from `log_snr` to `later`, and the clean ones predicted."""
-    count = len(latents)
-    both = [
-        torch.cat([told, empty.expand(count, -1, -1)]) for told, empty in zip(words, no_text, strict=True)
-    ]
-    noise = predictor(latents.repeat(2, 1, 1, 1), ratio.repeat(2), *both).float()
-    scale = torch.full((count,), _GUIDANCE, device=latents.device)
-    rescale = torch.full((count,), PRESETS["official"].rescale, device=latents.device)
-    guided = guide(noise[:count], noise[count:], scale, rescale)
-    clean = clean_latents(latents, guided, log_snr)
-    alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in signal_and_noise(later))
-    return alpha * clean + sigma * guided, clean
+    Not squared: where several scenes may be meant, the nearest code to all of them in squares lies between
+    them and shows none; by plain distances it is one of them, the likeliest.
+    """
+    wrong = (clean - goals).square()
+    parts = (wrong[:, :3].mean((1, 2, 3)), wrong[:, 3:].mean((1, 2, 3)))
+    return torch.stack([(part + _HUBER**2).sqrt() - _HUBER for part in parts]).sum(0)
 
 
 @torch.no_grad()
 def judge(
     adapter: LowRank, stage: StageC, schedule: CosineSchedule, model: Path, count: int = 200
 ) -> dict[str, float]:
-    """Shares of held-out captions whose code, drawn in four steps without guidance, reads right."""
+    """Shares of held-out captions whose code, drawn in four steps without guidance, reads right.
+
+    A code may read right and yet lie too far from every scene to be drawn well. "drawn" is the share of those
+    that read right and lie near, "blur" the mean distance. Of 240 pictures 94 % were verified whose codes
+    were so, and 62 % of those that read right but lay farther off.
+    """
     text = load_text_encoder(model)
     text.model.to(stage.device).float()
     scenes, captions = held_out(count)
@@ -188,4 +188,16 @@ def judge(
     codes = draw_codes(
         merged, schedule, guided, unguided, guidance_scale=1, steps=STEPS, sampler="lcm", count=count
     )
-    return shares_right(codes, scenes, captions)
+    blurs = [blur(code) for code in codes]
+    drawn = [
+        near < _NEAR and shows(read_code(code.numpy(), SQUARE_SIZE), scene, stated)
+        for code, near, scene, stated in zip(codes, blurs, scenes, captions, strict=True)
+    ]
+    figures = {"drawn": round(float(np.mean(drawn)), 3), "blur": round(float(np.mean(blurs)), 4)}
+    return shares_right(codes, scenes, captions) | figures
+
+
+def blur(code: Tensor) -> float:
+    """Squared distance of a square picture's code from that of the scene that it reads as."""
+    values = code.numpy()
+    return float(((scene_code(read_code(values, SQUARE_SIZE)) - values) ** 2).mean())

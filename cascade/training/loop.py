@@ -249,11 +249,17 @@ class _Optimizer:
             if plan.matrix_rate and parameter.dim() in (2, 4) and min(parameter.shape[:2]) > 1
         }
         others = [parameter for name, parameter in parameters.items() if name not in self._matrices]
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                others, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if others:
+            self._optimizers.append(
+                torch.optim.AdamW(
+                    others,
+                    lr=plan.learning_rate,
+                    betas=plan.betas,
+                    weight_decay=plan.weight_decay,
+                    fused=True,
+                )
             )
-        ]
         if self._matrices:
             self._optimizers.append(
                 torch.optim.Muon(
@@ -290,4 +296,4 @@ class _Optimizer:
             key, name = joined.split(".", 1)
             is_matrix = name in self._matrices
             parameter = self._matrices[name] if is_matrix else self._parameters[name]
-            self._optimizers[int(is_matrix)].state[parameter][key] = tensor.to(parameter.device)
+            self._optimizers[-1 if is_matrix else 0].state[parameter][key] = tensor.to(parameter.device)

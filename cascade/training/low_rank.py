@@ -128,11 +128,10 @@ def save_official(
     write(path, tensors, metadata)
 
 
-def save_dotted(adapter: LowRank, path: Path, metadata: dict[str, str], *, strength: float = 1.0) -> None:
+def save_dotted(adapter: LowRank, path: Path, metadata: dict[str, str]) -> None:
     """Write the layout of PEFT in fp16, `prior.MODULE.lora_A.weight`, with diffusers' names of attention.
 
-    There queries, keys and values are three layers, so their common factor is written three times. With less
-    `strength` than 1 the file holds that share of the change.
+    There queries, keys and values are three layers, so their common factor is written three times.
     """
     assert adapter.scale == 1
     tensors = {}
@@ -149,7 +148,7 @@ def save_dotted(adapter: LowRank, path: Path, metadata: dict[str, str], *, stren
             }
         for module, rows in parts.items():
             tensors[f"prior.{module}.lora_A.weight"] = down
-            tensors[f"prior.{module}.lora_B.weight"] = rows * strength
+            tensors[f"prior.{module}.lora_B.weight"] = rows
     write(path, tensors, metadata)
 
 

@@ -1,7 +1,9 @@
 """Counting, sheet and card, with an artist that draws what it is told, except where it is told not to."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from cascade.evaluation.evaluate import (
 )
 from cascade.evaluation.reconstruction import Reconstruction
 from cascade.evaluation.sheet import save_sheet
+from cascade.models import LoRAs
 from cascade.networks.effnet import EffNetEncoder
 from cascade.sizes import NativeSizes
 from cascade.tasks.settings import ImageSettings
@@ -139,6 +142,14 @@ def test_the_card_states_figures_parameters_and_limits(tmp_path: Path, report: R
     assert "All of it took an hour on two cores." in card
     for heading in ("Data", "Recipe", "Figures", "Limits", "Licence"):
         assert f"\n## {heading}\n" in card
+    assert "`cascade train lcm`" not in card
+
+
+def test_the_card_tells_how_the_lora_that_lies_beside_was_trained(tmp_path: Path, report: Report) -> None:
+    loras = cast(LoRAs, SimpleNamespace(names=lambda: ["lcm", "teal"]))
+    models = replace(small_cascade(text_encoder=SimpleNamespace(model=nn.Linear(2, 3))), loras=loras)
+    write_card(report, models, tmp_path / "card.md")
+    assert "is repeated by `cascade train lcm`" in (tmp_path / "card.md").read_text(encoding="utf-8")
 
 
 def test_a_random_checkpoint_is_evaluated_and_judged_wrong() -> None:

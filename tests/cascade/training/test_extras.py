@@ -9,14 +9,12 @@ from safetensors import safe_open
 from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
 from cascade.networks.controlnet import ControlNet
-from cascade.sampling.schedule import CosineSchedule, signal_and_noise
-from cascade.training import lcm, lora
+from cascade.training import lora
 from cascade.training.captions import caption
 from cascade.training.code import DEVIATION, colour_vector, read_code, recoloured, scene_code
 from cascade.training.controlnet import CONFIGS, canny_edges, masked, random_masks, save, stands_alike
 from cascade.training.extras import pack_extras
 from cascade.training.scenes import PALETTE, Scene, Thing, render, sample_scene
-from cascade.training.stage_c import SCHEDULE
 
 SCENE = Scene(
     256, 256, "white", (Thing("circle", "red", 70, 128, 40.0), Thing("star", "blue", 190, 128, 40.0))
@@ -86,23 +84,6 @@ def test_things_must_stand_where_they_were() -> None:
     assert not stands_alike(other, SCENE)
     assert stands_alike(other, SCENE, colours=False)
     assert not stands_alike(Scene(256, 256, "white", SCENE.things[:1]), SCENE)
-
-
-def test_a_short_run_is_trained_where_it_will_be_used() -> None:
-    times = lcm.draw_times(400, np.random.default_rng(0))
-    assert times.min() > 0
-    assert times.max() == 1
-    assert 0.15 < (times == 1).float().mean() < 0.35
-    assert sum((times == t).float().mean() for t in (0.25, 0.5, 0.75)) > 0.2
-
-
-def test_rows_at_the_start_are_pure_noise() -> None:
-    torch.manual_seed(0)
-    clean = torch.full((2, 16, 6, 6), 50.0)
-    log_snr = CosineSchedule(SCHEDULE).log_snr(torch.tensor([1.0, 0.5], dtype=torch.float64))
-    noised = lcm.noised_rows(clean, log_snr, torch.tensor([True, False]))
-    assert abs(noised[0].mean()) < 0.2
-    assert noised[1].mean() == pytest.approx(50 * signal_and_noise(log_snr)[0][1].item(), rel=0.02)
 
 
 def test_packing_puts_each_file_in_its_folder_and_renews_the_sums(tmp_path: Path) -> None:
