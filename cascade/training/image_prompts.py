@@ -1,10 +1,10 @@
 """Teaches the tiny Stage C to read image embeddings, while everything else about it stays as it is.
 
-The vision tower says of a picture what the text tower says of a caption that states everything (`vision`).
-So no pictures are needed here: the text's pooled embedding stands in for the picture's. The frozen Stage C
-reads a caption as usual and is the teacher; with no words and the embedding in the picture's place it shall
-predict the same. What learns is the weight of the mapper, which makes four tokens of the embedding: its bias
-rests, so requests without pictures, whose embedding is zero, give the same picture as before to the last bit.
+The frozen Stage C reads a caption that states everything as usual and is the teacher; with no words and the
+picture's embedding in its place it shall predict the same. What learns is the weight of the mapper, which
+makes four tokens of the embedding. Its bias rests, so requests without pictures, whose embedding is zero,
+give the same pictures as before to the last bit. The vision tower rests, too: it says of a picture nearly
+what the text tower says of the caption (`vision`).
 
 Two pictures are learned, too: of a thing of each before the background of one of them.
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from cascade.checkpoints.load import load_network
 from cascade.checkpoints.save import save_component
-from cascade.conditioning import TextEncoder
+from cascade.conditioning import ImageEncoder, TextEncoder
+from cascade.errors import CheckpointError
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
 from cascade.sampling.schedule import CosineSchedule
@@ -35,7 +36,8 @@ from cascade.training.denoising import Emphasis, noise_batch
 from cascade.training.drawing_codes import draw_codes
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import SQUARE_SIZE, Scene, held_out_generator, sample_scene, sample_size
-from cascade.training.stage_c import SCHEDULE, load_text_encoder
+from cascade.training.stage_c import SCHEDULE, load_image_encoder, load_text_encoder
+from cascade.training.vision import prepare
 
 PLAN = Plan(
     steps=1000,
@@ -55,7 +57,7 @@ _EMPHASIS = Emphasis(
 _PAIRS_EVERY = 4  # steps
 _CAPTIONS = 2000
 _FLOOR = 0.01  # of the mean variance
-_CASES = 60
+_CASES = 40
 
 Shown = tuple[Scene, ...]  # by the image prompts of a row
 
@@ -66,6 +68,10 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     stage = cast(StageC, load_network(run / "prior")).eval().requires_grad_(False)
     text = load_text_encoder(run)
     text.model.float()
+    images = load_image_encoder(run)
+    if images is None:
+        raise CheckpointError(f"{run}: the vision tower is not trained yet")
+    images.model.float()
     schedule = CosineSchedule(SCHEDULE)
     whitening = estimate_whitening(text)
     mapper = cast(nn.Parameter, stage.clip_img_mapper.weight).requires_grad_()
@@ -85,7 +91,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         batch = noise_batch(codes, schedule, _EMPHASIS, rng)
         with torch.no_grad():
             taught = batch.implied(module(batch.latents, batch.ratio, told(module, text, drawn)))
-        embeds = embed(text, shown) @ whitening
+        embeds = embed(images, shown) @ whitening
         said = batch.implied(module(batch.latents, batch.ratio, guided(module, text, embeds)))
         apart = ((said - taught).square().mean((1, 2, 3)) * batch.weight).mean()
         return apart, {"alone" if len(shown[0]) == 1 else "two": float(apart.detach())}
@@ -95,7 +101,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         ready = deepcopy(module)
         ready.clip_img_mapper.weight.data @= whitening
         save_component(ready, run / "prior")
-        return judge(ready, text, schedule)
+        return judge(ready, text, images, schedule)
 
     fit(stage, loss, plan, run / "image_prompts", title="image prompts", judge=report)
 
@@ -107,7 +113,7 @@ def estimate_whitening(text: TextEncoder) -> Tensor:
     Directions in which they hardly differ are enlarged less: pictures will not be told apart by these.
     """
     rng = np.random.default_rng(PLAN.seed)
-    embeds = embed(text, [(sample_scene(rng),) for _ in range(_CAPTIONS)])[:, 0]
+    embeds = text.encode([full_caption(sample_scene(rng)) for _ in range(_CAPTIONS)]).pooled[:, 0].clone()
     variances, directions = torch.linalg.eigh((embeds.T @ embeds / len(embeds)).double())
     scale = (variances + _FLOOR * variances.mean()).rsqrt()
     whitening: Tensor = ((directions * scale) @ directions.T).float()
@@ -122,11 +128,12 @@ def told(stage: StageC, text: TextEncoder, scenes: list[Scene]) -> Condition:
     )
 
 
-def embed(text: TextEncoder, shown: Sequence[Shown]) -> Tensor:
-    """What the vision tower is trained to say of pictures, equally many in each row: (b, k, d)."""
-    captions = [full_caption(scene) for pictures in shown for scene in pictures]
-    pooled = text.encode(captions).pooled.clone()
-    return pooled.view(len(shown), len(shown[0]), -1)
+@torch.no_grad()
+def embed(images: ImageEncoder, shown: Sequence[Shown]) -> Tensor:
+    """What the vision tower says of pictures, equally many in each row: (b, k, d)."""
+    pixels = prepare([scene for pictures in shown for scene in pictures])
+    embeds: Tensor = images.model(pixels).image_embeds
+    return embeds.view(len(shown), len(shown[0]), -1)
 
 
 def guided(stage: StageC, text: TextEncoder, embeds: Tensor) -> Condition:
@@ -164,14 +171,16 @@ def mixed(pair: tuple[Scene, Scene], rng: np.random.Generator) -> Scene:
 
 
 @torch.no_grad()
-def judge(stage: StageC, text: TextEncoder, schedule: CosineSchedule) -> dict[str, float]:
-    """Shares of codes, drawn from embeddings alone, that show the same things; of two, a thing of each."""
+def judge(
+    stage: StageC, text: TextEncoder, images: ImageEncoder, schedule: CosineSchedule
+) -> dict[str, float]:
+    """Shares of codes, drawn from pictures alone, that show the same things; of two, a thing of each."""
     rng = held_out_generator(9)
     scenes = [sample_scene(rng) for _ in range(_CASES)]
     pairs = [sample_pair(rng) for _ in range(_CASES)]
 
     def read(shown: Sequence[Shown]) -> list[Scene]:
-        condition = guided(stage, text, embed(text, shown))
+        condition = guided(stage, text, embed(images, shown))
         none = guided(stage, text, nothing(stage, len(shown[0])))
         codes = draw_codes(stage, schedule, condition, none, guidance_scale=4.0, count=len(shown))
         return [read_code(code.numpy(), SQUARE_SIZE) for code in codes]

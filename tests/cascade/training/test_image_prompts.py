@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascade.checkpoints.load import EMBEDDED, load_network
+from cascade.errors import CheckpointError
 from cascade.networks.stage_c import StageC
 from cascade.training import image_prompts, vision
 from cascade.training.captions import full_caption, scene_facts
@@ -92,8 +93,11 @@ def test_two_scenes_mix_to_a_thing_of_each_before_the_background_of_one() -> Non
 def test_only_requests_with_pictures_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_prompts, "_CASES", 1)
     monkeypatch.setattr(image_prompts, "_BATCH", 2)
-    for name in ("prior", "text_encoder", "tokenizer"):
+    for name in ("prior", "text_encoder", "tokenizer", "image_encoder"):
         shutil.copytree(TINY / name, tmp_path / name)
+    with pytest.raises(CheckpointError, match="the vision tower is not trained yet"):
+        image_prompts.train(tmp_path)
+    shutil.copytree(TINY / "feature_extractor", tmp_path / "feature_extractor")
     image_prompts.train(tmp_path, replace(image_prompts.PLAN, steps=4))
     before, after = stage_of(TINY), stage_of(tmp_path)
     changed = [
