@@ -22,7 +22,7 @@ _RECIPE = (
     ("Stage C", "text to code, noise prediction", "stage_c"),
     (
         "Stage C's mapper of image embeddings, all else frozen",
-        "its own prediction with the words, from their pooled embedding alone",
+        "its own prediction with the words, from the picture alone",
         "image_prompts",
     ),
     ("Stage B", "code to Stage A latents, noise prediction", "stage_b"),
