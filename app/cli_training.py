@@ -21,6 +21,7 @@ class Component(StrEnum):
     STAGE_A = "stage_a"
     ENCODER = "encoder"
     STAGE_C = "stage_c"
+    IMAGE_PROMPTS = "image_prompts"
     STAGE_B = "stage_b"
     PACK = "pack"
 

@@ -12,10 +12,19 @@ from cascade.training.scenes import COLOURS, NATIVE_SIZES, SHAPES
 # What trained for how long; the command of the last column repeats it.
 _RECIPE = (
     ("tokenizer, text tower", "facts of captions read by linear layers", "text"),
-    ("vision tower", "contrast with the frozen text tower, facts read by linear layers", "vision"),
+    (
+        "vision tower",
+        "nearness and contrast to the frozen text tower's embedding; linear layers read what there is to see",
+        "vision",
+    ),
     ("Stage A", "error on crops with edges, codebook; at last the decoder alone, by contrast", "stage_a"),
     ("semantic encoder, previewer", "squared error to the code, to small pictures", "encoder"),
     ("Stage C", "text to code, noise prediction", "stage_c"),
+    (
+        "Stage C's mapper of image embeddings, all else frozen",
+        "its own prediction with the words, from the picture alone",
+        "image_prompts",
+    ),
     ("Stage B", "code to Stage A latents, noise prediction", "stage_b"),
 )
 

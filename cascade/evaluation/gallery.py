@@ -120,9 +120,7 @@ def image_prompts(cascade: Cascade) -> list[Row]:
     """Variations of a picture, without words and with some, and two pictures mixed."""
     first = _picture(_scene(("circle", "red", 0.5, 0.5, 72), background="yellow"))
     second = _picture(_scene(("star", "blue", 0.5, 0.5, 48), background="white"))
-    note = (
-        "Few pictures were shown to the embedded checkpoint in training: it keeps colours better than shapes."
-    )
+    note = "A picture says which things there are and about where they stand; the rest is drawn anew."
     words = "a large blue circle on a yellow background"
     [told] = cascade.image_variation(first, words, seed=_SEED)
 

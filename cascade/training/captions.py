@@ -61,6 +61,18 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     return Caption(text, facts)
 
 
+def full_caption(scene: Scene) -> str:
+    """One wording that states everything: sizes, colours, shapes, places and the background."""
+    things = scene.in_order()
+    names = [
+        f"{_article(scene.size_word(thing))} {scene.size_word(thing)} {thing.colour} {thing.shape}"
+        for thing in things
+    ]
+    place = scene.place(things[0])
+    where = _PLACE_WORDS[place][0] if len(things) == 1 else f"{_RELATIONS[place][0]} {names[1]}"
+    return _PLAIN_BACKGROUND.format(f"{names[0]} {where}", scene.background).replace("a orange", "an orange")
+
+
 def scene_facts(scene: Scene) -> dict[str, str]:
     """All that there is to say about a scene, the things mentioned in the order of their places."""
     facts = {"background": scene.background}

@@ -113,30 +113,43 @@ def sample_size(rng: np.random.Generator) -> tuple[int, int]:
     return NATIVE_SIZES[1 + int(rng.integers(len(NATIVE_SIZES) - 1))]
 
 
+def sample_colours(rng: np.random.Generator, num_things: int) -> tuple[str, ...]:
+    """The background's colour and those of the things, all different."""
+    return tuple(COLOURS[i] for i in rng.permutation(len(COLOURS))[: num_things + 1])
+
+
 def sample_scene(rng: np.random.Generator, size: tuple[int, int] = SQUARE_SIZE) -> Scene:
     """A random scene: 55 % with one thing, 45 % with two of different colours."""
     num_things = 1 if rng.random() < 0.55 else 2
-    background, *colours = (COLOURS[i] for i in rng.permutation(len(COLOURS))[: num_things + 1])
+    background, *colours = sample_colours(rng, num_things)
     short = min(size)
     sizes = SIZE_WORDS if num_things == 1 else SIZE_WORDS[:2]
     radii = [short * float(rng.uniform(*RADII[sizes[int(rng.integers(len(sizes)))]])) for _ in colours]
     centres = [_single_centre(rng, size, radii[0])] if num_things == 1 else _pair_centres(rng, size)
     things = tuple(
-        Thing(SHAPES[int(rng.integers(len(SHAPES)))], colour, x, y, radius, _tint(rng))
+        Thing(SHAPES[int(rng.integers(len(SHAPES)))], colour, x, y, radius, sample_tint(rng))
         for colour, (x, y), radius in zip(colours, centres, radii, strict=True)
     )
-    return Scene(*size, background, things, _tint(rng))
+    return Scene(*size, background, things, sample_tint(rng))
 
 
 def render(scene: Scene) -> Picture:
     """Draw a scene with edges smoothed by 4x4 samples per pixel."""
     picture = np.empty((scene.height, scene.width, 3), np.float32)
-    picture[:] = _rgb(scene.background, scene.tint)
+    picture[:] = tinted(scene.background, scene.tint)
     for thing in scene.things:
         rows, columns, coverage = _coverage(thing, scene.width, scene.height)
         box = picture[rows, columns]
-        box += coverage[..., None] * (_rgb(thing.colour, thing.tint) - box)
+        box += coverage[..., None] * (tinted(thing.colour, thing.tint) - box)
     return (picture + 0.5).astype(np.uint8)
+
+
+def coverage(thing: Thing, width: int, height: int) -> NDArray[np.float32]:
+    """The share of each pixel of a picture that a thing covers, (h, w)."""
+    shares = np.zeros((height, width), np.float32)
+    rows, columns, shares_in_box = _coverage(thing, width, height)
+    shares[rows, columns] = shares_in_box
+    return shares
 
 
 def _single_centre(rng: np.random.Generator, size: tuple[int, int], radius: float) -> tuple[float, float]:
@@ -158,12 +171,14 @@ def _pair_centres(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple
     return [(width * (0.5 + sign * _PAIR_DISTANCE), height / 2) for sign in signs]
 
 
-def _tint(rng: np.random.Generator) -> Rgb:
+def sample_tint(rng: np.random.Generator) -> Rgb:
+    """What makes a colour a little other than its palette's."""
     red, green, blue = rng.uniform(-_JITTER, _JITTER, 3).tolist()
     return red, green, blue
 
 
-def _rgb(colour: str, tint: Rgb) -> NDArray[np.float32]:
+def tinted(colour: str, tint: Rgb) -> NDArray[np.float32]:
+    """A colour of the palette with its tint, (3,) of 255."""
     return np.add(PALETTE[colour], tint).clip(0, 255).astype(np.float32)
 
 

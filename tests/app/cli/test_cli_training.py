@@ -10,7 +10,7 @@ import pytest
 
 from tests.app.cli.running import Run, pixels
 
-COMPONENTS = ("text", "vision", "stage_a", "encoder", "stage_c", "stage_b")
+COMPONENTS = ("text", "vision", "stage_a", "encoder", "stage_c", "image_prompts", "stage_b")
 
 
 @pytest.fixture
