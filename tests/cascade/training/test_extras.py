@@ -150,6 +150,7 @@ def test_weights_go_on_from_a_file_but_for_the_first_layers(tmp_path: Path) -> N
     again = started("canny", tmp_path / "canny.safetensors")
     edges = torch.rand(3, 1, 192, 192)
     settled = settle(again)
+    assert not any(parameter.requires_grad for parameter in again.backbone[:settled].parameters())
     ready = made_ready(again.backbone[:settled], lambda rows: edges[rows], 3, torch.device("cpu"))
     maps = again.project(again.backbone[settled:](ready(torch.tensor([2, 0]))))
     expected = network(edges[[2, 0]])
