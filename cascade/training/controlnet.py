@@ -84,10 +84,8 @@ _EMPHASIS = Emphasis(
 )
 _TO_THE_PIXEL = replace(_EMPHASIS, starts=0.1, low_noise=1.0, highest=40.0)
 _EMPHASES = {"canny": _TO_THE_PIXEL}
-_IMPORTANCE = {  # of the channels of the code: background, colour, shape, offset, radius, weight
-    "canny": torch.tensor([0.25] * 3 + [0.25] * 3 + [1.0] * 6 + [4.0] * 2 + [4.0] + [1.0]).view(
-        CHANNELS, 1, 1
-    )
+_IMPORTANCE = {  # of the channels of the code: background and colour, shape, offset and radius, weight
+    "canny": (*[0.25] * 6, *[1.0] * 6, *[4.0] * 3, 1.0)
 }
 _ASTRAY = {"canny": 0.5}  # share of rows that show their things beside their places
 _FAR = 5.0  # pixels: how far at most, along each axis, and by how much the radius differs
@@ -187,7 +185,7 @@ def train(
             table.size: made_ready(network.backbone[:settled], inputs[table.size], len(table), device)
             for table in tables
         }
-    importance = _IMPORTANCE[kind].to(device) if kind in _IMPORTANCE else 1.0
+    importance = torch.tensor(_IMPORTANCE.get(kind, (1.0,) * CHANNELS), device=device).view(CHANNELS, 1, 1)
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(module, ControlNet)
