@@ -108,6 +108,15 @@ def controlnet(
     scenes: Scenes = 8_000,
     steps: Steps = None,
     minutes: Minutes = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Train its weights further, all but the first layers that see the picture.",
+        ),
+    ] = None,
 ) -> None:
     """Train a ControlNet for the embedded checkpoint.
 
@@ -115,8 +124,10 @@ def controlnet(
     Examples:
       cascade train controlnet canny
       cascade train controlnet inpainting --device cuda --batch 256 --scenes 24000 --minutes 5
+      cascade train controlnet canny --start runs/extras/canny.safetensors --run runs/further --minutes 60
     """
-    _train_extra("controlnet", [str(kind)], run, model, device, batch, scenes, steps, minutes)
+    further = {} if start is None else {"start": start}
+    _train_extra("controlnet", [str(kind)], run, model, device, batch, scenes, steps, minutes, **further)
 
 
 @train.command("lora")
@@ -185,6 +196,7 @@ def _train_extra(
     scenes: int,
     steps: int | None,
     minutes: float | None,
+    **further: Path,
 ) -> None:
     from dataclasses import replace
 
@@ -200,6 +212,7 @@ def _train_extra(
         device=parse_device(device),
         batch=batch,
         scenes=scenes,
+        **further,
     )
 
 

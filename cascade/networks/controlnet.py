@@ -57,8 +57,11 @@ class ControlNet(nn.Module):
         of a picture ("effnet") and else h and w. Stage C resizes them.
         """
         features = self.backbone(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
-        maps = [projection(features).permute(0, 2, 3, 1) for projection in self.projections]
-        return tuple(strength * each for each in maps)
+        return tuple(strength * each for each in self.project(features))
+
+    def project(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The maps that the backbone's result, (b, c, h', w'), becomes, as `forward` gives them."""
+        return tuple(projection(features).permute(0, 2, 3, 1) for projection in self.projections)
 
 
 class _ResidualBlock(nn.Module):

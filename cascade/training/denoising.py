@@ -43,26 +43,35 @@ class NoisedBatch:
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """The same on a device."""
-        return NoisedBatch(
-            *(part.to(device) for part in (self.clean, self.latents, self.log_snr, self.ratio, self.weight))
-        )
+        return NoisedBatch(*(part.to(device) for part in self._parts))
+
+    def __getitem__(self, rows: slice) -> "NoisedBatch":
+        """Some of the rows."""
+        return NoisedBatch(*(part[rows] for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.clean, self.latents, self.log_snr, self.ratio, self.weight
 
     def implied(self, noise: Tensor) -> Tensor:
         """The clean latents that a predicted `noise` implies, (b, c, h, w)."""
         return clean_latents(self.latents, noise.float(), self.log_snr)
 
-    def disagreement(self, noise: Tensor, other: Tensor) -> Tensor:
+    def disagreement(self, noise: Tensor, other: Tensor, importance: Tensor | float = 1.0) -> Tensor:
         """Weighted distance of the clean latents that two predictions imply, where the picture is decided.
 
         Guidance multiplies the difference of the predictions with and without text. Late in a run that should
         be nothing, but two errors of a small network differ, and what guidance makes of that is noise.
         """
-        distance = (self.implied(noise) - self.implied(other)).square().mean((1, 2, 3))
+        distance = (importance * (self.implied(noise) - self.implied(other)).square()).mean((1, 2, 3))
         return (distance * self.weight * (self.log_snr > _DECIDED)).mean()
 
-    def loss(self, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Weighted error of the clean latents that the predicted `noise` implies, and figures by level."""
-        error = (self.implied(noise) - self.clean).square().mean((1, 2, 3))
+    def loss(self, noise: Tensor, importance: Tensor | float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """Weighted error of the clean latents that the predicted `noise` implies, and figures by level.
+
+        `importance`, (c, 1, 1), is how much each channel counts.
+        """
+        error = (importance * (self.implied(noise) - self.clean).square()).mean((1, 2, 3))
         figures = {}
         for name, rows in (("start", self.ratio >= self.ratio.max()), ("late", self.ratio < 0.3)):
             if rows.any():
@@ -71,9 +80,16 @@ class NoisedBatch:
 
 
 def noise_batch(
-    clean: Tensor, schedule: CosineSchedule, emphasis: Emphasis, rng: np.random.Generator
+    clean: Tensor,
+    schedule: CosineSchedule,
+    emphasis: Emphasis,
+    rng: np.random.Generator,
+    shown: Tensor | None = None,
 ) -> NoisedBatch:
-    """Noise `clean` latents to levels spread evenly over time."""
+    """Noise `clean` latents to levels spread evenly over time.
+
+    `shown` is what the noised latents show instead, where they are to be led to the clean ones from there.
+    """
     count = len(clean)
     times = (rng.permutation(count) + rng.random(count)) / count
     num_starts = round(emphasis.starts * count)
@@ -85,7 +101,8 @@ def noise_batch(
             np.float32
         )
     )
-    shown = torch.lerp(clean, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
+    shown = clean if shown is None else shown
+    shown = torch.lerp(shown, clean.roll(1, 0), decoy.view(-1, 1, 1, 1))
     shown = _wobble(shown, rng.random(count) < emphasis.wobbly, rng)
     shown = _overshoot(shown, rng.random(count) < emphasis.overshot, rng)
     shown = _roughen(shown, rng.random(count) < emphasis.rough, rng)

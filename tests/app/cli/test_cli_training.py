@@ -95,6 +95,18 @@ def test_extras_are_trained_with_what_was_asked_for(
     assert str(kwargs["device"]) == "cpu"
 
 
+def test_a_controlnet_is_trained_further(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("cascade.training.controlnet")
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(module, "train", lambda *_, **kwargs: calls.append(kwargs))
+    words = ("train", "controlnet", "canny", "--run", tmp_path, "--device", "cpu")
+    assert run(*words, "--start", tmp_path / "absent.safetensors").status == 2
+    (tmp_path / "canny.safetensors").write_bytes(b"x")
+    assert run(*words, "--start", tmp_path / "canny.safetensors").status == 0
+    assert run(*words).status == 0
+    assert [kwargs.get("start") for kwargs in calls] == [tmp_path / "canny.safetensors", None]
+
+
 def test_nothing_to_pack_is_said(run: Run, tmp_path: Path) -> None:
     outcome = run("train", "pack", "--run", tmp_path, "--model", tmp_path)
     assert outcome.status == 2

@@ -47,6 +47,30 @@ def test_decoys_show_another_picture_and_lead_to_the_right_one() -> None:
     assert not wrong[batch.ratio[0::2] < 0.28].any()
 
 
+def test_latents_may_show_another_picture_than_they_lead_to() -> None:
+    clean, shown = torch.zeros(16, 1, 4, 4), torch.full((16, 1, 4, 4), 1000.0)
+    batch = noise_batch(clean, SCHEDULE, PLAIN, np.random.default_rng(0), shown)
+    alpha = signal_and_noise(batch.log_snr)[0].float()
+    assert torch.equal(batch.clean, clean)
+    assert torch.allclose(batch.latents.mean((1, 2, 3)), 1000 * alpha, atol=2)
+
+
+def test_channels_count_by_their_importance_and_rows_can_be_chosen() -> None:
+    clean = torch.randn(16, 2, 4, 4)
+    batch = noise_batch(clean, SCHEDULE, PLAIN, np.random.default_rng(0))
+    alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in signal_and_noise(batch.log_snr))
+    noise = (batch.latents - alpha * clean) / sigma
+    wrong = noise + torch.tensor([0.1, 0.0]).view(2, 1, 1)
+    first, second = torch.tensor([1.0, 0.0]).view(2, 1, 1), torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    assert float(batch.loss(wrong, second)[0]) < 1e-9
+    assert float(batch.loss(wrong, 3 * first)[0]) == pytest.approx(3 * float(batch.loss(wrong)[0]), rel=1e-4)
+    assert float(batch.disagreement(wrong, noise, second)) < 1e-9
+    assert float(batch.disagreement(wrong, noise, first)) > 1e-4
+    some = batch[::2]
+    assert torch.equal(some.clean, clean[::2])
+    assert float(some.loss(noise[::2])[0]) < 1e-9
+
+
 def test_low_noise_counts_more_within_bounds() -> None:
     batch = noise_batch(torch.zeros(32, 1, 2, 2), SCHEDULE, PLAIN, np.random.default_rng(0))
     order = batch.ratio.argsort()

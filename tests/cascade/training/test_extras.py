@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,21 @@ from cascade.networks.controlnet import ControlNet
 from cascade.training import lora
 from cascade.training.captions import caption
 from cascade.training.code import DEVIATION, colour_vector, read_code, recoloured, scene_code
-from cascade.training.controlnet import CONFIGS, canny_edges, masked, random_masks, save, stands_alike
+from cascade.training.controlnet import (
+    CONFIGS,
+    Read,
+    astray,
+    beside,
+    canny_edges,
+    made_ready,
+    masked,
+    miss,
+    random_masks,
+    save,
+    settle,
+    stands_alike,
+    started,
+)
 from cascade.training.extras import pack_extras
 from cascade.training.scenes import PALETTE, Scene, Thing, render, sample_scene
 
@@ -84,6 +99,68 @@ def test_things_must_stand_where_they_were() -> None:
     assert not stands_alike(other, SCENE)
     assert stands_alike(other, SCENE, colours=False)
     assert not stands_alike(Scene(256, 256, "white", SCENE.things[:1]), SCENE)
+
+
+def test_a_miss_is_the_distance_of_outlines() -> None:
+    first, second = SCENE.things
+    moved = replace(SCENE, things=(replace(first, x=first.x + 3, y=first.y - 4), second))
+    wider = replace(SCENE, things=(first, replace(second, radius=second.radius + 3)))
+    assert miss(SCENE, SCENE) == 0
+    assert miss(moved, SCENE) == pytest.approx(2.5)
+    assert miss(wider, SCENE) == pytest.approx(1.5)
+    assert miss(replace(SCENE, things=()), SCENE) == 16
+
+
+def test_things_stray_a_few_pixels_and_stay_what_they_are() -> None:
+    rng = np.random.default_rng(0)
+    strays = [astray(SCENE, rng) for _ in range(200)]
+    shifts = [
+        value
+        for stray in strays
+        for one, other in zip(stray.things, SCENE.things, strict=True)
+        for value in (one.x - other.x, one.y - other.y, one.radius - other.radius)
+    ]
+    assert 4.5 < max(map(abs, shifts)) <= 5
+    assert abs(np.mean(shifts)) < 0.5
+    assert all(stands_alike(stray, SCENE) for stray in strays)
+
+
+def test_the_same_scenes_stray_the_same_way() -> None:
+    scenes = [SCENE, replace(SCENE, background="red")]
+    made = Read("canny")(scenes)["astray"]
+    assert np.array_equal(made, Read("canny")(scenes)["astray"])
+    assert not np.array_equal(made[0], scene_code(SCENE))
+    assert not np.array_equal(made[0, 3:], made[1, 3:])
+
+
+def test_half_of_the_rows_show_things_beside_their_places() -> None:
+    clean, moved = torch.zeros(400, 16, 6, 6), torch.ones(400, 16, 6, 6)
+    shown = beside(clean, moved, "canny", np.random.default_rng(0))[:, 0, 0, 0]
+    assert 0.4 < (shown != 0).float().mean() < 0.6
+    assert shown.min() < -0.9
+    assert shown.max() > 0.9
+
+
+def test_weights_go_on_from_a_file_but_for_the_first_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = ControlNet(CONFIGS["canny"]).half().float().eval()
+    save(network, tmp_path / "canny.safetensors")
+    again = started("canny", tmp_path / "canny.safetensors")
+    edges = torch.rand(3, 1, 192, 192)
+    settled = settle(again)
+    assert not any(parameter.requires_grad for parameter in again.backbone[:settled].parameters())
+    ready = made_ready(again.backbone[:settled], lambda rows: edges[rows], 3, torch.device("cpu"))
+    maps = again.project(again.backbone[settled:](ready(torch.tensor([2, 0]))))
+    expected = network(edges[[2, 0]])
+    assert all(
+        torch.allclose(one, other, atol=2e-3) for one, other in zip(maps, expected, strict=True)
+    )  # kept in fp16
+    sum(each.square().sum() for each in maps).backward()  # type: ignore[union-attr]
+    trained = {name for name, parameter in again.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[1] for name in trained if name.startswith("backbone")} == {"4", "5", "6", "7"}
+    assert any(name.startswith("projections") for name in trained)
+    with pytest.raises(CheckpointError, match="no inpainting ControlNet"):
+        started("inpainting", tmp_path / "canny.safetensors")
 
 
 def test_packing_puts_each_file_in_its_folder_and_renews_the_sums(tmp_path: Path) -> None:
