@@ -124,7 +124,7 @@ def controlnet(
     Examples:
       cascade train controlnet canny
       cascade train controlnet inpainting --device cuda --batch 256 --scenes 24000 --minutes 5
-      cascade train controlnet canny --start runs/extras/canny.safetensors --run runs/further --minutes 60
+      cascade train controlnet canny --start cascade/tiny/controlnet/canny.safetensors --minutes 60
     """
     further = {} if start is None else {"start": start}
     _train_extra("controlnet", [str(kind)], run, model, device, batch, scenes, steps, minutes, **further)

@@ -13,6 +13,7 @@ from cascade.sampling.presets import PRESETS
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training import lcm
 from cascade.training.code import scene_code
+from cascade.training.drawing_codes import draw_codes
 from cascade.training.lcm import PLAN, STEPS, TIMES, Lessons, apart, blur, judge, train
 from cascade.training.low_rank import LowRank, all_matrices
 from cascade.training.scenes import Scene, Thing
@@ -97,7 +98,7 @@ def test_codes_that_read_right_but_are_blurred_are_not_counted_as_drawn(
     schedule = CosineSchedule(SCHEDULE)
     sharp = judge(adapter, stage, schedule, EMBEDDED["tiny"], 6)
     assert 0 < sharp["drawn"] <= sharp["right_1"]
-    plain = lcm.draw_codes
+    plain = draw_codes
     torch.manual_seed(0)
     monkeypatch.setattr(
         lcm, "draw_codes", lambda *a, **k: [code + 0.25 * torch.randn_like(code) for code in plain(*a, **k)]
