@@ -98,7 +98,7 @@ def _guides(generation: GenerationRequest) -> dict[str, object]:
 
 def _control(control: Control) -> str:
     module = control.type if control.preprocess else "none"
-    faithful = "" if control.faithful else ", Faithful: False"
+    faithful = "" if control.faithful is None else f", Faithful: {control.faithful}"
     return (
         f"Module: {module}, Model: {control.type}, Weight: {control.scale}, "
         f"Guidance Start: {control.start}, Guidance End: {control.end}{faithful}"

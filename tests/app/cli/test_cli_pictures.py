@@ -18,6 +18,8 @@ from app.storage.encoding import parameters_text
 from cascade import Control, GeneratedImage, ImagePrompt, ImageSettings, InvalidSetting, LoRAUse
 from cascade.tasks.settings import FeatureMap
 
+SIZES: dict[str, int] = {"width": 128, "height": 128, "seed": 7}
+
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("a.png", "png"), ("a.JPG", "jpeg"), ("b.jpeg", "jpeg"), ("c.d.webp", "webp")]
@@ -92,11 +94,13 @@ def test_every_setting_of_a_control_is_passed_on_and_an_unusual_one_is_told() ->
     changed = {"scale": 0.5, "start": 0.1, "end": 0.9, "preprocess": False, "faithful": False}
     control = Control("super_resolution", Image.new("RGB", (64, 64)), **changed)  # type: ignore[arg-type]
     assert {"kind", "image", *changed} == {member.name for member in fields(Control)}
-    request = as_request(ImageSettings(prompt="x", control=control, width=128, height=128, seed=7))
+    request = as_request(ImageSettings(prompt="x", control=control, **SIZES))
     assert request.control is not None
     assert {"type", "image", *changed} == set(type(request.control).model_fields)
     assert request.control.model_dump(include=set(changed)) == changed
     assert 'Guidance End: 0.9, Faithful: False"' in parameters_text(request, 7, "tiny")
+    usual = as_request(ImageSettings(prompt="x", control=Control("canny", control.image), **SIZES))
+    assert 'Guidance End: 1.0"' in parameters_text(usual, 7, "tiny")
 
 
 def test_parameters_tell_the_strength_that_was_meant() -> None:
