@@ -1,5 +1,6 @@
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from app.storage.encoding import parameters_text
 from cascade import Control, GeneratedImage, ImagePrompt, ImageSettings, InvalidSetting, LoRAUse
 from cascade.tasks.settings import FeatureMap
 
-SIZES: dict[str, int] = {"width": 128, "height": 128, "seed": 7}
+SIZES: dict[str, Any] = {"width": 128, "height": 128, "seed": 7}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_what_is_asked_for_of_the_control_picture_is_not_undone(
     cascade: Cascade, less: dict[str, float]
 ) -> None:
     size = (128, 128)
-    requests = [enlarged(size, **less, faithful=faithful) for faithful in (None, False, True)]
+    requests = [enlarged(size, **less, **said) for said in ({}, {"faithful": False}, {"faithful": True})]
     _, [plain, as_drawn, faithful] = run(cascade, *requests)
     assert np.array_equal(pixels(plain), pixels(as_drawn))
     assert not np.array_equal(pixels(plain), pixels(faithful))
