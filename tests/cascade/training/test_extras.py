@@ -170,7 +170,12 @@ def test_a_further_run_goes_on_from_the_file_beside_the_state_of_the_first(
 ) -> None:
     masks: list[torch.Tensor] = []
     monkeypatch.setattr(controlnet, "judge", lambda *_: dict.fromkeys(("placed", "untold", "pixels"), 1.0))
-    monkeypatch.setattr(controlnet, "masked", lambda *given: masks.append(given[1]) or masked(*given))
+
+    def watched(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        masks.append(mask)
+        return masked(pixels, mask)
+
+    monkeypatch.setattr(controlnet, "masked", watched)
     plan = replace(controlnet.PLAN, steps=3, judge_every=0)
     controlnet.train(kind, tmp_path, plan=plan, batch=2, scenes=24)
     file = tmp_path / f"{kind}.safetensors"
