@@ -47,7 +47,7 @@ def generate(
     control_scale: options.ControlScale = 1.0,
     control_interval: options.ControlInterval = (0.0, 1.0),
     preprocess: options.Preprocess = True,
-    faithful: options.Faithful = True,
+    faithful: options.Faithful = None,
     loras: options.LoRAs = None,
     guidance_interval: options.GuidanceInterval = (0.0, 1.0),
     weighted_prompt: options.WeightedPrompt = False,

@@ -58,7 +58,7 @@ def read_loras(texts: list[str] | None) -> tuple["LoRAUse", ...]:
 
 
 def read_control(
-    text: str | None, scale: float, interval: tuple[float, float], *, preprocess: bool, faithful: bool
+    text: str | None, scale: float, interval: tuple[float, float], *, preprocess: bool, faithful: bool | None
 ) -> "Control | None":
     """KIND:FILE; for identity a safetensors file with a map."""
     from cascade import Control

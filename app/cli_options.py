@@ -126,10 +126,11 @@ Preprocess = Annotated[
     ),
 ]
 Faithful = Annotated[
-    bool,
+    bool | None,
     Option(
         "--faithful/--no-faithful",
         help="A picture enlarged by super_resolution, reduced again, is the small one; or as it was drawn.",
+        show_default="at scale 1 over the whole run",
     ),
 ]
 LoRAs = Annotated[

@@ -162,6 +162,7 @@ def _control(control: "Control") -> dict[str, object]:
         "start": control.start,
         "end": control.end,
         "preprocess": control.preprocess,
+        "faithful": control.faithful,
     }
 
 

@@ -104,7 +104,7 @@ class Control(BaseModel):
     start: Share = 0.0
     end: Share = 1.0
     preprocess: bool = True
-    faithful: bool = True
+    faithful: bool | None = None
 
 
 class LoRA(BaseModel):

@@ -97,8 +97,10 @@ class ControlBody(BaseModel):
     preprocess: bool = Field(
         True, description="False: the picture is what the network reads, such as edges already found"
     )
-    faithful: bool = Field(
-        True, description="The result of `super_resolution`, reduced, is the picture; false: as it was drawn"
+    faithful: bool | None = Field(
+        None,
+        description="The result of `super_resolution`, reduced, is the picture; false: as it was drawn. "
+        "Absent: at scale 1 over the whole run",
     )
 
 

@@ -19,12 +19,13 @@ from PIL import Image
 
 from app.errors import DamagedFile, NotFound
 from app.storage.decoding import decode_picture
-from app.storage.writing import UNFINISHED, write_whole
+from app.storage.writing import UNFINISHED, keep_name, write_whole
 
 GRACE_SECONDS = 600.0  # from a file to the commit of its job, at the very most
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LOCK = ".lock"
+_WHAT = "the picture that came"
 
 
 class InputStore:
@@ -50,6 +51,7 @@ class InputStore:
             path = self._folder / name
             if path.exists():
                 os.utime(path, (self._clock(), self._clock()))  # whoever sweeps sees that it is wanted again
+                keep_name(path, what=_WHAT)  # whoever wrote it may have crashed before that
             else:
                 self._write(path, content)
         return name
@@ -91,7 +93,7 @@ class InputStore:
 
     def _write(self, path: Path, content: bytes) -> None:
         unfinished = path.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
-        write_whole(path, content, unfinished=unfinished, what="the picture that came")
+        write_whole(path, content, unfinished=unfinished, what=_WHAT)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

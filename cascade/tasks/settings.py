@@ -57,7 +57,8 @@ class Control:
 
     Without `preprocess` the picture is what the network reads, such as edges already found. Inpainting paints
     what is transparent in it. For identity it is a map of numbers. With `faithful` super-resolution keeps to
-    its picture: the result, reduced, is that picture but for rounding.
+    its picture: the result, reduced, is that picture but for rounding. None is so where the picture is
+    followed at scale 1 over the whole run; whoever asks for less of it gets less.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     preprocess: bool = True
-    faithful: bool = True
+    faithful: bool | None = None
 
     def __post_init__(self) -> None:
         _check_choice("control", self.kind, CONTROL_KINDS)
@@ -78,7 +79,10 @@ class Control:
     @property
     def enlarges(self) -> bool:
         """The result has to be, reduced, the picture."""
-        return self.faithful and self.kind == "super_resolution"
+        if self.kind != "super_resolution":
+            return False
+        is_followed = (self.scale, self.start, self.end) == (1, 0, 1)
+        return is_followed if self.faithful is None else self.faithful
 
 
 @dataclass(frozen=True, slots=True)

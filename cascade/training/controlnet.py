@@ -91,7 +91,9 @@ _ASTRAY = {"canny": 0.5}  # share of rows that show their things beside their pl
 _FAR = 5.0  # pixels: how far at most, along each axis, and by how much the radius differs
 _WITHOUT_TEXT = 0.5
 _AGREEMENT = 2.0
-_SETTLED = 4  # layers of an "effnet" backbone, stem included, that stay when weights are trained further
+# Layers of the backbone, stem included, that stay when weights are trained further. What inpainting reads is
+# never the same, as masks are drawn anew at each step, so nothing of it can be computed once.
+_SETTLED = {"canny": 4}
 _FURTHER = 0.5  # of the learning rate, where weights are trained further
 _NORM_BATCHES = 20
 _NEAR = 16.0  # pixels between where a thing should stand and where it does
@@ -159,8 +161,9 @@ def train(
 ) -> None:
     """Train the ControlNet `out`/KIND.safetensors; an interrupted run goes on where it was.
 
-    With the file `start`, its weights are trained further but for the first layers of the backbone and all
-    statistics of its norms. Raises `CheckpointError` if they are none of that kind.
+    With the file `start`, its weights are trained further but for all statistics of the norms and, where the
+    input of a scene stays as it is, the first layers of the backbone. Such a run keeps its own state.
+    Raises `CheckpointError` if they are none of that kind.
     """
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
@@ -177,7 +180,7 @@ def train(
     image = torch.zeros(batch + num_untold, 1, stage.config.clip_image_in_channels, device=device)
     network = silent(ControlNet(CONFIGS[kind])) if start is None else started(kind, start)
     network.to(device)
-    settled = settle(network) if start is not None else 0
+    settled = settle(kind, network) if start is not None else 0
     if start is not None:
         plan = replace(plan, learning_rate=_FURTHER * plan.learning_rate)
     if settled:
@@ -240,7 +243,7 @@ def train(
         network,
         loss,
         plan,
-        out / kind,
+        out / (kind if start is None else f"{kind}-further"),
         title=kind,
         judge=report,
         trainable=carried(network, stage),
@@ -265,9 +268,9 @@ def started(kind: Kind, path: Path) -> ControlNet:
     return network.eval()
 
 
-def settle(network: ControlNet) -> int:
-    """Freeze the first layers of a backbone that reads pictures; how many they are."""
-    settled = _SETTLED if network.config.mode == "effnet" else 0
+def settle(kind: Kind, network: ControlNet) -> int:
+    """Freeze the first layers of a backbone whose inputs do not change; how many they are."""
+    settled = _SETTLED.get(kind, 0)
     network.backbone[:settled].requires_grad_(False)
     return settled
 

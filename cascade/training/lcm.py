@@ -50,10 +50,15 @@ _NEAR = 0.03  # squared distance from a scene's code, within which Stage B draws
 
 
 class Lessons:
-    """All rows to learn from, by the size of their pictures and their time."""
+    """All rows to learn from, by the size of their pictures and their time.
+
+    Of more than `most` runs in all the oldest are forgotten, whatever their sizes: each size keeps the share
+    of `most` that it has of all runs so far.
+    """
 
     def __init__(self, most: int) -> None:
-        self.most = most  # runs
+        self.most = most  # runs, of all sizes together
+        self.seen: dict[tuple[int, int], int] = {}  # runs so far
         self.rows: dict[tuple[int, int], list[Visits]] = {}
 
     def __len__(self) -> int:
@@ -64,13 +69,20 @@ class Lessons:
 
         Latents of later steps are those of a student that has changed since, and are forgotten earlier.
         """
-        bounds = (self.most, *(self.most // 8,) * (STEPS - 1))
         known = self.rows.get(size)
         self.rows[size] = (
-            [old.followed_by(new, most) for old, new, most in zip(known, visits, bounds, strict=True)]
+            [old.followed_by(new, len(old) + len(new)) for old, new in zip(known, visits, strict=True)]
             if known
             else visits
         )
+        self.seen[size] = self.seen.get(size, 0) + len(visits[0])
+        seen = sum(self.seen.values())
+        for each, kept in self.rows.items():
+            most = max(1, round(self.most * self.seen[each] / max(1, seen)))
+            bounds = (most, *(max(1, most // 8),) * (STEPS - 1))
+            self.rows[each] = [
+                some[max(0, len(some) - bound) :] for some, bound in zip(kept, bounds, strict=True)
+            ]
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Visits]:
         """Rows of one size, about as many of each time; `count` in all."""

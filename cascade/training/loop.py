@@ -4,6 +4,7 @@ A trainer brings a module and a loss; everything else is the same for all compon
 as safetensors (never pickled) and replaced atomically, so that a run may be stopped at any moment.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -27,6 +28,8 @@ from rich.progress import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from cascade.errors import CheckpointError
 
 Loss = Callable[[nn.Module, int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 Judge = Callable[[nn.Module, int], dict[str, float]]
@@ -201,13 +204,18 @@ def _save(
     step: int,
     seconds: float | None,
 ) -> None:
-    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    frozen = _frozen(module)
+    tensors = {
+        f"{part}.{name}": tensor
+        for part, each in (("module", module), ("average", average))
+        for name, tensor in each.state_dict().items()
+        if name not in frozen
+    }
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    progress = {"step": step, "seconds": seconds}
+    progress = {"step": step, "seconds": seconds, "frozen": _checksum(frozen)}
     save_file(contiguous, partial, metadata={"progress": json.dumps(progress)})
     partial.replace(path)
 
@@ -217,21 +225,40 @@ def _resume(
 ) -> tuple[int, float | None]:
     """Fill everything from the state file, if there is one; the steps and seconds already spent.
 
-    The seconds of a state file of earlier versions are not known, and stay so.
+    The seconds of a state file of earlier versions are not known, and stay so. What is frozen is not taken
+    from the file. Raises `CheckpointError` if it is not what the run began with.
     """
     if not path.exists():
         return 0, 0.0
     with safe_open(path, framework="pt") as file:
-        step = int(json.loads(file.metadata()["progress"])["step"])
+        progress = json.loads(file.metadata()["progress"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    frozen = _frozen(module)
+    if progress.get("frozen") not in (None, _checksum(frozen)):
+        message = "the run began with other weights in what is not trained; remove this file to start anew"
+        raise CheckpointError(f"{path}: {message}")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    module.load_state_dict(part("module."))
-    average.load_state_dict(part("average."))
+    module.load_state_dict(part("module.") | frozen)
+    average.load_state_dict(part("average.") | frozen)
     optimizer.restore(part("optimizer."))
-    return step, seconds_spent(path)
+    return int(progress["step"]), seconds_spent(path)
+
+
+def _frozen(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are not trained."""
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Optimizer:

@@ -1,4 +1,6 @@
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from app.cli_pictures import (
 from app.storage.encoding import parameters_text
 from cascade import Control, GeneratedImage, ImagePrompt, ImageSettings, InvalidSetting, LoRAUse
 from cascade.tasks.settings import FeatureMap
+
+SIZES: dict[str, Any] = {"width": 128, "height": 128, "seed": 7}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,19 @@ def test_parameters_tell_what_guides_a_picture_beside_words() -> None:
         'Loras: "teal: 1.0, a, b: -0.5", Guidance interval: 0.0 to 0.5, Weighted prompt: True, '
         "Long prompt: True"
     )
+
+
+def test_every_setting_of_a_control_is_passed_on_and_an_unusual_one_is_told() -> None:
+    changed = {"scale": 0.5, "start": 0.1, "end": 0.9, "preprocess": False, "faithful": False}
+    control = Control("super_resolution", Image.new("RGB", (64, 64)), **changed)  # type: ignore[arg-type]
+    assert {"kind", "image", *changed} == {member.name for member in fields(Control)}
+    request = as_request(ImageSettings(prompt="x", control=control, **SIZES))
+    assert request.control is not None
+    assert {"type", "image", *changed} == set(type(request.control).model_fields)
+    assert request.control.model_dump(include=set(changed)) == changed
+    assert 'Guidance End: 0.9, Faithful: False"' in parameters_text(request, 7, "tiny")
+    usual = as_request(ImageSettings(prompt="x", control=Control("canny", control.image), **SIZES))
+    assert 'Guidance End: 1.0"' in parameters_text(usual, 7, "tiny")
 
 
 def test_parameters_tell_the_strength_that_was_meant() -> None:

@@ -67,3 +67,13 @@ def test_a_full_disk_leaves_nothing_half(
     with pytest.raises(StorageFull):
         store.save(b"a picture")
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_a_picture_that_is_there_already_has_its_name_on_the_disk(
+    store: InputStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(b"a picture")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda opened: synced.append(Path(f"/proc/self/fd/{opened}").readlink()))
+    store.save(b"a picture")
+    assert synced == [tmp_path]

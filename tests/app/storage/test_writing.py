@@ -1,6 +1,8 @@
 """A file appears whole, and its content and then its name are on the disk before anybody is told."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -35,4 +37,34 @@ def test_without_room_nothing_is_left_and_the_error_says_what_for(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageFull, match="no room to keep the cat"):
         write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="the cat")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail_on_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_keeps_files_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fail_on_folders(monkeypatch, code)
+    write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.EIO, OSError), (errno.ENOSPC, StorageFull)])
+def test_a_file_whose_name_is_not_on_the_disk_is_not_there_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    fail_on_folders(monkeypatch, code)
+    with pytest.raises(error):
+        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it")
     assert list(tmp_path.iterdir()) == []

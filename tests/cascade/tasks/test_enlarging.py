@@ -95,6 +95,17 @@ def enlarged(size: tuple[int, int], **changes: Any) -> ImageSettings:
     return ImageSettings(prompt="a star", control=control, width=size[0], height=size[1], **QUICK)
 
 
+@pytest.mark.parametrize("less", [{"scale": 0.0}, {"scale": 0.5}, {"start": 0.2}, {"end": 0.1}])
+def test_what_is_asked_for_of_the_control_picture_is_not_undone(
+    cascade: Cascade, less: dict[str, float]
+) -> None:
+    size = (128, 128)
+    requests = [enlarged(size, **less, **said) for said in ({}, {"faithful": False}, {"faithful": True})]
+    _, [plain, as_drawn, faithful] = run(cascade, *requests)
+    assert np.array_equal(pixels(plain), pixels(as_drawn))
+    assert not np.array_equal(pixels(plain), pixels(faithful))
+
+
 def test_a_request_keeps_to_its_small_picture_alone_and_in_company(cascade: Cascade) -> None:
     requests = [enlarged((128, 128)), enlarged((128, 128), faithful=False), enlarged((256, 192))]
     _, [first, as_drawn, wide] = run(cascade, *requests)

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
 from cascade.networks.controlnet import ControlNet
-from cascade.training import lora
+from cascade.training import controlnet, lora
 from cascade.training.captions import caption
 from cascade.training.code import DEVIATION, colour_vector, read_code, recoloured, scene_code
 from cascade.training.controlnet import (
     CONFIGS,
+    Kind,
     Read,
     astray,
     beside,
@@ -147,7 +148,7 @@ def test_weights_go_on_from_a_file_but_for_the_first_layers(tmp_path: Path) -> N
     save(network, tmp_path / "canny.safetensors")
     again = started("canny", tmp_path / "canny.safetensors")
     edges = torch.rand(3, 1, 192, 192)
-    settled = settle(again)
+    settled = settle("canny", again)
     assert not any(parameter.requires_grad for parameter in again.backbone[:settled].parameters())
     ready = made_ready(again.backbone[:settled], lambda rows: edges[rows], 3, torch.device("cpu"))
     maps = again.project(again.backbone[settled:](ready(torch.tensor([2, 0]))))
@@ -161,6 +162,34 @@ def test_weights_go_on_from_a_file_but_for_the_first_layers(tmp_path: Path) -> N
     assert any(name.startswith("projections") for name in trained)
     with pytest.raises(CheckpointError, match="no inpainting ControlNet"):
         started("inpainting", tmp_path / "canny.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["canny", "inpainting"])
+def test_a_further_run_goes_on_from_the_file_beside_the_state_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    masks: list[torch.Tensor] = []
+    monkeypatch.setattr(controlnet, "judge", lambda *_: dict.fromkeys(("placed", "untold", "pixels"), 1.0))
+
+    def watched(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        masks.append(mask)
+        return masked(pixels, mask)
+
+    monkeypatch.setattr(controlnet, "masked", watched)
+    plan = replace(controlnet.PLAN, steps=3, judge_every=0)
+    controlnet.train(kind, tmp_path, plan=plan, batch=2, scenes=24)
+    file = tmp_path / f"{kind}.safetensors"
+    before = started(kind, file).state_dict()
+    masks.clear()
+    controlnet.train(kind, tmp_path, plan=plan, batch=2, scenes=24, start=file)
+    assert len(masks) == (3 if kind == "inpainting" else 0), "one for each step"
+    after = started(kind, file).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("projections") for name in changed)
+    assert not any(name.endswith("running_mean") for name in changed)
+    assert max(float((after[name] - before[name]).abs().max()) for name in changed) < 0.02, "a short way"
+    states = {path.parent.name for path in tmp_path.glob("*/training.safetensors")}
+    assert states == {kind, f"{kind}-further"}
 
 
 def test_packing_puts_each_file_in_its_folder_and_renews_the_sums(tmp_path: Path) -> None:

@@ -83,6 +83,20 @@ def test_latents_of_a_student_that_has_changed_are_forgotten_first() -> None:
     assert all(len(some) == 10 and some.latents.min() == 2 for some in others)
 
 
+def test_all_sizes_together_have_so_many_runs_and_each_forgets_its_first() -> None:
+    lessons = Lessons(320)
+    for value in range(40):
+        size, grid = ((512, 256), (6, 12)) if value % 4 == 0 else ((256, 256), (6, 6))
+        lessons.add(size, rows(20, grid, value=value))
+    assert len(lessons) == 320
+    wide, square = lessons.rows[512, 256], lessons.rows[256, 256]
+    assert [len(some) for some in wide] == [80, 10, 10, 10]
+    assert [len(some) for some in square] == [240, 30, 30, 30]
+    assert wide[0].latents.min() == 24
+    assert wide[1].latents.min() == 36
+    assert square[1].latents.min() == 38
+
+
 def test_a_true_code_is_not_blurred_and_noise_blurs_it() -> None:
     torch.manual_seed(0)
     code = torch.from_numpy(scene_code(SCENE))

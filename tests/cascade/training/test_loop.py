@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascade.errors import CheckpointError
 from cascade.training.loop import STATE_FILE, Plan, fit, seconds_spent
 
 PLAN = Plan(steps=12, learning_rate=0.05, warmup=2, ema_decay=0.9, save_every=4)
@@ -80,6 +81,19 @@ def test_a_state_without_a_time_is_continued_and_its_time_stays_unknown(tmp_path
     assert torch.equal(weights(resumed[0]), weights(resumed[1]))
     assert seconds_spent(tmp_path / "a" / STATE_FILE) is not None
     assert seconds_spent(tmp_path / "b" / STATE_FILE) is None
+
+
+def test_what_is_not_trained_is_not_kept_and_a_run_upon_another_rest_is_refused(tmp_path: Path) -> None:
+    def partly(seed: int) -> nn.Module:
+        module = network(seed)
+        module[0].requires_grad_(False)  # type: ignore[index]
+        return module
+
+    fit(partly(1), loss, replace(PLAN, steps=4), tmp_path, title="test")
+    assert not any(".0." in name for name in load_file(tmp_path / STATE_FILE))
+    fit(partly(1), loss, replace(PLAN, steps=6), tmp_path, title="test")
+    with pytest.raises(CheckpointError, match="began with other weights"):
+        fit(partly(2), loss, PLAN, tmp_path, title="test")
 
 
 def test_no_partial_file_stays_behind(tmp_path: Path) -> None:
