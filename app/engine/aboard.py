@@ -13,6 +13,7 @@ STEPPED_SECONDS = 0.1  # between two words about the steps of a job
 @dataclass(slots=True)
 class _Job:
     pictures: dict[int, Picture] = field(default_factory=dict)
+    untold: dict[int, Picture] = field(default_factory=dict)  # stepped since their job was spoken of
     num_previews: int = 0  # of each picture
     told_at: float = -inf
 
@@ -44,6 +45,7 @@ class Aboard:
         job = self._jobs.get(picture.run.job)
         if job is not None and job.pictures.get(picture.run.index) is picture:
             del job.pictures[picture.run.index]
+            job.untold.pop(picture.run.index, None)
             self._num_pictures -= 1
             if not job.pictures:
                 del self._jobs[picture.run.job]
@@ -53,13 +55,23 @@ class Aboard:
         if job in self._jobs:
             self._jobs[job].num_previews = count
 
-    def to_tell(self, pictures: list[Picture], now: float) -> Iterator[Picture]:
-        """Those whose jobs were not spoken of for long enough."""
-        for picture in pictures:
-            job = self._jobs.get(picture.run.job)
-            if job is not None and now - job.told_at >= STEPPED_SECONDS:
+    def to_tell(self, stepped: list[Picture], now: float) -> list[Picture]:
+        """Those that have stepped, now or before, of the jobs that were not spoken of for long enough.
+
+        A job is told at most every `STEPPED_SECONDS`, and then of all its pictures, in whichever batches.
+        """
+        jobs: dict[str, _Job] = {}
+        for picture in stepped:
+            if picture.run in self:
+                job = jobs[picture.run.job] = self._jobs[picture.run.job]
+                job.untold[picture.run.index] = picture
+        told: list[Picture] = []
+        for job in jobs.values():
+            if now - job.told_at >= STEPPED_SECONDS:
+                told += job.untold.values()
+                job.untold.clear()
                 job.told_at = now
-                yield picture
+        return told
 
     def to_show(self, pictures: list[Picture]) -> Iterator[Picture]:
         """Those of which a preview is due."""

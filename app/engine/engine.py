@@ -206,9 +206,9 @@ class Engine:
 
     def _publish(self, pictures: list[Picture]) -> None:
         """Say where the pictures stand, not too often, and show those that somebody watches."""
-        steps = tuple(picture.progress() for picture in self._aboard.to_tell(pictures, self._clock()))
-        if steps:
-            self._send(Progressed(steps))
+        due = self._aboard.to_tell(pictures, self._clock())
+        if due:
+            self._send(Progressed(tuple(picture.progress() for picture in due)))
         for picture in self._aboard.to_show(pictures):
             self._finisher.preview(picture, picture.num_previews - 1)
 

@@ -109,7 +109,7 @@ class Stepped(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Progressed(FromEngine, frozen=True, tag="progressed"):
-    """How far pictures are, of all jobs that are due: at most ten times a second per job."""
+    """How far the pictures are that moved, of all jobs that are due: at most ten times a second per job."""
 
     steps: tuple[Stepped, ...]
 

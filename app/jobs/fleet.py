@@ -6,6 +6,8 @@ Whatever dies, here or there, at whatever moment: what is missing is made again,
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
@@ -148,9 +150,9 @@ class Fleet:
             self._means.metrics.cost_error.set(self._means.cost.error)
         elif isinstance(message, Progressed):
             flights = self._slot(engine).flights
-            for step in message.steps:
-                if step.job in flights:
-                    self.keeper.follow(flights[step.job], step)
+            for job, steps in groupby(message.steps, attrgetter("job")):  # those of a job stand together
+                if job in flights:
+                    self.keeper.follow(flights[job], steps)
         elif isinstance(message, Previewed | Latents | Pixels | Failed):
             flight = self._slot(engine).flights.get(message.job)
             if flight is not None:

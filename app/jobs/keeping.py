@@ -6,7 +6,7 @@ claimed with, and one that is not taken means: not ours any more, whoever it bel
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -65,9 +65,10 @@ class Keeper:
         self._logger = means.logger
         self._pixels = asyncio.Semaphore(MAX_PIXELS_WAITING)
 
-    def follow(self, flight: Flight, step: Stepped) -> None:
-        """Take note of a step, and tell of it if somebody watches; who asks later is told then."""
-        flight.stepped(step)
+    def follow(self, flight: Flight, steps: Iterable[Stepped]) -> None:
+        """Take note of steps, and tell once of all if somebody watches; who asks later is told then."""
+        for step in steps:
+            flight.stepped(step)
         if self._events.is_watched(flight.job.id):
             self._events.publish(flight.job.id, flight.progress())
 

@@ -134,7 +134,22 @@ class TestProgress:
         runner.steps = (60, 40)
         bench.work(*(run("a", index) for index in range(3)))
         seconds = 100 * STEP_SECONDS
-        assert seconds * 5 < len(bench.steps) <= seconds * 10 + 1
+        assert seconds * 5 < len(bench.of(Progressed)) <= seconds * 10 + 1
+        for message in bench.of(Progressed):
+            assert sorted(step.index for step in message.steps) == [0, 1, 2]
+
+    def test_is_told_of_every_picture_of_a_job_in_whichever_batches(
+        self, bench: Bench, runner: FakeRunner
+    ) -> None:
+        runner.steps, runner.first_cap = (60, 40), 2
+        bench.work(*(run("a", index) for index in range(7)))
+        seconds = 4 * 100 * STEP_SECONDS
+        assert len(bench.of(Progressed)) <= seconds * 10 + 1
+        for index in range(7):
+            told = [step for step in bench.steps if step.index == index]
+            assert len(told) > 20
+            assert {step.stage for step in told} >= {"prior", "decoder"}
+            assert len(set(told)) == len(told), "what did not move is not told again"
 
     def test_of_all_jobs_in_a_batch_is_one_message(self, bench: Bench, runner: FakeRunner) -> None:
         runner.steps = (30, 1)

@@ -7,12 +7,12 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from app.engine.protocol import Failed, Previewed, WantPreviews
+from app.engine.protocol import Failed, Previewed, Progressed, Stepped, WantPreviews
 from app.errors import Overloaded, StorageFull
 from app.jobs import chores
-from app.jobs.events import Preview
+from app.jobs.events import News, Preview
 from app.jobs.faults import Point
-from app.jobs.flights import LEAST_PLENTY
+from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY
 from app.jobs.job import JobStatus, Progress
 from app.jobs.store import JobStore
 from app.storage.encoding import AI_MADE
@@ -210,6 +210,34 @@ async def test_steps_are_told_to_those_who_watch_and_to_those_who_come_later(ser
     await until(lambda: steps == [3, 4])
     server.engine.finish(run)
     await watching
+
+
+async def test_what_is_said_at_once_of_a_jobs_pictures_is_one_event(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    accepted = await server.submit(5, 6, 7)
+    runs = await server.runs(3)
+    events, told = server.dispatcher.events, list[Progress]()
+    publish = events.publish
+
+    def note(job_id: str, news: News) -> None:
+        told.extend([news] if isinstance(news, Progress) else [])
+        publish(job_id, news)
+
+    monkeypatch.setattr(events, "publish", note)
+    monkeypatch.setattr(events, "is_watched", lambda job_id: True)
+    for left in ((128.0, 128.0, 128.0), (96.0, 64.0, 32.0)):
+        steps = (
+            Stepped(run.job, run.index, "prior", 5 + run.index, 20, seconds)
+            for run, seconds in zip(runs, left, strict=True)
+        )
+        server.engine.say(Progressed(tuple(steps)))
+    await until(lambda: server.dispatcher.progress(accepted).fraction > 0)
+    assert {news.fraction for news in told} == {0, ALMOST_DONE / 2}
+    assert told[-1].step == 5, "of the one that is the furthest behind"
+    server.engine.finish(*runs)
+    await server.ended(accepted)
 
 
 async def test_progress_never_falls(serve: Serve) -> None:
