@@ -88,7 +88,9 @@ class Dispatcher:
         self._notes = means.notes
         self._callers = Callers(means.notes, self._give_up)
         self._fleet = Fleet(
-            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)], means
+            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)],
+            means,
+            self._spawn,
         )
         self._forecast = Forecast(store, self._fleet, self.events, cost)
         self._chores = Chores(
@@ -190,8 +192,15 @@ class Dispatcher:
         """
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
-        async with self._canceling:  # or who joins could find a job that is just given up
-            return await asyncio.shield(self._spawn(self._submit(priced, idempotency)))
+        await self._canceling.acquire()  # or who joins could find a job that is just given up
+        submitting = self._spawn(self._submit(priced, idempotency))
+        try:
+            return await asyncio.shield(submitting)
+        finally:
+            if submitting.done():  # at once: the caller is waiting before anybody else has a turn
+                self._canceling.release()
+            else:  # it is sent away, which ends no transaction
+                submitting.add_done_callback(lambda _: self._canceling.release())
 
     def waiting(self, job: Job) -> AbstractContextManager[None]:
         """Wait for a job inside. When the last caller has left, it is canceled, if it is not to finish."""
@@ -258,8 +267,8 @@ class Dispatcher:
     # Comings and goings
 
     async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
-        """Have a job accepted and, if there is room for it, have it begun: in a task, as nobody may leave
-        between what the database has taken down and what is known of it here."""
+        """Have a job accepted and, if there is room for it, claimed: in a task, as nobody may leave between
+        what the database has taken down and what is known of it here."""
         submit = partial(self._store.submit, job, max_queue=self._settings.max_queue, idempotency=idempotency)
         promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
         try:
@@ -276,16 +285,21 @@ class Dispatcher:
         return submitted
 
     async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        job = await self._request_cancel(job_id, tenant)
+        if job is None or job.is_finished:
+            return job
+        await self._fleet.cancel(job_id)
+        return await self._store.get(job_id, tenant)
+
+    async def _request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        """End a queued job; of a running one the database knows from now on that it is to end."""
         before = await self._store.get(job_id, tenant)
         if before is None or before.is_finished:
             return before
         job = await self._store.request_cancel(job_id, tenant)
-        if job is None or job.is_finished:
-            if job is not None:
-                self._fleet.keeper.tell(job, is_ours=True)
-            return job
-        await self._fleet.cancel(job_id)
-        return await self._store.get(job_id, tenant)
+        if job is not None and job.is_finished:
+            self._fleet.keeper.tell(job, is_ours=True)
+        return job
 
     def _give_up(self, job: Job) -> None:
         """Nobody waits any more. When we send them away, the job is still theirs to ask for."""
@@ -294,8 +308,11 @@ class Dispatcher:
 
     async def _cancel_unless_wanted(self, job_id: str) -> None:
         async with self._canceling:
-            if not self._callers.num_waiting(job_id):
-                await self._cancel(job_id, None)
+            if self._callers.num_waiting(job_id):
+                return
+            job = await self._request_cancel(job_id, None)  # from here on nobody can join it
+        if job is not None and not job.is_finished:
+            await self._fleet.cancel(job_id)
 
     def _take_leave(self, job: Job, is_ours: bool) -> None:
         """A job ended."""

@@ -4,8 +4,9 @@ Whatever dies, here or there, at whatever moment: what is missing is made again,
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
@@ -18,16 +19,19 @@ from app.jobs.supervisor import Supervisor
 
 LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines
 
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
 
 class Fleet:
-    """Does the work of the queue, as far as there is room."""
+    """Does the work of the queue, as far as there is room; what nobody should wait for it has spawned."""
 
-    def __init__(self, slots: Sequence[Slot], means: Means) -> None:
+    def __init__(self, slots: Sequence[Slot], means: Means, spawn: Spawn) -> None:
         self.slots = slots
         self.keeper = Keeper(means)
         self._means = means
         self._store = means.store
         self._events = means.events
+        self._spawn = spawn
         self._boarding = asyncio.Lock()  # who holds it may claim, and settle what a death left
 
     def flight(self, job_id: str) -> Flight | None:
@@ -58,23 +62,46 @@ class Fleet:
     ) -> Submitted:
         """Have a job accepted by `submit`, and with it claim what is next, if there is room for the tenant.
 
-        Raises what `submit` raises.
+        It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
+        database may not answer. Raises what `submit` raises.
         """
-        slot = None if self._boarding.locked() or self.keeper.is_leaving else self._roomiest_for(tenant)
-        if slot is None:
+        slot = None if self.keeper.is_leaving else self._roomiest_for(tenant)
+        if slot is None or not await self._may_board_at_once():
             return await submit()
-        async with self._boarding:
-            slot.may_hold_strays = True  # until all that was claimed is known here
-            try:
-                claim = Claim(slot.worker, lease_seconds, without=slot.sated)
-                submitted = await submit(claim=claim)
-            except (AppError, QueueFull):  # by the transaction, of which then nothing was done
-                slot.may_hold_strays = False
-                raise
-            for job in submitted.claimed:
+        try:
+            submitted = await self._submit_and_claim(slot, submit, lease_seconds)
+        except BaseException:
+            self._boarding.release()
+            raise
+        boarding = self._spawn(self._board_all(slot, submitted.claimed))
+        boarding.add_done_callback(lambda _: self._boarding.release())
+        return submitted
+
+    async def _may_board_at_once(self) -> bool:
+        """Begin to board, unless somebody does so already or waits for it."""
+        try:
+            async with asyncio.timeout(0):
+                return await self._boarding.acquire()
+        except TimeoutError:
+            return False
+
+    async def _submit_and_claim(
+        self, slot: Slot, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
+    ) -> Submitted:
+        slot.may_hold_strays = True  # until all that was claimed is known here
+        try:
+            return await submit(claim=Claim(slot.worker, lease_seconds, without=slot.sated))
+        except (AppError, QueueFull):  # by the transaction, of which then nothing was done
+            slot.may_hold_strays = False
+            raise
+
+    async def _board_all(self, slot: Slot, claimed: Sequence[Job]) -> None:
+        try:
+            for job in claimed:
                 await self._board(slot, job)
             slot.may_hold_strays = False
-        return submitted
+        except Exception as error:
+            self._means.logger.error("a job that was claimed could not board", exc_info=error)
 
     async def claim(self, lease_seconds: float) -> bool:
         """Fill the engines, the one with the least to do first. True when there may be more than fits."""
