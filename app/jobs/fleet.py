@@ -217,9 +217,9 @@ class Fleet:
         return bool(jobs)
 
     async def _return_strays(self) -> None:
-        """Jobs that a failed claim left under our name, unknown to us, go back when nothing else is there."""
+        """Jobs that a failed claim left under our name, unknown to us, go back."""
         for slot in self.slots:
-            if slot.may_hold_strays and not slot.flights:
+            if slot.may_hold_strays:
                 await self.keeper.release(slot, set())
                 slot.may_hold_strays = False
 

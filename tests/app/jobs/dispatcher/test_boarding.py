@@ -121,3 +121,31 @@ async def test_a_job_that_cannot_board_goes_back(
     assert "could not board" in server.log.getvalue()
     server.dispatcher._chores.wake(is_queued=True)
     await finish_all(server, accepted)
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+async def test_a_failed_claim_takes_no_room_from_a_busy_engine(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch, is_committed: bool
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    first = await server.submit(1)
+    submit, second = store.submit, job(2)
+
+    async def failing(*args: Any, **options: Any) -> Submitted:
+        if is_committed:
+            await submit(*args, **options)
+        raise TimeoutError("no connection is free")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "submit", failing)
+        with pytest.raises(TimeoutError):
+            await server.dispatcher.submit(second)
+    server.dispatcher._chores.wake(is_queued=True)  # as the next round does
+    await until(lambda: server.dispatcher._fleet.slots[0].room)
+    await server.at_rest()
+    jobs = [first, *([second] if is_committed else []), await server.submit(3)]
+    held = await store.get(first.id, None)
+    assert held is not None
+    assert (held.status, held.fence) == (JobStatus.RUNNING, 1)
+    await finish_all(server, *jobs)
