@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from app.engine.cost import CostModel
 from app.engine.protocol import Ready
-from app.errors import ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
+from app.errors import AppError, ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
 from app.jobs.callers import Callers
 from app.jobs.chores import Chores
 from app.jobs.events import Event, EventHub
@@ -119,6 +119,7 @@ class Dispatcher:
         """Take no more work, from callers or from the queue."""
         self._is_closed = True
         self._chores.close()
+        self._fleet.close()
         self._look_up()
         if self._seat.is_sole:  # nobody will have the queued jobs done in time
             for job_id, _, _ in self.events.unended():
@@ -193,6 +194,11 @@ class Dispatcher:
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
         await self._canceling.acquire()  # or who joins could find a job that is just given up
+        try:
+            _ = self.model  # we may have closed meanwhile
+        except AppError:
+            self._canceling.release()
+            raise
         submitting = self._spawn(self._submit(priced, idempotency))
         try:
             return await asyncio.shield(submitting)

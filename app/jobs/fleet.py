@@ -32,6 +32,7 @@ class Fleet:
         self._store = means.store
         self._events = means.events
         self._spawn = spawn
+        self._is_closed = False
         self._boarding = asyncio.Lock()  # who holds it may claim, and settle what a death left
 
     def flight(self, job_id: str) -> Flight | None:
@@ -51,6 +52,10 @@ class Fleet:
         if flight is not None:
             flight.slot.want_previews(flight, count)
 
+    def close(self) -> None:
+        """Claim no more. What is claimed already is done."""
+        self._is_closed = True
+
     async def recover(self) -> None:
         """Take back what was in work when the last server in our seat died. No job is blamed for that."""
         for slot in self.slots:
@@ -65,7 +70,7 @@ class Fleet:
         It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
         database may not answer. Raises what `submit` raises.
         """
-        slot = None if self.keeper.is_leaving else self._roomiest_for(tenant)
+        slot = None if self._is_closed else self._roomiest_for(tenant)
         if slot is None or not await self._may_board_at_once():
             return await submit()
         try:
@@ -108,7 +113,7 @@ class Fleet:
         done: set[Slot] = set()
         async with self._boarding:
             await self._return_strays()
-            while not self.keeper.is_leaving and (slot := self._emptiest(done)) is not None:
+            while not self._is_closed and (slot := self._emptiest(done)) is not None:
                 sated = slot.sated
                 if not await self._claim(slot, lease_seconds, sated):
                     if not sated:
@@ -139,6 +144,7 @@ class Fleet:
 
     async def leave(self) -> None:
         """Put back into the queue what is not done, and end the engines."""
+        self.close()
         self.keeper.is_leaving = True
         try:
             async with asyncio.timeout(LEAVE_SECONDS), self._boarding:
