@@ -98,9 +98,12 @@ def move(connection: Connection, before: Job, after: Job, now: float) -> bool:
     return bool(found)
 
 
-def release(connection: Connection, worker: str, crashed: Collection[str], now: float) -> list[Job]:
-    """Put all jobs of a worker back into the queue; returns where each of them is now."""
-    return _requeue(connection, _lock_held(connection, worker), crashed, now)
+def release(
+    connection: Connection, worker: str, crashed: Collection[str], kept: Collection[str], now: float
+) -> list[Job]:
+    """Put all jobs of a worker but those `kept` back into the queue; returns where each of them is now."""
+    held = [job for job in _lock_held(connection, worker) if job.id not in kept]
+    return _requeue(connection, held, crashed, now)
 
 
 def leases(connection: Connection, worker: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from app.engine.cost import CostModel
 from app.engine.protocol import Ready
-from app.errors import ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
+from app.errors import AppError, ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
 from app.jobs.callers import Callers
 from app.jobs.chores import Chores
 from app.jobs.events import Event, EventHub
@@ -88,7 +88,9 @@ class Dispatcher:
         self._notes = means.notes
         self._callers = Callers(means.notes, self._give_up)
         self._fleet = Fleet(
-            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)], means
+            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)],
+            means,
+            self._spawn,
         )
         self._forecast = Forecast(store, self._fleet, self.events, cost)
         self._chores = Chores(
@@ -117,6 +119,7 @@ class Dispatcher:
         """Take no more work, from callers or from the queue."""
         self._is_closed = True
         self._chores.close()
+        self._fleet.close()
         self._look_up()
         if self._seat.is_sole:  # nobody will have the queued jobs done in time
             for job_id, _, _ in self.events.unended():
@@ -190,8 +193,20 @@ class Dispatcher:
         """
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
-        async with self._canceling:  # or who joins could find a job that is just given up
-            return await asyncio.shield(self._spawn(self._submit(priced, idempotency)))
+        await self._canceling.acquire()  # or who joins could find a job that is just given up
+        try:
+            _ = self.model  # we may have closed meanwhile
+        except AppError:
+            self._canceling.release()
+            raise
+        submitting = self._spawn(self._submit(priced, idempotency))
+        try:
+            return await asyncio.shield(submitting)
+        finally:
+            if submitting.done():  # at once: the caller is waiting before anybody else has a turn
+                self._canceling.release()
+            else:  # it is sent away, which ends no transaction
+                submitting.add_done_callback(lambda _: self._canceling.release())
 
     def waiting(self, job: Job) -> AbstractContextManager[None]:
         """Wait for a job inside. When the last caller has left, it is canceled, if it is not to finish."""
@@ -258,8 +273,8 @@ class Dispatcher:
     # Comings and goings
 
     async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
-        """Have a job accepted and, if there is room for it, have it begun: in a task, as nobody may leave
-        between what the database has taken down and what is known of it here."""
+        """Have a job accepted and, if there is room for it, claimed: in a task, as nobody may leave between
+        what the database has taken down and what is known of it here."""
         submit = partial(self._store.submit, job, max_queue=self._settings.max_queue, idempotency=idempotency)
         promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
         try:
@@ -276,16 +291,21 @@ class Dispatcher:
         return submitted
 
     async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        job = await self._request_cancel(job_id, tenant)
+        if job is None or job.is_finished:
+            return job
+        await self._fleet.cancel(job_id)
+        return await self._store.get(job_id, tenant)
+
+    async def _request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
+        """End a queued job; of a running one the database knows from now on that it is to end."""
         before = await self._store.get(job_id, tenant)
         if before is None or before.is_finished:
             return before
         job = await self._store.request_cancel(job_id, tenant)
-        if job is None or job.is_finished:
-            if job is not None:
-                self._fleet.keeper.tell(job, is_ours=True)
-            return job
-        await self._fleet.cancel(job_id)
-        return await self._store.get(job_id, tenant)
+        if job is not None and job.is_finished:
+            self._fleet.keeper.tell(job, is_ours=True)
+        return job
 
     def _give_up(self, job: Job) -> None:
         """Nobody waits any more. When we send them away, the job is still theirs to ask for."""
@@ -294,8 +314,11 @@ class Dispatcher:
 
     async def _cancel_unless_wanted(self, job_id: str) -> None:
         async with self._canceling:
-            if not self._callers.num_waiting(job_id):
-                await self._cancel(job_id, None)
+            if self._callers.num_waiting(job_id):
+                return
+            job = await self._request_cancel(job_id, None)  # from here on nobody can join it
+        if job is not None and not job.is_finished:
+            await self._fleet.cancel(job_id)
 
     def _take_leave(self, job: Job, is_ours: bool) -> None:
         """A job ended."""

@@ -4,10 +4,11 @@ Whatever dies, here or there, at whatever moment: what is missing is made again,
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from typing import Any
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
@@ -20,16 +21,20 @@ from app.jobs.supervisor import Supervisor
 
 LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines
 
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
 
 class Fleet:
-    """Does the work of the queue, as far as there is room."""
+    """Does the work of the queue, as far as there is room; what nobody should wait for it has spawned."""
 
-    def __init__(self, slots: Sequence[Slot], means: Means) -> None:
+    def __init__(self, slots: Sequence[Slot], means: Means, spawn: Spawn) -> None:
         self.slots = slots
         self.keeper = Keeper(means)
         self._means = means
         self._store = means.store
         self._events = means.events
+        self._spawn = spawn
+        self._is_closed = False
         self._boarding = asyncio.Lock()  # who holds it may claim, and settle what a death left
 
     def flight(self, job_id: str) -> Flight | None:
@@ -49,6 +54,10 @@ class Fleet:
         if flight is not None:
             flight.slot.want_previews(flight, count)
 
+    def close(self) -> None:
+        """Claim no more. What is claimed already is done."""
+        self._is_closed = True
+
     async def recover(self) -> None:
         """Take back what was in work when the last server in our seat died. No job is blamed for that."""
         for slot in self.slots:
@@ -60,30 +69,53 @@ class Fleet:
     ) -> Submitted:
         """Have a job accepted by `submit`, and with it claim what is next, if there is room for the tenant.
 
-        Raises what `submit` raises.
+        It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
+        database may not answer. Raises what `submit` raises.
         """
-        slot = None if self._boarding.locked() or self.keeper.is_leaving else self._roomiest_for(tenant)
-        if slot is None:
+        slot = None if self._is_closed else self._roomiest_for(tenant)
+        if slot is None or not await self._may_board_at_once():
             return await submit()
-        async with self._boarding:
-            slot.may_hold_strays = True  # until all that was claimed is known here
-            try:
-                claim = Claim(slot.worker, lease_seconds, without=slot.sated)
-                submitted = await submit(claim=claim)
-            except (AppError, QueueFull):  # by the transaction, of which then nothing was done
-                slot.may_hold_strays = False
-                raise
-            for job in submitted.claimed:
+        try:
+            submitted = await self._submit_and_claim(slot, submit, lease_seconds)
+        except BaseException:
+            self._boarding.release()
+            raise
+        boarding = self._spawn(self._board_all(slot, submitted.claimed))
+        boarding.add_done_callback(lambda _: self._boarding.release())
+        return submitted
+
+    async def _may_board_at_once(self) -> bool:
+        """Begin to board, unless somebody does so already or waits for it."""
+        try:
+            async with asyncio.timeout(0):
+                return await self._boarding.acquire()
+        except TimeoutError:
+            return False
+
+    async def _submit_and_claim(
+        self, slot: Slot, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
+    ) -> Submitted:
+        slot.may_hold_strays = True  # until all that was claimed is known here
+        try:
+            return await submit(claim=Claim(slot.worker, lease_seconds, without=slot.sated))
+        except (AppError, QueueFull):  # by the transaction, of which then nothing was done
+            slot.may_hold_strays = False
+            raise
+
+    async def _board_all(self, slot: Slot, claimed: Sequence[Job]) -> None:
+        try:
+            for job in claimed:
                 await self._board(slot, job)
             slot.may_hold_strays = False
-        return submitted
+        except Exception as error:
+            self._means.logger.error("a job that was claimed could not board", exc_info=error)
 
     async def claim(self, lease_seconds: float) -> bool:
         """Fill the engines, the one with the least to do first. True when there may be more than fits."""
         done: set[Slot] = set()
         async with self._boarding:
             await self._return_strays()
-            while not self.keeper.is_leaving and (slot := self._emptiest(done)) is not None:
+            while not self._is_closed and (slot := self._emptiest(done)) is not None:
                 sated = slot.sated
                 if not await self._claim(slot, lease_seconds, sated):
                     if not sated:
@@ -114,6 +146,7 @@ class Fleet:
 
     async def leave(self) -> None:
         """Put back into the queue what is not done, and end the engines."""
+        self.close()
         self.keeper.is_leaving = True
         try:
             async with asyncio.timeout(LEAVE_SECONDS), self._boarding:
@@ -192,9 +225,9 @@ class Fleet:
         return bool(jobs)
 
     async def _return_strays(self) -> None:
-        """Jobs that a failed claim left under our name, unknown to us, go back when nothing else is there."""
+        """Jobs that a failed claim left under our name, unknown to us, go back."""
         for slot in self.slots:
-            if slot.may_hold_strays and not slot.flights:
+            if slot.may_hold_strays:
                 await self.keeper.release(slot, set())
                 slot.may_hold_strays = False
 

@@ -123,8 +123,11 @@ class Keeper:
         self._means.on_change()
 
     async def release(self, slot: Slot, crashed: set[str]) -> None:
-        """Put back all jobs of a slot; those `crashed` were aboard when its engine died."""
-        released = await self.persist(partial(self._store.release, slot.worker, crashed_jobs=crashed))
+        """Put back all jobs of a slot but its flights; those `crashed` were aboard when its engine died."""
+        release = partial(
+            self._store.release, slot.worker, crashed_jobs=crashed, kept_jobs=frozenset(slot.flights)
+        )
+        released = await self.persist(release)
         for job in released:
             self._logger.warning(
                 "a job goes back", job=job.id, status=job.status, crashes=job.crashes, worker=slot.worker

@@ -26,14 +26,15 @@ class Idempotency:
 def replayed(connection: Connection, tenant: str, given: Idempotency, now: float) -> Job | None:
     """The job that came with this key before. Raises KeyReused when its request was another one.
 
-    A job that failed, expired or was canceled is as if it had never been: who asks again wants pictures.
+    A job that failed, expired or was canceled, or is about to be, is as if it had never been: who asks again
+    wants pictures.
     """
     query = select(idempotency).filter_by(tenant=tenant, key=given.key)
     row = connection.execute(query.where(idempotency.c.expires_at > now)).one_or_none()
     if row is None:
         return None
     job = rows.find(connection, row.job_id, tenant)
-    if job is None or (job.is_finished and job.status != JobStatus.SUCCEEDED):
+    if job is None or (job.status != JobStatus.SUCCEEDED and (job.is_finished or job.cancel_requested)):
         return None
     if row.fingerprint != given.fingerprint:
         raise KeyReused("this idempotency key came with another request before; use a new one")

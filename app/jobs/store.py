@@ -191,12 +191,14 @@ class JobStore:
         """
         return await self._database.write(claims.move, before, after, self._clock())
 
-    async def release(self, worker: str, *, crashed_jobs: Collection[str] = ()) -> Sequence[Job]:
-        """Put all jobs of a worker back into the queue; returns where each of them is now.
+    async def release(
+        self, worker: str, *, crashed_jobs: Collection[str] = (), kept_jobs: Collection[str] = ()
+    ) -> Sequence[Job]:
+        """Put all jobs of a worker but those kept back into the queue; returns where each of them is now.
 
         Those that were aboard an engine when it died are counted so, and fail when that was too often.
         """
-        return await self._database.write(claims.release, worker, crashed_jobs, self._clock())
+        return await self._database.write(claims.release, worker, crashed_jobs, kept_jobs, self._clock())
 
     # What keeps the house
 

@@ -142,6 +142,14 @@ async def test_a_key_is_taken_over_from_a_job_without_pictures(
     assert third.job.id == second.job.id
 
 
+async def test_a_key_is_taken_over_from_a_job_that_is_about_to_be_canceled(store: JobStore) -> None:
+    first = (await store.submit(new_job(), max_queue=MANY, idempotency=KEY)).job
+    await store.claim("one", limit=1, lease_seconds=30)
+    assert (await store.submit(new_job(), max_queue=MANY, idempotency=KEY)).job.id == first.id
+    await store.request_cancel(first.id, None)
+    assert not (await store.submit(new_job(), max_queue=MANY, idempotency=KEY)).is_replay
+
+
 async def test_a_key_of_a_deleted_job_is_free(store: JobStore) -> None:
     job = (await store.submit(new_job(), max_queue=MANY, idempotency=KEY)).job
     await store.request_cancel(job.id, None)

@@ -221,6 +221,12 @@ async def test_released_jobs_are_queued_again(store: JobStore) -> None:
     assert await store.release("one") == []
 
 
+async def test_kept_jobs_are_not_released(store: JobStore) -> None:
+    kept, stray = [await add_running(store) for _ in range(2)]
+    assert await store.release("one", kept_jobs={kept.id}) == [stray.released()]
+    assert await stored(store, kept) == kept
+
+
 async def test_a_job_that_crashes_too_often_fails(store: JobStore) -> None:
     job = new_job()
     await add(store, job)

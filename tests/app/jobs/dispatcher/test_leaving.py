@@ -1,12 +1,14 @@
 """How a server ends."""
 
 import asyncio
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
 from app.errors import ShuttingDown
 from app.jobs.job import JobStatus
-from app.jobs.store import JobStore
+from app.jobs.store import JobStore, Submitted
 from tests.app.jobs.dispatcher.conftest import Serve
 from tests.app.jobs.servers import until
 
@@ -36,6 +38,36 @@ async def test_draining_finishes_what_is_in_work(serve: Serve) -> None:
     left = await server.store.get(queued.id, None)
     assert left is not None
     assert (left.status, left.crashes, left.fence) == (JobStatus.QUEUED, 0, 0)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_who_comes_as_the_server_closes_has_nothing_claimed(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    claims: list[object] = []
+    submit = store.submit
+
+    async def noting(*args: Any, **options: Any) -> Submitted:
+        claims.append(options.get("claim"))
+        return await submit(*args, **options)
+
+    monkeypatch.setattr(store, "submit", noting)
+    async with server.dispatcher._canceling if is_late else nullcontext():
+        submitting = asyncio.create_task(server.submit(1))
+        await asyncio.sleep(0)  # it waits for its turn, or is about to be written
+        server.dispatcher.close()
+    if is_late:  # nothing is written yet
+        with pytest.raises(ShuttingDown):
+            await submitting
+        assert claims == []
+    else:
+        accepted = await submitting
+        assert claims == [None]
+        left = await store.get(accepted.id, None)
+        assert left is not None
+        assert left.status == JobStatus.QUEUED
 
 
 async def test_what_is_not_done_in_time_stays_accepted(serve: Serve) -> None:
