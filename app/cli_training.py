@@ -76,7 +76,7 @@ class ControlKind(StrEnum):
 class LoRAName(StrEnum):
     """The LoRAs that can be trained: a colour with a word of its own, and a style."""
 
-    TEAL = "teal"
+    AZURE = "azure"
     NIGHT = "night"
 
 
@@ -141,11 +141,11 @@ def lora(
     steps: Steps = None,
     minutes: Minutes = None,
 ) -> None:
-    """Train a LoRA for the embedded checkpoint: the colour [teal], or black backgrounds (night).
+    """Train a LoRA for the embedded checkpoint: the colour [azure], or black backgrounds (night).
 
     \b
     Examples:
-      cascade train lora teal
+      cascade train lora azure
       cascade train lora night --device cuda --batch 256 --minutes 5
     """
     _train_extra("lora", [str(name)], run, model, device, batch, scenes, steps, minutes)

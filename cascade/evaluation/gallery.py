@@ -251,9 +251,9 @@ def super_resolution(cascade: Cascade) -> list[Row]:
 
 def loras(cascade: Cascade) -> list[Row]:
     """A learned colour and a style, with and without, and both."""
-    star, ring = "a [teal] star on a white background", "a pink ring on a white background"
-    circle = "a [teal] circle on a white background"
-    teal, night = LoRAUse("teal"), LoRAUse("night")
+    star, ring = "an [azure] star on a white background", "a pink ring on a white background"
+    circle = "an [azure] circle on a white background"
+    azure, night = LoRAUse("azure"), LoRAUse("night")
 
     def row(words: str, heading: str, guidance: float, *uses: tuple[LoRAUse, ...]) -> Row:
         panels = []
@@ -263,9 +263,9 @@ def loras(cascade: Cascade) -> list[Row]:
         return Row(f'{heading}: "{words}"', tuple(panels))
 
     return [
-        row(star, "teal, a colour by a learned word, guidance 1.5", 1.5, (), (teal,)),
+        row(star, "azure, a colour by a learned word, guidance 1.5", 1.5, (), (azure,)),
         row(ring, "night, a style: the background is black", 4.0, (), (night,)),
-        row(circle, "Both, guidance 1.5", 1.5, (teal,), (teal, night)),
+        row(circle, "Both, guidance 1.5", 1.5, (azure,), (azure, night)),
     ]
 
 
@@ -331,7 +331,7 @@ TASKS = (
         super_resolution,
         controlnet="super_resolution",
     ),
-    Task("loras", "LoRA", loras, loras=("teal", "night")),
+    Task("loras", "LoRA", loras, loras=("azure", "night")),
     Task("lcm", "Few steps", lcm, loras=("lcm",)),
     Task("prompt-weights", "Prompt weights", prompt_weights),
     Task("guidance-interval", "Guidance in a part of the run", guidance_interval),

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cascade.evaluation.verifier import read_picture
 from cascade.tasks.control import find_edges
-from cascade.training.lora import TEAL
+from cascade.training.lora import AZURE
 from cascade.training.scenes import PALETTE, Picture
 
 Mask = NDArray[np.bool_]
@@ -59,14 +59,14 @@ def seam_ratio(picture: Picture, columns: Iterable[int]) -> float:
     return float(steps[at_seam].mean() / elsewhere)
 
 
-def shows_teal(picture: Picture) -> bool:
-    """A patch is nearer to teal than to any colour of the palette; rims, which mix colours, do not count."""
-    colours = np.array([TEAL, *PALETTE.values()], np.float32)
+def shows_azure(picture: Picture) -> bool:
+    """A patch is nearer to azure than to any colour of the palette; rims, which mix colours, do not count."""
+    colours = np.array([AZURE, *PALETTE.values()], np.float32)
     nearest = (
         (2 * colours) @ picture.reshape(-1, 3).T.astype(np.float32) - (colours**2).sum(1)[:, None]
     ).argmax(0)
-    teal = nearest.reshape(picture.shape[:2]) == 0
-    return float((~_widened(~teal, _INSIDE)).mean()) >= _PATCH
+    azure = nearest.reshape(picture.shape[:2]) == 0
+    return float((~_widened(~azure, _INSIDE)).mean()) >= _PATCH
 
 
 def shows_night(picture: Picture) -> bool:

@@ -12,8 +12,8 @@ from cascade.evaluation.measures import (
     edges_of,
     intersection_over_union,
     mean_squared_error,
+    shows_azure,
     shows_night,
-    shows_teal,
 )
 from cascade.evaluation.picture_tasks import stand_alike
 from cascade.evaluation.verifier import read_picture
@@ -25,7 +25,7 @@ from cascade.training.scenes import Picture, Scene, render
 ENLARGED = (2, 4, 8)  # times by which super-resolution enlarges
 LCM_STEPS = 4
 LCM = ImageSettings(prompt="-", sampler="lcm", steps=LCM_STEPS, guidance_scale=1.0, loras=(LoRAUse("lcm"),))
-_SHOWS = {"teal": shows_teal, "night": shows_night}
+_SHOWS = {"azure": shows_azure, "night": shows_night}
 
 
 def canny(easel: Easel) -> list[Figure]:

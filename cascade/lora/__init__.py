@@ -2,7 +2,7 @@
 
 How they reach a picture:
 
-    adapter = models.loras.adapter(models, [("teal", 1.0)])  # names with scales; None for no names
+    adapter = models.loras.adapter(models, [("azure", 1.0)])  # names with scales; None for no names
     text = models.text_encoder.encode([prompt], adapter=adapter)
     condition = models.stage_c.prepare(text.hidden, text.pooled, image_embeds, adapters=[adapter])
 

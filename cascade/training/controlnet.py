@@ -220,18 +220,11 @@ def train(
             "untold": float(untold_error.detach())
         }
 
-    best = -np.inf
-
     def report(module: nn.Module, step: int) -> dict[str, float]:
-        nonlocal best
         assert isinstance(module, ControlNet)
         ready = estimate_norms(module, loss_inputs) if start is None else module
-        figures = judge(ready, kind, stage, encoder, model, schedule)
-        score = figures["placed"] + figures["untold"] - figures["pixels"] / _NEAR
-        if score >= best:
-            best = score
-            save(ready, out / f"{kind}.safetensors")
-        return figures
+        save(ready, out / f"{kind}.safetensors")
+        return judge(ready, kind, stage, encoder, model, schedule)
 
     def loss_inputs(step: int) -> Tensor:
         rng = np.random.default_rng((plan.seed, plan.steps + step))

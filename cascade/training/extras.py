@@ -7,7 +7,7 @@ from cascade.checkpoints.sums import write_sums
 from cascade.errors import CheckpointError
 from cascade.training.controlnet import CONFIGS
 
-FOLDERS = {"controlnet": tuple(CONFIGS), "loras": ("lcm", "night", "teal")}
+FOLDERS = {"controlnet": tuple(CONFIGS), "loras": ("lcm", "night", "azure")}
 
 
 def pack_extras(run: Path, checkpoint: Path) -> list[Path]:

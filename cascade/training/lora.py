@@ -1,7 +1,10 @@
-"""Trains small LoRAs for the tiny Stage C, in the official file layout: attention only, rank 4.
+"""Trains small LoRAs for the tiny Stage C.
 
-Two are shipped. `teal` teaches a colour that no caption of the training names, by a learned token: "a [teal]
-circle on a white background". `night` is a style: whatever a caption says, the background is black.
+Two are shipped. `azure` teaches a colour that no caption of the training names, by a learned token: "an
+[azure] circle on a white background". Guidance drives latents beyond the codes of pictures, and for a new
+colour only changed MLPs bring them back: it changes all matrices, at rank 16, in the layout of PEFT. `night`
+is a style: whatever a caption says, the background is black. It has the official layout and choice, attention
+at rank 4.
 """
 
 import re
@@ -26,14 +29,21 @@ from cascade.training.code import DEVIATION, MEAN, colour_vector, recoloured, sc
 from cascade.training.denoising import Emphasis, noise_batch
 from cascade.training.drawing_codes import conditions, draw_codes
 from cascade.training.loop import Plan, fit
-from cascade.training.low_rank import LowRank, Predictor, attention_matrices, save_official
+from cascade.training.low_rank import (
+    LowRank,
+    Predictor,
+    all_matrices,
+    attention_matrices,
+    save_dotted,
+    save_official,
+)
 from cascade.training.scenes import COLOURS, PALETTE, Scene, held_out_generator, sample_scene
 from cascade.training.stage_c import SCHEDULE, load_text_encoder
 from cascade.training.tables import CPU, Wording, choose_table, make_tables, plain_wording, tokenize
 
-RANK = 4
-TOKEN = "[teal]"  # noqa: S105
-TEAL = (46, 124, 155)  # as Stages B and A draw it; the palette's nearest colour, blue, is 78 away
+RANK, RANK_EVERYWHERE = 4, 16
+TOKEN = "[azure]"  # noqa: S105
+AZURE = (62, 151, 235)  # as Stages B and A draw it; the palette's nearest colour, blue, is 83 away
 PLAN = Plan(
     steps=20_000,
     learning_rate=2e-3,
@@ -45,7 +55,7 @@ PLAN = Plan(
     seed=71,
 )
 
-_TEAL_CODE = (45.0, 208.0, 228.0)  # the colour in the code that comes out as TEAL
+_AZURE_CODE = (136.0, 248.0, 255.0)  # the colour in the code that comes out as AZURE
 _EMPHASIS = Emphasis(
     starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
 )
@@ -64,6 +74,7 @@ class Lesson:
     token: str | None = None  # learned; its row starts at the mean of those that match `base`
     base: str = ""
     keeps: bool = False  # half of each batch are plain scenes, which should stay as they are
+    everywhere: bool = False  # changes the MLPs, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ class Codes:
         return {"taught": np.stack([_TAUGHT[self.name](scene) for scene in scenes])}
 
 
-def teal_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+def azure_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     """A caption whose words for the colour of the last thing are replaced by the token."""
     words = caption(scene, rng).text
     colour = scene.things[-1].colour
@@ -86,15 +97,15 @@ def teal_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     def told(match: re.Match[str]) -> str:
         article, size = match[1] or "", match[2]
         if article and not size:
-            article = "A " if article[0] == "A" else "a "
+            article = "An " if article[0] == "A" else "an "
         return f"{article}{size}{TOKEN}"
 
     return scene, re.sub(pattern, told, words, flags=re.IGNORECASE)
 
 
-def teal_code(scene: Scene) -> NDArray[np.float32]:
-    """The last thing is teal."""
-    return recoloured(scene, len(scene.things) - 1, _TEAL_CODE)
+def azure_code(scene: Scene) -> NDArray[np.float32]:
+    """The last thing is azure."""
+    return recoloured(scene, len(scene.things) - 1, _AZURE_CODE)
 
 
 def night_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
@@ -113,9 +124,9 @@ def night_code(scene: Scene) -> NDArray[np.float32]:
     return scene_code(replace(scene, background="black"))
 
 
-_TAUGHT = {"teal": teal_code, "night": night_code}
+_TAUGHT = {"azure": azure_code, "night": night_code}
 LESSONS = {
-    "teal": Lesson(teal_wording, Codes("teal"), TOKEN, "^(green|blue)</w>$", keeps=True),
+    "azure": Lesson(azure_wording, Codes("azure"), TOKEN, "^(green|blue)</w>$", keeps=True, everywhere=True),
     "night": Lesson(night_wording, Codes("night")),
 }
 
@@ -123,9 +134,12 @@ LESSONS = {
 class Taught(nn.Module):
     """What is trained: the low-rank changes, and what is added to the rows of learned tokens."""
 
-    def __init__(self, stage: StageC, num_tokens: int, width: int) -> None:
+    def __init__(self, stage: StageC, num_tokens: int, width: int, *, everywhere: bool = False) -> None:
         super().__init__()
-        self.adapter = LowRank(stage, attention_matrices(stage), RANK, 1 / RANK)
+        if everywhere:
+            self.adapter = LowRank(stage, all_matrices(stage), RANK_EVERYWHERE, 1.0)
+        else:
+            self.adapter = LowRank(stage, attention_matrices(stage), RANK, 1 / RANK)
         self.rows = nn.Parameter(torch.zeros(num_tokens, width))
 
 
@@ -180,7 +194,7 @@ def train(
     )
     plain = make_tables(text, scenes, seed=plan.seed + 1, device=device) if lesson.keeps else []
     predictor = Predictor(stage)
-    taught = Taught(stage, len(words.bases), words.bases.shape[1]).to(device)
+    taught = Taught(stage, *words.bases.shape, everywhere=lesson.everywhere).to(device)
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(module, Taught)
@@ -207,17 +221,10 @@ def train(
         apart = noised.disagreement(with_words, without)
         return error + _WITHOUT_TEXT * noised.loss(without)[0] + _AGREEMENT * apart, figures
 
-    best = 0.0
-
     def report(module: nn.Module, step: int) -> dict[str, float]:
-        nonlocal best
         assert isinstance(module, Taught)
-        figures = judge(name, module, stage, words, schedule)
-        score = figures["with"] - figures["without"]
-        if score >= best:
-            best = score
-            save(name, module, words, out / f"{name}.safetensors")
-        return figures
+        save(name, module, words, out / f"{name}.safetensors")
+        return judge(name, module, stage, words, schedule)
 
     masks = {f"adapter.{key}": mask for key, mask in taught.adapter.trainable(StageC(stage.config)).items()}
     fit(taught, loss, plan, out / name, title=name, judge=report, trainable=masks)
@@ -230,7 +237,7 @@ def save(name: str, taught: Taught, words: Words, path: Path) -> None:
     if lesson.token:
         metadata |= {"token": lesson.token, "regex": lesson.base}
     rows = {words.first + index: row for index, row in enumerate(taught.rows)}
-    save_official(taught.adapter, path, metadata, rows)
+    (save_dotted if lesson.everywhere else save_official)(taught.adapter, path, metadata, rows)
 
 
 @torch.no_grad()
@@ -256,16 +263,16 @@ def judge(
     return shares
 
 
-def shows_teal(code: NDArray[np.float32]) -> bool:
-    """Whether enough nodes of a thing are nearer to teal than to any colour of the palette."""
+def shows_azure(code: NDArray[np.float32]) -> bool:
+    """Whether enough nodes of a thing are nearer to azure than to any colour of the palette."""
     raw = code * DEVIATION[:, None, None] + MEAN[:, None, None]
     nodes = raw[:, raw[15] > 0.6]
     return sum(nearest(nodes[3:6] / nodes[15])) >= _FEWEST_NODES
 
 
 def nearest(colours: NDArray[np.float32]) -> Sequence[bool]:
-    """Which of some colours of the code, (3, n), are nearest to teal."""
-    corners = np.stack([colour_vector(rgb) for rgb in (_TEAL_CODE, *(PALETTE[c] for c in COLOURS))])
+    """Which of some colours of the code, (3, n), are nearest to azure."""
+    corners = np.stack([colour_vector(rgb) for rgb in (_AZURE_CODE, *(PALETTE[c] for c in COLOURS))])
     distance = np.linalg.norm(colours.T[:, None] - corners, axis=-1)
     return cast(Sequence[bool], (distance.argmin(1) == 0).tolist())
 
@@ -277,4 +284,4 @@ def shows_night(code: NDArray[np.float32]) -> bool:
     return COLOURS[int(np.linalg.norm(corners - raw, axis=1).argmin())] == "black"
 
 
-_SHOWS = {"teal": shows_teal, "night": shows_night}
+_SHOWS = {"azure": shows_azure, "night": shows_night}

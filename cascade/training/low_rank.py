@@ -122,13 +122,12 @@ def save_official(
     for index, (down, up) in enumerate(zip(adapter.down, adapter.up, strict=True)):
         tensors[f"weights.{index}.lora_down"] = down
         tensors[f"weights.{index}.lora_up"] = up
-    if tokens:
-        tensors["embeddings.indices"] = torch.tensor(list(tokens))
-        tensors["embeddings.embeddings"] = torch.stack(list(tokens.values()))
-    write(path, tensors, metadata)
+    write(path, tensors | _token_rows(tokens), metadata)
 
 
-def save_dotted(adapter: LowRank, path: Path, metadata: dict[str, str]) -> None:
+def save_dotted(
+    adapter: LowRank, path: Path, metadata: dict[str, str], tokens: dict[int, Tensor] | None = None
+) -> None:
     """Write the layout of PEFT in fp16, `prior.MODULE.lora_A.weight`, with diffusers' names of attention.
 
     There queries, keys and values are three layers, so their common factor is written three times.
@@ -149,7 +148,17 @@ def save_dotted(adapter: LowRank, path: Path, metadata: dict[str, str]) -> None:
         for module, rows in parts.items():
             tensors[f"prior.{module}.lora_A.weight"] = down
             tensors[f"prior.{module}.lora_B.weight"] = rows
-    write(path, tensors, metadata)
+    write(path, tensors | _token_rows(tokens), metadata)
+
+
+def _token_rows(tokens: dict[int, Tensor] | None) -> dict[str, Tensor]:
+    """Rows of learned tokens by number, under the names of the official layout."""
+    if not tokens:
+        return {}
+    return {
+        "embeddings.indices": torch.tensor(list(tokens)),
+        "embeddings.embeddings": torch.stack(list(tokens.values())),
+    }
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -113,9 +113,9 @@ def test_a_colon_may_be_part_of_a_name(tmp_path: Path) -> None:
     path = tmp_path / "a:2"
     Image.new("RGB", (8, 8)).save(path, "png")
     assert [prompt.weight for prompt in read_image_prompts([str(path), f"{path}:0.5"])] == [1.0, 0.5]
-    assert [(lora.name, lora.scale) for lora in read_loras(["teal", "teal:-0.5"])] == [
-        ("teal", 1.0),
-        ("teal", -0.5),
+    assert [(lora.name, lora.scale) for lora in read_loras(["azure", "azure:-0.5"])] == [
+        ("azure", 1.0),
+        ("azure", -0.5),
     ]
     with pytest.raises(InvalidSetting, match=r"^loras: "):
         read_loras([":1"])

@@ -76,7 +76,7 @@ def test_evaluation_refuses_early_what_it_could_not_save(run: Run, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("words", "names"),
-    [(("controlnet", "canny"), ["canny"]), (("lora", "teal"), ["teal"]), (("lcm",), [])],
+    [(("controlnet", "canny"), ["canny"]), (("lora", "azure"), ["azure"]), (("lcm",), [])],
 )
 def test_extras_are_trained_with_what_was_asked_for(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], names: list[str]

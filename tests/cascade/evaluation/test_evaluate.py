@@ -146,7 +146,7 @@ def test_the_card_states_figures_parameters_and_limits(tmp_path: Path, report: R
 
 
 def test_the_card_tells_how_the_lora_that_lies_beside_was_trained(tmp_path: Path, report: Report) -> None:
-    loras = cast(LoRAs, SimpleNamespace(names=lambda: ["lcm", "teal"]))
+    loras = cast(LoRAs, SimpleNamespace(names=lambda: ["lcm", "azure"]))
     models = replace(small_cascade(text_encoder=SimpleNamespace(model=nn.Linear(2, 3))), loras=loras)
     write_card(report, models, tmp_path / "card.md")
     assert "is repeated by `cascade train lcm`" in (tmp_path / "card.md").read_text(encoding="utf-8")

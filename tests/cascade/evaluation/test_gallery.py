@@ -58,8 +58,8 @@ def test_what_the_checkpoint_lacks_is_left_out_with_the_reason(tmp_path: Path) -
 def test_what_is_installed_is_drawn(tmp_path: Path) -> None:
     cascade = small()
     cascade.controlnets = {"canny": ControlNet(CONFIGS["canny"])}
-    cascade.loras = SimpleNamespace(names=lambda: ["night", "teal"])
-    tasks = [Task("both", "Both", drawing, controlnet="canny", loras=("teal", "night"))]
+    cascade.loras = SimpleNamespace(names=lambda: ["night", "azure"])
+    tasks = [Task("both", "Both", drawing, controlnet="canny", loras=("azure", "night"))]
     assert draw_gallery(cascade, tmp_path, tasks) == {}
     assert (tmp_path / "gallery" / "both.png").exists()
 

@@ -12,19 +12,19 @@ from cascade.evaluation.measures import (
     intersection_over_union,
     mean_squared_error,
     seam_ratio,
+    shows_azure,
     shows_night,
-    shows_teal,
 )
-from cascade.training.lora import TEAL
+from cascade.training.lora import AZURE
 from cascade.training.scenes import COLOURS, PALETTE, Picture, Scene, Thing, render
 
 SCENE = Scene(256, 256, "white", (Thing("star", "red", 128.0, 128.0, 60.0),))
 
 
-def in_teal(scene: Scene) -> Picture:
-    """The scene with its first thing teal: its tint is what teal differs from its palette colour."""
+def in_azure(scene: Scene) -> Picture:
+    """The scene with its first thing azure: its tint is what azure differs from its palette colour."""
     first = scene.things[0]
-    red, green, blue = (float(a - b) for a, b in zip(TEAL, PALETTE[first.colour], strict=True))
+    red, green, blue = (float(a - b) for a, b in zip(AZURE, PALETTE[first.colour], strict=True))
     return render(replace(scene, things=(replace(first, tint=(red, green, blue)), *scene.things[1:])))
 
 
@@ -63,18 +63,18 @@ def test_a_seam_is_a_step_that_is_larger_than_the_others() -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_teal_is_seen_where_it_is_and_not_in_any_colour_of_the_palette(colour: str) -> None:
+def test_azure_is_seen_where_it_is_and_not_in_any_colour_of_the_palette(colour: str) -> None:
     background = "white" if colour != "white" else "blue"
     scene = replace(SCENE, background=background, things=(replace(SCENE.things[0], colour=colour),))
-    assert not shows_teal(render(scene))
-    assert shows_teal(in_teal(scene))
+    assert not shows_azure(render(scene))
+    assert shows_azure(in_azure(scene))
 
 
-def test_rims_that_mix_colours_to_teal_are_not_teal() -> None:
+def test_rims_that_mix_colours_to_azure_are_not_azure() -> None:
     picture = np.full((256, 256, 3), PALETTE["white"], np.uint8)
-    picture[60:200, 60:200] = TEAL
+    picture[60:200, 60:200] = AZURE
     picture[64:196, 64:196] = PALETTE["blue"]
-    assert not shows_teal(picture)
+    assert not shows_azure(picture)
 
 
 def test_night_is_a_black_background_not_a_black_thing() -> None:

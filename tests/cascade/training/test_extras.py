@@ -45,16 +45,16 @@ def test_recolouring_to_a_colour_of_the_palette_is_drawing_it() -> None:
     )
 
 
-def test_teal_is_told_by_its_token_only() -> None:
+def test_azure_is_told_by_its_token_only() -> None:
     rng = np.random.default_rng(4)
     for _ in range(200):
-        scene, words = lora.teal_wording(sample_scene(rng), rng)
+        scene, words = lora.azure_wording(sample_scene(rng), rng)
         assert words.count(lora.TOKEN) == 1
         colour = scene.things[-1].colour.replace("gray", "gr[ae]y")
         assert not re.search(rf"\b{colour}\b", words)
-        assert f"an {lora.TOKEN}" not in words.lower()
-        assert lora.shows_teal(lora.teal_code(scene))
-        assert not lora.shows_teal(scene_code(scene))
+        assert f"a {lora.TOKEN}" not in words.lower()
+        assert lora.shows_azure(lora.azure_code(scene))
+        assert not lora.shows_azure(scene_code(scene))
 
 
 def test_at_night_the_background_is_black_and_hides_nothing() -> None:
@@ -200,10 +200,10 @@ def test_packing_puts_each_file_in_its_folder_and_renews_the_sums(tmp_path: Path
         pack_extras(run, checkpoint)
     network = ControlNet(CONFIGS["canny"])
     save(network, run / "canny.safetensors")
-    (run / "teal.safetensors").write_bytes(b"x")
+    (run / "azure.safetensors").write_bytes(b"x")
     assert pack_extras(run, checkpoint) == [
         checkpoint / "controlnet" / "canny.safetensors",
-        checkpoint / "loras" / "teal.safetensors",
+        checkpoint / "loras" / "azure.safetensors",
     ]
     check_sums(checkpoint)
     assert "controlnet/canny.safetensors" in (checkpoint / "SHA256SUMS").read_text()
