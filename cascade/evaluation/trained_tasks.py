@@ -20,7 +20,7 @@ from cascade.evaluation.verifier import read_picture
 from cascade.tasks.enlarging import keep_to_small
 from cascade.tasks.settings import Control, ImageSettings, LoRAUse
 from cascade.training.lora import LESSONS
-from cascade.training.scenes import Picture, Scene, render
+from cascade.training.scenes import COLOURS, Picture, Scene, render
 
 ENLARGED = (2, 4, 8)  # times by which super-resolution enlarges
 LCM_STEPS = 4
@@ -136,11 +136,20 @@ def _enlarging(easel: Easel, factor: int, scenes: list[Scene], prompts: list[str
 
 
 def _lesson(name: str, scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt of what is taught, which must not ask for it in plain words: no black background for night."""
-    if name == "night" and scene.background == "black":
-        used = [thing.colour for thing in scene.things]
-        scene = replace(
-            scene, background=next(colour for colour in ("white", "blue", "red") if colour not in used)
-        )
+    """A prompt of what is taught. For night it names another background: one left open may come out black."""
+    if name == "night":
+        return told(without_black(scene), rng, background=True).text
     lesson: tuple[Scene, str] = LESSONS[name].wording(scene, rng)
     return lesson[1]
+
+
+def without_black(scene: Scene) -> Scene:
+    """The scene with a colour that it does not have in place of black."""
+    used = {scene.background, *(thing.colour for thing in scene.things)}
+    other = next(colour for colour in COLOURS if colour not in {*used, "black"})
+    things = tuple(
+        replace(thing, colour=other) if thing.colour == "black" else thing for thing in scene.things
+    )
+    return replace(
+        scene, things=things, background=other if scene.background == "black" else scene.background
+    )

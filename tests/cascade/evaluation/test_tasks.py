@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -184,3 +185,21 @@ def test_progress_counts_to_the_number_of_pictures(models: Models) -> None:
 def models() -> Models:
     """Networks of random weights, which make pictures of no use."""
     return small_cascade(NativeSizes(((256, 256),), resamples=True), effnet=EffNetEncoder(TINY_EFFNET).eval())
+
+
+@pytest.mark.parametrize("hidden", ["background", "thing"])
+def test_a_prompt_for_night_names_a_background_that_is_not_black(hidden: str) -> None:
+    black = replace(SCENE.things[0], colour="black")
+    scene = (
+        replace(SCENE, background="black")
+        if hidden == "background"
+        else replace(SCENE, things=(black, SCENE.things[1]))
+    )
+    rng = np.random.default_rng(0)
+    plain = trained_tasks.without_black(scene)
+    assert "black" not in {plain.background, *(thing.colour for thing in plain.things)}
+    assert len({plain.background, *(thing.colour for thing in plain.things)}) == 3
+    for _ in range(40):
+        prompt = trained_tasks._lesson("night", scene, rng)
+        assert "black" not in prompt
+        assert plain.background in prompt.lower()
