@@ -72,9 +72,9 @@ def generate(
       cascade generate "a green star and a pink ring" -n 4 --seed 7 -o stars.webp
       cascade generate "a castle at dusk" --model DIR --width 1536 --height 1024
       cascade generate "a castle at dusk" --model DIR --preview now.png
-      cascade generate "a blue circle" --image circle.png --strength 0.6
+      cascade generate "a red circle on a green background" --image circle.png --strength 0.8
       cascade generate "a blue star" --image circle.png --mask mask.png --feather 8
-      cascade generate "two circles" --image circle.png --anchor left --width 512 --height 256
+      cascade generate "a red circle left of a blue square" --image circle.png --anchor left --width 512
       cascade generate --image-prompt circle.png --image-prompt star.png:0.5
     """
     check_output(output)

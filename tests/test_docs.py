@@ -187,7 +187,8 @@ def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert examples
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle.png", "out-7.png", "out-8.png"]
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["circle.png", "half-guided.png", "out-7.png", "out-8.png"]
     assert (tmp_path / "circle.png").read_bytes() == b"a picture"
 
 

@@ -1,5 +1,6 @@
 """How the mistakes in a body become an error that names their places, in the words of the caller."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -82,5 +83,5 @@ def _words(problem: ErrorDetails, names: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{name} is no member of this request"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    message = message.replace("should", "must", 1)
+    message = re.sub(r"^(?:String|List|Tuple) should", "should", message).replace("should", "must", 1)
     return f"{name} {message}" if problem["loc"] else message

@@ -99,6 +99,11 @@ async def test_limits_of_the_operator_count(serve: Serve) -> None:
         assert (await generate(client, n=2, size="64x64")).status_code == 200
 
 
+async def test_a_mistake_does_not_name_the_type_of_a_member(client: httpx2.AsyncClient) -> None:
+    answer = await generate(client, prompt="x" * 32_001)
+    assert answer.json()["error"]["message"] == "prompt must have at most 32000 characters"
+
+
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "code"),
     [
