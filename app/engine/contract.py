@@ -4,7 +4,7 @@ Two threads call a runner: the loop (load, start, begin, step, check, retry_in_f
 finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -83,8 +83,11 @@ class Runner(Protocol[Kind]):
     def retry_in_fp32(self, track: Kind) -> bool:
         """Go back to where the stage just ended began, in fp32. False where it was fp32 already."""
 
-    def decode(self, tracks: Sequence[Kind]) -> list[Decoded]:
-        """Stage A of one or two pictures. Raises GenerationFailed for pixels that cannot be a picture."""
+    def decode(self, tracks: Sequence[Kind]) -> list[Callable[[], Decoded]]:
+        """Stage A of one or two pictures, each of which is finished when called.
+
+        Raises GenerationFailed for pixels that cannot be a picture.
+        """
 
     def preview(self, track: Kind) -> tuple[int, int, bytes] | None:
         """Width, height and pixels of what Stage C has in mind now. None where the model has no previewer."""

@@ -4,9 +4,10 @@ Everything heavy is imported inside the methods, which only an engine process ca
 steps and checks, the finisher's decodes and shows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -179,11 +180,11 @@ class CascadeRunner:
             track.go_back()
         return is_back
 
-    def decode(self, tracks: Sequence[CascadeTrack]) -> list[Decoded]:
-        """Stage A, in as many calls as memory asks for."""
+    def decode(self, tracks: Sequence[CascadeTrack]) -> list[Callable[[], Decoded]]:
+        """Stage A, in as many calls as memory asks for; each picture is finished when called."""
         with _memory_errors(), _flaws():
             images = self._at_work.decode([track.drawing for track in tracks])
-        return [_decoded(track, image) for track, image in zip(tracks, images, strict=True)]
+        return [partial(_decoded, track, image) for track, image in zip(tracks, images, strict=True)]
 
     def preview(self, track: CascadeTrack) -> tuple[int, int, bytes] | None:
         """What Stage C has in mind now, if it is at work and the checkpoint has a previewer."""
@@ -382,8 +383,8 @@ def _work(picture: "Picture") -> list[Work]:
     return [part for part in work if part.steps]  # at strength 0 Stage C has nothing to do
 
 
-def _decoded(track: CascadeTrack, image: "Image") -> Decoded:
-    drawing = track.drawing
+def _decoded(track: CascadeTrack, finished: Callable[[], "Image"]) -> Decoded:
+    image, drawing = finished(), track.drawing
     assert drawing.text is not None, "begin() comes first"
     return Decoded(
         width=image.width,

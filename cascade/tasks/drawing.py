@@ -5,8 +5,9 @@ networks and what was computed last from texts. One thread begins and steps draw
 preview them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -28,7 +29,7 @@ from cascade.tasks.picture import (
     begin_prior,
     decode,
     decode_chunk,
-    finish,
+    finished,
     flaw,
     look_at,
     num_tokens,
@@ -164,8 +165,11 @@ class Studio:
         return True
 
     @torch.inference_mode()
-    def decode(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
-        """Stage A, of drawings of one size; raises `Flawed`."""
+    def decode(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
+        """Stage A, of drawings of one size; raises `Flawed`. Each picture is finished when called.
+
+        That is apart, because it takes a core as long as the size asked for is large, and no network.
+        """
         chunk = decode_chunk(drawings[0].picture.plan)
         parts = [drawings[start : start + chunk] for start in range(0, len(drawings), chunk)]
         with torch.cuda.stream(self._side_stream()):
@@ -180,7 +184,7 @@ class Studio:
         with torch.cuda.stream(self._side_stream()):
             return to_images(previewer(sample.clean[None]))[0]
 
-    def _decode_part(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
+    def _decode_part(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
         """One call of Stage A, and a second one in fp32 where the first in less precision went wrong."""
         pictures = [drawing.picture for drawing in drawings]
         latents = [drawing.latents for drawing in drawings if drawing.latents is not None]
@@ -189,7 +193,8 @@ class Studio:
             pixels = decode(self.models.in_fp32("stage_a"), pictures, latents)
         for fault in filter(None, map(flaw, pixels)):
             raise Flawed(f"the pixels are {fault}")
-        return finish(pixels, pictures)
+        drawn = zip(to_images(pixels), pictures, strict=True)
+        return [partial(finished, image, picture) for image, picture in drawn]
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         """On a GPU, what runs there does not wait for a step that the other thread has begun meanwhile."""

@@ -266,10 +266,11 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def finish(pixels: Tensor, pictures: Sequence[Picture]) -> list[Image.Image]:
     """Decoded pixels as pictures of exactly the sizes asked for, with what was to be kept laid over them."""
-    return [_finished(image, picture) for image, picture in zip(to_images(pixels), pictures, strict=True)]
+    return [finished(image, picture) for image, picture in zip(to_images(pixels), pictures, strict=True)]
 
 
-def _finished(image: Image.Image, picture: Picture) -> Image.Image:
+def finished(image: Image.Image, picture: Picture) -> Image.Image:
+    """A drawn picture at its size, in agreement with a small one, with what was to be kept over it."""
     fitted = fit_to_size(image, picture.plan)
     control = picture.settings.control
     if control is not None and control.enlarges and isinstance(control.image, Image.Image):

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from app.engine.contract import Decoded, Work
 from app.engine.protocol import Configure, Ready, Run
@@ -88,6 +89,7 @@ class FakeRunner:
         self.lora_dirs: tuple[str, ...] = ()
         self.on_step: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
         self.on_decode: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
+        self.on_finish: Callable[[FakeTrack], None] = lambda track: None
         self.counts: Counter[str] = Counter()
         self.configure: Configure | None = None
         self.started: list[FakeTrack] = []
@@ -157,10 +159,14 @@ class FakeRunner:
         track.go_back()
         return True
 
-    def decode(self, tracks: Sequence[FakeTrack]) -> list[Decoded]:
+    def decode(self, tracks: Sequence[FakeTrack]) -> list[Callable[[], Decoded]]:
         self.decoding.wait(PATIENCE_SECONDS)
         self.on_decode(tracks)
-        return [decoded(track.request, track.run.seed) for track in tracks]
+        return [partial(self._finished, track) for track in tracks]
+
+    def _finished(self, track: FakeTrack) -> Decoded:
+        self.on_finish(track)
+        return decoded(track.request, track.run.seed)
 
     def preview(self, track: FakeTrack) -> tuple[int, int, bytes] | None:
         return (1, 1, bytes(colour(track.request, track.run.seed))) if self.has_previewer else None

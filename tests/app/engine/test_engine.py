@@ -121,6 +121,17 @@ def test_a_picture_asked_for_twice_is_made_once(bench: Bench) -> None:
     assert list(bench.made) == [("a", 0)]
 
 
+def test_what_follows_stage_a_is_not_in_its_price(bench: Bench, runner: FakeRunner) -> None:
+    def pass_time(seconds: float) -> None:
+        bench.now += seconds
+
+    runner.on_decode = lambda tracks: pass_time(0.5)
+    runner.on_finish = lambda track: pass_time(7.0)
+    bench.work(run("a"))
+    assert [tick.seconds for tick in bench.ticks if tick.stage == "decode"] == [pytest.approx(0.5)]
+    assert bench.of(Pixels)[0].decode_seconds == pytest.approx(7.5)
+
+
 def test_seconds_are_told_by_stage(bench: Bench, runner: FakeRunner) -> None:
     runner.steps = (5, 3)
     bench.work(run("a"))

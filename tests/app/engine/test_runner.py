@@ -82,7 +82,7 @@ def finished(runner: CascadeRunner, *tracks: CascadeTrack) -> Sequence[Decoded]:
             for track in active:
                 if track.work[0].key.stage != stage:
                     runner.check(track)
-    return runner.decode(tracks)
+    return [finish() for finish in runner.decode(tracks)]
 
 
 def test_what_is_told_when_the_model_is_ready() -> None:

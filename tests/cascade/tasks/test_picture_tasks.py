@@ -73,7 +73,7 @@ def finish(studio: Studio, *drawings: Drawing, rows: int = 99) -> list[bytes]:
     for stage in ("prior", "decoder"):
         while active := [drawing for drawing in drawings if drawing.stage == stage]:
             studio.step(active, rows)
-    return [studio.decode([drawing])[0].tobytes() for drawing in drawings]
+    return [studio.decode([drawing])[0]().tobytes() for drawing in drawings]
 
 
 @pytest.mark.parametrize("rows", [99, 3, 1])
