@@ -41,9 +41,11 @@ async def answer_when_ended(
 
     A caller that does not want to wait so long is told where to ask for the job.
     """
-    job, told = submitted.job, {**headers, **replayed(submitted.is_replay)}
+    job, told = submitted.now, {**headers, **replayed(submitted.is_replay)}
     ended = await wait_for_end(call.request, call.services, job, call.preference)
     if ended is None:
+        if call.preference.patience_seconds:  # it may have been begun since
+            job = await call.services.store.get(job.id, job.tenant) or job
         return await _accepted(call, job, {**told, "X-Job-Id": job.id, "Vary": VARY})
     require_success(ended)
     told = picture_headers(ended) | told

@@ -43,7 +43,12 @@ class Submitted:
     @property
     def is_claimed(self) -> bool:
         """Whether this job was taken."""
-        return any(job.id == self.job.id for job in self.claimed)
+        return self.now is not self.job
+
+    @property
+    def now(self) -> Job:
+        """The job as it stood after that moment."""
+        return next((job for job in self.claimed if job.id == self.job.id), self.job)
 
 
 class JobStore:

@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.jobs import chores
 from tests.app.api.sse import Watcher
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, closed, until
@@ -99,17 +100,24 @@ async def test_raw_bytes_cannot_hold_two(client: httpx2.AsyncClient, runner: Fak
     assert runner.started == []
 
 
-async def test_async_is_answered_at_once_and_finishes(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
-    with closed(runner.gate):
-        answer = await post(client, {"prefer": "respond-async"}, num_images_per_prompt=2)
-        job = answer.json()
-        assert answer.status_code == 202
-        assert answer.headers["location"] == f"/api/v1/jobs/{job['id']}"
-        assert answer.headers["preference-applied"] == "respond-async"
-        assert answer.headers["retry-after"] == "1"
-        assert (job["status"], job["images"]) == ("queued", [])
-        assert job["queue_position"] == 0
-    await ended(client, job["id"], "succeeded")
+async def test_async_is_answered_at_once_and_finishes(
+    serve: Serve, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chores, "ROUND_SECONDS", 60.0)  # none that would be claiming just then
+    async with serve() as client:
+        dispatcher = inside(client).dispatcher
+        await until(lambda: not (dispatcher._chores._may_claim or dispatcher._fleet._boarding.locked()))
+        with closed(runner.gate):
+            answer = await post(client, {"prefer": "respond-async"}, num_images_per_prompt=2)
+            job = answer.json()
+            assert answer.status_code == 202
+            assert answer.headers["location"] == f"/api/v1/jobs/{job['id']}"
+            assert answer.headers["preference-applied"] == "respond-async"
+            assert answer.headers["retry-after"] == "1"
+            assert (job["status"], job["images"]) == ("running", [])  # begun by the commit that accepted it
+            assert (job["queue_position"], job["progress"]["stage"]) == (None, "prior")
+            assert job["started_at"]
+        await ended(client, job["id"], "succeeded")
 
 
 async def ended(client: httpx2.AsyncClient, job_id: str, status: str) -> dict[str, Any]:
@@ -129,6 +137,7 @@ async def test_a_wait_ends_early_or_the_job_goes_on(client: httpx2.AsyncClient, 
         answer = await post(client, {"prefer": "wait=1"})
         assert (answer.status_code, answer.headers["preference-applied"]) == (202, "wait=1")
         assert answer.headers["location"].endswith(answer.json()["id"])
+        assert answer.json()["status"] == "running"
     job = await ended(client, answer.json()["id"], "succeeded")
     assert job["images"][0]["url"]
 
