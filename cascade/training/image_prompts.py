@@ -40,7 +40,7 @@ from cascade.training.stage_c import SCHEDULE, load_image_encoder, load_text_enc
 from cascade.training.vision import prepare
 
 PLAN = Plan(
-    steps=1000,
+    steps=4200,
     learning_rate=2e-3,
     warmup=20,
     ema_decay=0.98,
