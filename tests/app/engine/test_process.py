@@ -136,7 +136,12 @@ def test_work_may_be_sent_while_it_loads(start: Start, runner: FakeRunner) -> No
     parent, _ = start()
     for message in (CONFIGURE, run("a"), run("b"), Cancel("a")):
         parent.send(message)
+    runner.gate.clear()
     runner.loading.set()
+    parent.wait_for(Ready)
+    for _ in range(3):  # by then it has read what was sent before it was loaded
+        parent.wait_for(Heartbeat)
+    runner.gate.set()
     assert parent.wait_for(Pixels).job == "b"
 
 
