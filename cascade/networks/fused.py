@@ -89,6 +89,8 @@ def _sum_of_squares(row: Tensor) -> Tensor:
 def _has_fused_kernels(x: Tensor) -> bool:
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
+    if torch.compiler.is_compiling():  # that joins operators itself, and cannot take these
+        return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if x.dtype is torch.bfloat16:

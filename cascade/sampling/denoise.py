@@ -71,8 +71,7 @@ class Sample(Generic[C]):
     controlled_steps: range | None = None  # None: all
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
     clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
-    scales: tuple[Tensor, Tensor] = field(init=False)  # alpha and sigma, (steps,) each
-    weights: Weights = field(init=False)  # the sampler's, (steps,) each
+    coefficients: Tensor = field(init=False)  # (steps, 6) fp64: ratio, alpha, sigma, the sampler's weights
     step: int = field(default=0, init=False)
     _known_scales: tuple[Tensor, Tensor] = field(init=False, repr=False)  # (steps + 1,) each
 
@@ -80,9 +79,10 @@ class Sample(Generic[C]):
         self.latents = self.draw(0).to(self.device) if self.start is None else self.start
         self.clean = torch.zeros_like(self.latents)
         # For all steps at once: sigmoids of one or of many values may differ in their last bits.
-        self.scales = signal_and_noise(self.levels.log_snr[:-1])
-        self.weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
-        self.weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
+        scales = signal_and_noise(self.levels.log_snr[:-1])
+        weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
+        weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
+        self.coefficients = torch.stack([self.levels.ratio, *scales, *weights], dim=1)
         self._known_scales = signal_and_noise(self.levels.log_snr)
         self.latents = self.with_known(self.latents, 0)
 
@@ -127,7 +127,7 @@ class Batch(Generic[C]):
     _condition: C
     _guided: Tensor  # rows of the samples with guidance
     _scale: Tensor
-    _rescale: Tensor
+    _rescale: Tensor | None  # None: none of them has any
 
     def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
         self.samples = list(samples)
@@ -143,18 +143,19 @@ class Batch(Generic[C]):
         self._join_conditions()
         samples = self.samples
         latents = torch.stack([sample.latents for sample in samples])
-        alpha, sigma = _at_their_steps(samples, [sample.scales for sample in samples])
-        weights = Weights(*_at_their_steps(samples, [sample.weights for sample in samples]))
-        noise = self._predict(network, latents)
+        table = torch.stack([sample.coefficients[sample.step] for sample in samples])
+        ratio, alpha, sigma, *weights = table.to(latents.device, torch.float32).unbind(1)
+        noise = self._predict(network, latents, ratio)
         clean = without_noise(latents, noise, alpha, sigma)
         # On a GPU the network is still at work while this noise is drawn.
+        shares = table[:, -1].tolist()
         fresh = torch.stack(
             [
                 sample.draw(sample.step + 1) if share > 0 else torch.zeros(latents.shape[1:])
-                for sample, share in zip(samples, weights.fresh, strict=True)
+                for sample, share in zip(samples, shares, strict=True)
             ]
         )
-        stepped = next_latents(clean, noise, fresh.to(latents.device), weights)
+        stepped = next_latents(clean, noise, fresh.to(latents.device), Weights(*weights))
         for row, sample in enumerate(samples):
             if sample.known is not None:
                 stepped[row] = sample.with_known(stepped[row], sample.step + 1)
@@ -183,13 +184,12 @@ class Batch(Generic[C]):
         self._condition = self._join([*(condition for condition, _ in guides), *unguided])
         self._guided = torch.tensor(guided, device=device)
         self._scale = torch.tensor([sample.guidance_scale for sample in active], device=device)
-        self._rescale = torch.tensor([sample.preset.rescale for sample in active], device=device)
+        rescale = [sample.preset.rescale for sample in active]
+        self._rescale = torch.tensor(rescale, device=device) if any(rescale) else None
         self._joined = guides
 
-    def _predict(self, network: Network[C], latents: Tensor) -> Tensor:
+    def _predict(self, network: Network[C], latents: Tensor, ratio: Tensor) -> Tensor:
         """Noise in fp32. The rows are all samples with their prompts, then the guided ones without."""
-        ratio = torch.stack([sample.levels.ratio[sample.step] for sample in self.samples])
-        ratio = ratio.to(latents.device, torch.float32)
         guided = self._guided
         if not len(guided):
             return network(latents, ratio, self._condition).float()
@@ -224,9 +224,3 @@ def denoise(network: Network[C], samples: list[Sample[C]], join: Join[C]) -> Ite
             batch = Batch(active, join)
         batch.step(network)
         yield
-
-
-def _at_their_steps(samples: Sequence[Sample[C]], values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Of some values, (steps,) for each sample, those of every sample's own step, (b,)."""
-    rows = [[each[sample.step] for each in own] for sample, own in zip(samples, values, strict=True)]
-    return [torch.stack(column) for column in zip(*rows, strict=True)]

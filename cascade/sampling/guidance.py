@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
-    """The guided noise, (b, c, h, w); `scale` and `rescale` are (b,).
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
+    """The guided noise, (b, c, h, w); `scale` and `rescale` are (b,), without the latter no row is rescaled.
 
     Guidance inflates the prediction. `rescale` (rho) says how far its standard deviation is brought back to
     the conditional one's (Lin et al. 2023, section 3.4): 0 not at all, 1 fully. The deviation is each
     sample's own, so that company changes nothing; the official code takes it over the whole batch.
     """
     guided = torch.lerp(unconditional, conditional, _per_row(scale, conditional))
+    if rescale is None:
+        return guided
     rho = _per_row(rescale, conditional)
     return guided * (rho * _deviation(conditional) / (_deviation(guided) + 1e-9) + (1 - rho))
 

@@ -1,5 +1,6 @@
 """Graphs with a recorder that runs on a CPU: the same buffers are read again at every replay."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -151,3 +152,16 @@ def test_another_number_of_tokens_runs_without_the_graph(recorder: Recorder) -> 
         given = step(num_images)
         assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile itself calls it
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@torch.inference_mode()
+def test_compiled_blocks_predict_the_same_on_a_cpu() -> None:
+    stage_c = small_cascade().stage_c
+    condition = stage_c.prepare(torch.randn(2, 6, 8), torch.randn(2, 1, 8), torch.zeros(2, 1, 4))
+    given = (torch.randn(2, 16, 6, 6), torch.rand(2), condition)
+    plain = stage_c(*given)
+    compiled = accelerate(stage_c, "full", torch.device("cpu"))
+    assert torch.allclose(compiled(*given), plain, atol=1e-5, rtol=1e-5)
