@@ -206,7 +206,10 @@ async def test_a_server_that_hung_too_long_cannot_overwrite(
     assert (await server.ended(accepted)).status == JobStatus.FAILED
 
 
-async def test_what_another_server_ends_is_told_here(folder: Path, url: str, serve: Serve) -> None:
+async def test_what_another_server_ends_is_told_here(
+    folder: Path, url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.2)
     here = Server(folder, await JobStore.open(url), is_sole=False, max_samples=0)
     here.dispatcher.engines[0].ready = Ready("cpu", "float32", 64, 64, 1, {})  # and not any more
     await here.dispatcher.start()
