@@ -3,6 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -31,7 +32,6 @@ from app.api.gateway import Exchange
 from app.api.generation import (
     Order,
     picture_size,
-    read_images,
     resolve_model,
     seeds_for,
     shared_members,
@@ -46,7 +46,7 @@ from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
-from app.jobs.job import Job
+from app.jobs.job import Job, StoredImage
 from app.schemas import GenerationRequest, parse_size
 from app.settings import Settings
 
@@ -157,8 +157,8 @@ async def _respond(
         return respond_with_events(events, headers, services.metrics)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
-        told = _answer(_quality(body), job, await _data(job, services, base if as_url else None))
-        content = await asyncio.get_running_loop().run_in_executor(services.encoders, to_json, told)
+        write = partial(_answer, _quality(body), job, services, base if as_url else None)
+        content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
         return Response(content, media_type="application/json", headers=headers)
 
     return await answer_when_ended(call, submitted, tell, _ignored(body))
@@ -254,22 +254,19 @@ def _ignored(body: ImageGenerationBody) -> dict[str, str]:
     return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
-async def _data(job: Job, services: Services, base: str | None) -> list[dict[str, Any]]:
-    """The pictures in the answer: as signed URLs under `base`, or as base64 when there is none."""
+def _data(image: StoredImage, services: Services, base: str | None) -> dict[str, Any]:
+    """A picture in the answer: as a signed URL under `base`, or as base64 when there is none."""
     if base is not None:
-        return [{"url": file_url(image, services, base), "seed": image.seed} for image in job.images]
-    contents = await read_images(services, job.images)
-    return [
-        {"b64_json": base64.b64encode(content).decode(), "seed": image.seed}
-        for image, content in zip(job.images, contents, strict=True)
-    ]
+        return {"url": file_url(image, services, base), "seed": image.seed}
+    return {"b64_json": base64.b64encode(services.images.read(image.name)).decode(), "seed": image.seed}
 
 
-def _answer(quality: str, job: Job, data: list[dict[str, Any]]) -> dict[str, Any]:
+def _answer(quality: str, job: Job, services: Services, base: str | None) -> bytes:
+    """The whole answer as JSON. For a thread: it reads the files, and base64 of megabytes takes its time."""
     generation, first = job.request, job.images[0]
     answer: dict[str, Any] = {
         "created": int(job.completed_at or job.created_at),
-        "data": data,
+        "data": [_data(image, services, base) for image in job.images],
         "background": "opaque",
         "output_format": generation.output_format,
         "quality": quality,
@@ -278,4 +275,4 @@ def _answer(quality: str, job: Job, data: list[dict[str, Any]]) -> dict[str, Any
     }
     if drawn := size_text(first.resampled_from):
         answer["resampled_from"] = drawn
-    return answer
+    return to_json(answer)

@@ -57,14 +57,14 @@ class CascadeTrack:
 
     def follow(self) -> None:
         """Take note of a step that the drawing has made, the last one of a stage or not."""
-        from cascade.tasks.picture import to_bytes
-
         key, rows, steps_left = self.work[0]
         self.step += 1
         if self.drawing.stage == key.stage:
             self.work[0] = Work(key, rows, steps_left - 1)
             return
         if key.stage == "prior" and self.drawing.semantic is not None:
+            from cascade.tasks.picture import to_bytes
+
             self.latents = to_bytes(self.drawing.semantic)
         self.ended.append(Work(key, rows, self.step))
         self.work.pop(0)

@@ -137,6 +137,8 @@ class Scheduler:
         """The batch to step now; None when there is nothing to step."""
         if not self._queued:
             return self._next_alone()
+        if len(self._queued) == 1:
+            return self._next_lone()
         if oldest := self._oldest():
             return self._fill(oldest[0].key, oldest)
         tenant = self._turns.least()
@@ -200,6 +202,12 @@ class Scheduler:
         if not self._alone:
             return None
         entry = max(self._alone, key=lambda entry: entry.is_begun)
+        return Batch(entry.key, [entry], entry.rows, has_backlog=False)
+
+    def _next_lone(self) -> Batch:
+        """That of the only picture, which nobody has to be weighed against."""
+        [entry] = self._queued
+        self._shares.lead(self._tenants[entry.tenant].share)
         return Batch(entry.key, [entry], entry.rows, has_backlog=False)
 
     def _oldest(self) -> list[Entry]:

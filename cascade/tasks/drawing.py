@@ -189,9 +189,11 @@ class Studio:
         pictures = [drawing.picture for drawing in drawings]
         latents = [drawing.latents for drawing in drawings if drawing.latents is not None]
         pixels = decode(self.models, pictures, latents)
-        if any(map(flaw, pixels)) and self.models.dtype is not torch.float32:
+        faults = [flaw(each) for each in pixels]
+        if any(faults) and self.models.dtype is not torch.float32:
             pixels = decode(self.models.in_fp32("stage_a"), pictures, latents)
-        for fault in filter(None, map(flaw, pixels)):
+            faults = [flaw(each) for each in pixels]
+        for fault in filter(None, faults):
             raise Flawed(f"the pixels are {fault}")
         drawn = zip(to_images(pixels), pictures, strict=True)
         return [partial(finished, image, picture) for image, picture in drawn]

@@ -253,6 +253,14 @@ def test_of_two_kinds_equally_full_the_one_nearer_to_the_end_is_stepped() -> Non
     assert [batch.key.stage for batch in device.run(6)] == ["decoder"] * 6
 
 
+def test_a_picture_without_rivals_is_the_whole_batch_even_beyond_the_cap() -> None:
+    device = Device(cap=1)
+    device.add("a", rows=2, steps=3)
+    batches = device.run()
+    assert [(batch.rows, batch.has_backlog) for batch in batches[:3]] == [(2, False)] * 3
+    assert jobs(batches[-1]) == ["a"]
+
+
 def test_a_lone_row_waits_for_company_but_not_for_long() -> None:
     device = Device()
     device.add("lone", stage="decoder", rows=1, steps=3)
