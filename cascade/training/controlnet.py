@@ -11,18 +11,15 @@ belong: the control has to bring them back. Weights that see edges already are t
 of the cost: the first layers of the backbone stay, and what they make of the table is computed once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
-from zlib import crc32
+from typing import cast
 
-import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cascade.checkpoints.load import EMBEDDED, load_network
@@ -32,22 +29,19 @@ from cascade.config import ControlNetConfig, EffNetStage
 from cascade.errors import CheckpointError
 from cascade.networks.blocks import ResBlock
 from cascade.networks.controlnet import ControlNet
-from cascade.networks.effnet import STRIDE, EffNetEncoder
+from cascade.networks.effnet import EffNetEncoder
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
 from cascade.sampling.schedule import CosineSchedule
-from cascade.tasks.control import CANNY_THRESHOLDS, find_edges
-from cascade.training.code import CHANNELS, grid_size, read_code, scene_code
-from cascade.training.denoising import Emphasis, noise_batch
-from cascade.training.drawing_codes import conditions, draw_codes, held_out
+from cascade.training.code import CHANNELS
+from cascade.training.control_inputs import Inputs, Kind, Read, control_inputs
+from cascade.training.control_judge import judge
+from cascade.training.denoising import Emphasis, NoisedBatch, noise_batch
 from cascade.training.loop import Plan, fit
 from cascade.training.low_rank import named_blocks
 from cascade.training.preconditioning import Channels
-from cascade.training.scenes import Scene, Thing, render
 from cascade.training.stage_c import SCHEDULE, load_text_encoder
-from cascade.training.tables import CPU, Extras, choose_table, embed_table, make_tables
-
-Kind = Literal["canny", "inpainting", "super_resolution"]
+from cascade.training.tables import CPU, Extras, Table, choose_table, embed_table, make_tables
 
 PLAN = Plan(
     steps=20_000,
@@ -88,7 +82,6 @@ _IMPORTANCE = {  # of the channels of the code: background and colour, shape, of
     "canny": (*[0.25] * 6, *[1.0] * 6, *[4.0] * 3, 1.0)
 }
 _ASTRAY = {"canny": 0.5}  # share of rows that show their things beside their places
-_FAR = 5.0  # pixels: how far at most, along each axis, and by how much the radius differs
 _WITHOUT_TEXT = 0.5
 _AGREEMENT = 2.0
 # Layers of the backbone, stem included, that stay when weights are trained further. What inpainting reads is
@@ -96,56 +89,6 @@ _AGREEMENT = 2.0
 _SETTLED = {"canny": 4}
 _FURTHER = 0.5  # of the learning rate, where weights are trained further
 _NORM_BATCHES = 20
-_NEAR = 16.0  # pixels between where a thing should stand and where it does
-
-
-class Read:
-    """What a ControlNet is trained to read of scenes, made in worker processes."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-
-    def __call__(self, scenes: list[Scene]) -> Mapping[str, NDArray[np.generic]]:
-        """Arrays, one row a scene: of uint8 "edges" (n, 1, h, w) or "pixels" (n, 3, h, w).
-
-        With "edges" also "astray", (n, 16, gh, gw): codes in which the things stand beside their places.
-        """
-        pictures = [render(scene) for scene in scenes]
-        rows, columns = grid_size(scenes[0].width, scenes[0].height)
-        size = STRIDE * columns, STRIDE * rows  # width, height
-        if self.kind == "canny":
-            edges = [canny_edges(picture, size, index % 2 == 0) for index, picture in enumerate(pictures)]
-            # The same scenes stray in the same way, whichever process draws them.
-            rng = np.random.default_rng(crc32(np.stack(list(map(scene_code, scenes))).tobytes()))
-            moved = [scene_code(astray(scene, rng)) for scene in scenes]
-            return {"edges": np.stack(edges)[:, None], "astray": np.stack(moved)}
-        if self.kind == "super_resolution":
-            size = STRIDE * -(-columns // 2), STRIDE * -(-rows // 2)
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
-        small = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False, antialias=True)
-        return {"pixels": small.round().clamp(0, 255).to(torch.uint8).numpy()}
-
-
-def canny_edges(
-    picture: NDArray[np.uint8], size: tuple[int, int], at_official_size: bool = True
-) -> NDArray[np.uint8]:
-    """Edges of a picture (h, w, 3) as the task finds them, of a size (width, height).
-
-    Otherwise they are looked for at that size itself, where lines come out thinner: both are trained on.
-    """
-    if at_official_size:
-        return find_edges(picture, *size)
-    return np.asarray(cv2.Canny(cv2.resize(picture, size), *CANNY_THRESHOLDS), np.uint8)
-
-
-def astray(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with each thing a few pixels larger or smaller and beside its place."""
-
-    def moved(thing: Thing) -> Thing:
-        right, down, wider = rng.uniform(-_FAR, _FAR, 3).tolist()
-        return replace(thing, x=thing.x + right, y=thing.y + down, radius=thing.radius + wider)
-
-    return replace(scene, things=tuple(map(moved, scene.things)))
 
 
 def train(
@@ -166,84 +109,116 @@ def train(
     Raises `CheckpointError` if they are none of that kind.
     """
     torch.manual_seed(plan.seed)
-    stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
-    encoder = cast(EffNetEncoder, load_network(model / "effnet_encoder")).to(device).eval()
-    text = load_text_encoder(model)
-    text.model.to(device).float()
-    schedule = CosineSchedule(SCHEDULE)
-    tables = make_tables(text, scenes, seed=plan.seed, device=device, extras=cast(Extras, Read(kind)))
-    embedded = {table.size: embed_table(text, table) for table in tables}
-    inputs = {table.size: control_inputs(kind, encoder, table.codes, table.extras) for table in tables}
-    empty = text.encode([""])
-    no_text = empty.hidden.clone(), empty.pooled.clone()
-    num_untold = -(-batch // 2)
-    image = torch.zeros(batch + num_untold, 1, stage.config.clip_image_in_channels, device=device)
-    network = silent(ControlNet(CONFIGS[kind])) if start is None else started(kind, start)
-    network.to(device)
-    settled = settle(kind, network) if start is not None else 0
-    if start is not None:
+    course = _Course(kind, model, plan.seed, device=device, batch=batch, scenes=scenes)
+    folder = out / kind
+    if start is None:
+        network = silent(ControlNet(CONFIGS[kind])).to(device)
+    else:
+        network, folder = started(kind, start).to(device), out / f"{kind}-further"
+        course.go_further(network)
         plan = replace(plan, learning_rate=_FURTHER * plan.learning_rate)
-    if settled:
-        inputs = {
-            table.size: made_ready(network.backbone[:settled], inputs[table.size], len(table), device)
-            for table in tables
-        }
-    importance = torch.tensor(_IMPORTANCE.get(kind, (1.0,) * CHANNELS), device=device).view(CHANNELS, 1, 1)
-
-    def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(module, ControlNet)
-        if start is not None:
-            module.eval()  # no dropout to lose, and the norms keep their statistics
-        table = choose_table(tables, rng)
-        rows = torch.from_numpy(rng.integers(0, len(table), batch)).to(device)
-        words = (part[rows] for part in embedded[table.size])
-        hidden, pooled = (
-            torch.cat([told, untold.expand(num_untold, -1, -1)])
-            for told, untold in zip(words, no_text, strict=True)
-        )
-        maps = module.project(module.backbone[settled:](inputs[table.size](rows)))
-        clean = table.codes[rows].cpu()
-        shown = beside(clean, table.extras["astray"][rows].cpu(), kind, rng) if kind in _ASTRAY else None
-        noised = noise_batch(clean, schedule, _EMPHASES.get(kind, _EMPHASIS), rng, shown).to(device)
-        some = noised[::2]  # rows that run without a caption, too
-        condition = stage.prepare(hidden, pooled, image).controlled(
-            [torch.cat([each, each[::2]]) for each in maps], module.injections
-        )
-        noise = stage(
-            torch.cat([noised.latents, some.latents]), torch.cat([noised.ratio, some.ratio]), condition
-        )
-        told, untold = noise[:batch], noise[batch:]
-        error, figures = noised.loss(told, importance)
-        untold_error = some.loss(untold, importance)[0]
-        apart = some.disagreement(told[::2], untold, importance)
-        return error + _WITHOUT_TEXT * untold_error + _AGREEMENT * apart, figures | {
-            "untold": float(untold_error.detach())
-        }
 
     def report(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, ControlNet)
-        ready = estimate_norms(module, loss_inputs) if start is None else module
+        ready = estimate_norms(module, partial(course.draw, plan)) if start is None else module
         save(ready, out / f"{kind}.safetensors")
-        return judge(ready, kind, stage, encoder, model, schedule)
+        return judge(ready, kind, course.stage, course.encoder, model, course.schedule)
 
-    def loss_inputs(step: int) -> Tensor:
+    masks = carried(network, course.stage)
+    fit(network, course.loss, plan, folder, title=kind, judge=report, trainable=masks)
+
+
+class _Course:
+    """What a ControlNet learns from: scenes, what it reads of them, and the Stage C that it leads."""
+
+    def __init__(
+        self, kind: Kind, model: Path, seed: int, *, device: torch.device, batch: int, scenes: int
+    ) -> None:
+        self.kind = kind
+        self.stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
+        self.encoder = cast(EffNetEncoder, load_network(model / "effnet_encoder")).to(device).eval()
+        self.schedule = CosineSchedule(SCHEDULE)
+        self._device = device
+        self._batch = batch
+        self._settled = 0  # layers of the backbone whose results are kept instead of what they read
+        self._is_further = False
+        text = load_text_encoder(model)
+        text.model.to(device).float()
+        self._tables = make_tables(text, scenes, seed=seed, device=device, extras=cast(Extras, Read(kind)))
+        self._texts = {table.size: embed_table(text, table) for table in self._tables}
+        self._inputs = {
+            table.size: control_inputs(kind, self.encoder, table.codes, table.extras)
+            for table in self._tables
+        }
+        empty = text.encode([""])
+        self._no_text = empty.hidden.clone(), empty.pooled.clone()
+        importance = _IMPORTANCE.get(kind, (1.0,) * CHANNELS)
+        self._importance = torch.tensor(importance, device=device).view(CHANNELS, 1, 1)
+
+    def go_further(self, network: ControlNet) -> None:
+        """Train weights that were trained before: what stays as it is is computed once."""
+        self._is_further = True
+        self._settled = settle(self.kind, network)
+        if self._settled:
+            layers = network.backbone[: self._settled]
+            self._inputs = {
+                table.size: made_ready(layers, self._inputs[table.size], len(table), self._device)
+                for table in self._tables
+            }
+
+    def loss(self, module: nn.Module, _: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Of a batch of one size, told what it shows; every second row runs without a caption, too."""
+        assert isinstance(module, ControlNet)
+        if self._is_further:
+            module.eval()  # no dropout to lose, and the norms keep their statistics
+        table = choose_table(self._tables, rng)
+        rows = torch.from_numpy(rng.integers(0, len(table), self._batch)).to(self._device)
+        maps = module.project(module.backbone[self._settled :](self._inputs[table.size](rows)))
+        noised = self._noised(table, rows, rng)
+        some = noised[::2]
+        condition = self._told(table, rows, len(some.latents)).controlled(
+            [torch.cat([each, each[::2]]) for each in maps], module.injections
+        )
+        latents = torch.cat([noised.latents, some.latents])
+        noise = self.stage(latents, torch.cat([noised.ratio, some.ratio]), condition)
+        told, untold = noise[: self._batch], noise[self._batch :]
+        error, figures = noised.loss(told, self._importance)
+        untold_error = some.loss(untold, self._importance)[0]
+        apart = some.disagreement(told[::2], untold, self._importance)
+        figures["untold"] = float(untold_error.detach())
+        return error + _WITHOUT_TEXT * untold_error + _AGREEMENT * apart, figures
+
+    def draw(self, plan: Plan, step: int) -> Tensor:
+        """Inputs of other rows than those that the run itself reads, for the statistics of the norms."""
         rng = np.random.default_rng((plan.seed, plan.steps + step))
-        table = choose_table(tables, rng)
-        rows = torch.from_numpy(rng.integers(0, len(table), 4 * batch)).to(device)
-        return inputs[table.size](rows)
+        table = choose_table(self._tables, rng)
+        rows = torch.from_numpy(rng.integers(0, len(table), 4 * self._batch)).to(self._device)
+        return self._inputs[table.size](rows)
 
-    fit(
-        network,
-        loss,
-        plan,
-        out / (kind if start is None else f"{kind}-further"),
-        title=kind,
-        judge=report,
-        trainable=carried(network, stage),
-    )
+    def _noised(self, table: Table, rows: Tensor, rng: np.random.Generator) -> NoisedBatch:
+        """The codes of some rows with noise; some show their things beside their places."""
+        clean = table.codes[rows].cpu()
+        shown = None
+        if self.kind in _ASTRAY:
+            shown = beside(clean, table.extras["astray"][rows].cpu(), _ASTRAY[self.kind], rng)
+        emphasis = _EMPHASES.get(self.kind, _EMPHASIS)
+        return noise_batch(clean, self.schedule, emphasis, rng, shown).to(self._device)
+
+    def _told(self, table: Table, rows: Tensor, num_untold: int) -> Condition:
+        """The captions of some rows, and so many without any."""
+        words = (part[rows] for part in self._texts[table.size])
+        hidden, pooled = (
+            torch.cat([told, untold.expand(num_untold, -1, -1)])
+            for told, untold in zip(words, self._no_text, strict=True)
+        )
+        width = self.stage.config.clip_image_in_channels
+        return self.stage.prepare(hidden, pooled, torch.zeros(len(hidden), 1, width, device=self._device))
 
 
-Inputs = Callable[[Tensor], Tensor]
+def beside(clean: Tensor, moved: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """Codes (b, 16, h, w) of which a share has gone some way towards `moved`, or to the other side."""
+    way = rng.uniform(-1, 1, len(clean)) * (rng.random(len(clean)) < share)
+    return torch.lerp(clean, moved, torch.from_numpy(way.astype(np.float32)).view(-1, 1, 1, 1))
 
 
 def started(kind: Kind, path: Path) -> ControlNet:
@@ -269,65 +244,11 @@ def settle(kind: Kind, network: ControlNet) -> int:
 
 
 @torch.no_grad()
-def made_ready(layers: nn.Module, inputs: "Inputs", count: int, device: torch.device) -> "Inputs":
+def made_ready(layers: nn.Module, inputs: Inputs, count: int, device: torch.device) -> Inputs:
     """What some layers, which do not change, make of all rows of a table: kept in fp16, read by row."""
     parts = [layers(inputs(rows)).half() for rows in torch.split(torch.arange(count, device=device), 100)]
     kept = torch.cat(parts)
     return lambda rows: kept[rows].float()
-
-
-def beside(clean: Tensor, moved: Tensor, kind: Kind, rng: np.random.Generator) -> Tensor:
-    """Codes (b, 16, h, w) of which a share has gone some way towards `moved`, or to the other side."""
-    way = rng.uniform(-1, 1, len(clean)) * (rng.random(len(clean)) < _ASTRAY[kind])
-    return torch.lerp(clean, moved, torch.from_numpy(way.astype(np.float32)).view(-1, 1, 1, 1))
-
-
-def control_inputs(kind: Kind, encoder: EffNetEncoder, codes: Tensor, extras: Mapping[str, Tensor]) -> Inputs:
-    """What the ControlNet reads for some rows of a table, (b, c, h, w)."""
-    if kind == "canny":
-        return lambda rows: extras["edges"][rows].float() / 255
-    pixels = extras["pixels"]
-    if kind == "inpainting":
-        return lambda rows: masked(pixels[rows].float() / 255, random_masks(rows, pixels))
-    with torch.no_grad():
-        parts = [encoder(part.float() / 255) for part in torch.split(pixels, 500)]
-    latents = F.interpolate(torch.cat(parts), tuple(2 * side for side in parts[0].shape[-2:]), mode="nearest")
-    height, width = codes.shape[-2:]
-    latents = latents[..., :height, :width].contiguous()
-    return lambda rows: latents[rows]
-
-
-def masked(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Pixels (b, 3, h, w), white where `mask` (b, 1, h, w) is 1, and the mask."""
-    return torch.cat([torch.where(mask > 0.5, 1.0, pixels), mask], dim=1)
-
-
-def random_masks(rows: Tensor, pixels: Tensor) -> Tensor:
-    """Rectangles, ellipses and whole sides of a picture, (b, 1, h, w): 1 is to be painted."""
-    count, (height, width) = len(rows), pixels.shape[-2:]
-    device = rows.device
-
-    def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, 1, device=device)
-
-    y = torch.linspace(0, 1, height, device=device).view(1, 1, -1, 1)
-    x = torch.linspace(0, 1, width, device=device).view(1, 1, 1, -1)
-    dx, dy = (x - draw(0.1, 0.9)).abs() / draw(0.15, 0.5), (y - draw(0.1, 0.9)).abs() / draw(0.15, 0.5)
-    kind = draw(0, 1)
-    box, blob = torch.maximum(dx, dy) < 1, dx.square() + dy.square() < 1
-    along = torch.where(draw(0, 1) < 0.5, x, y)
-    flipped = torch.where(draw(0, 1) < 0.5, along, 1 - along)
-    side = flipped < draw(0.3, 0.7)
-    mask = torch.where(kind < 0.4, box, torch.where(kind < 0.65, blob, side)) | (kind > 0.95)
-    outside = draw(0, 1) < 0.15  # as for a picture that is to be extended
-    return (mask ^ (outside & (kind < 0.65))).float()
-
-
-def controlled(
-    condition: Condition, network: ControlNet, maps: tuple[Tensor, ...], repeats: int
-) -> Condition:
-    """The condition with what the ControlNet adds, for so many times its rows."""
-    return condition.controlled([each.repeat(repeats, 1, 1, 1) for each in maps], network.injections)
 
 
 def silent(network: ControlNet) -> ControlNet:
@@ -366,87 +287,6 @@ def estimate_norms(network: ControlNet, draw: Callable[[int], Tensor]) -> Contro
     for step in range(_NORM_BATCHES if norms else 0):
         ready(draw(step))
     return ready.eval()
-
-
-@torch.no_grad()
-def judge(
-    network: ControlNet,
-    kind: Kind,
-    stage: StageC,
-    encoder: EffNetEncoder,
-    model: Path,
-    schedule: CosineSchedule,
-    count: int = 100,
-) -> dict[str, float]:
-    """Shares of held-out scenes drawn again from control and caption, and from control alone.
-
-    "placed": all things are there and stand where they should; "untold": without a caption, their shapes and
-    places; "colours": without a caption, their colours, too, and the background. "pixels" is by how much, in
-    the mean, an outline drawn from control and caption misses its place.
-    """
-    text = load_text_encoder(model)
-    text.model.to(stage.device).float()
-    scenes, captions = held_out(count, 6)
-    extras = {name: torch.from_numpy(array).to(stage.device) for name, array in Read(kind)(scenes).items()}
-    codes = torch.zeros(count, 16, *grid_size(scenes[0].width, scenes[0].height))
-    torch.manual_seed(0)
-    x = control_inputs(kind, encoder, codes, extras)(torch.arange(count, device=stage.device))
-    maps = network(x)
-    shares = {}
-    for title, words in (("placed", [one.text for one in captions]), ("untold", [""] * count)):
-        embedded = text.encode(words)
-        guided, unguided = conditions(stage, embedded.hidden.clone(), embedded.pooled.clone(), text)
-        unguided = unguided[[0] * count]
-        drawn = draw_codes(
-            stage,
-            schedule,
-            controlled(guided, network, maps, 1),
-            controlled(unguided, network, maps, 1),
-            guidance_scale=4.0 if title == "placed" else 1.0,
-            count=count,
-        )
-        read = [read_code(code.numpy(), (256, 256)) for code in drawn]
-        pairs = list(zip(read, scenes, strict=True))
-        shares[title] = float(np.mean([stands_alike(*pair, colours=title == "placed") for pair in pairs]))
-        if title == "placed":
-            shares["pixels"] = float(np.mean([miss(*pair) for pair in pairs]))
-        else:
-            alike = [stands_alike(*pair) and pair[0].background == pair[1].background for pair in pairs]
-            shares["colours"] = float(np.mean(alike))
-    return shares
-
-
-def miss(read: Scene, asked: Scene) -> float:
-    """Pixels between the outlines of what is asked for and of what is nearest to it; at most `_NEAR`."""
-    return float(
-        np.mean(
-            [
-                min(
-                    (
-                        abs(seen.radius - thing.radius) + float(np.hypot(seen.x - thing.x, seen.y - thing.y))
-                        for seen in read.things
-                    ),
-                    default=_NEAR,
-                )
-                for thing in asked.things
-            ]
-        ).clip(0, _NEAR)
-    )
-
-
-def stands_alike(read: Scene, asked: Scene, colours: bool = True) -> bool:
-    """Whether all things have their shapes (and colours) and stand within some pixels of their places."""
-    if len(read.things) != len(asked.things):
-        return False
-    return all(
-        any(
-            thing.shape == seen.shape
-            and (not colours or thing.colour == seen.colour)
-            and max(abs(thing.x - seen.x), abs(thing.y - seen.y)) < _NEAR
-            for seen in read.things
-        )
-        for thing in asked.things
-    )
 
 
 def save(network: ControlNet, path: Path) -> None:

@@ -173,7 +173,9 @@ async def run(
                 scale.num_clients,
             )
             row = await _endure(scenario, site, end)
-            console.print(f"{'held' if row.is_clean else 'MISSED'}: {scenario.name} ({row.seconds:.0f} s)")
+            verdict = "held" if row.is_clean else "MISSED"
+            reason = f": {row.miss}" if row.miss else ""
+            console.print(f"{verdict}: {scenario.name} ({row.seconds:.0f} s){reason}", markup=False)
             rows.append(row)
 
     await asyncio.gather(*(lane() for _ in range(NUM_LANES)))

@@ -10,25 +10,12 @@ from safetensors import safe_open
 from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
 from cascade.networks.controlnet import ControlNet
-from cascade.training import controlnet, lora
+from cascade.training import control_inputs, controlnet, lora
 from cascade.training.captions import caption
 from cascade.training.code import DEVIATION, colour_vector, read_code, recoloured, scene_code
-from cascade.training.controlnet import (
-    CONFIGS,
-    Kind,
-    Read,
-    astray,
-    beside,
-    canny_edges,
-    made_ready,
-    masked,
-    miss,
-    random_masks,
-    save,
-    settle,
-    stands_alike,
-    started,
-)
+from cascade.training.control_inputs import Kind, Read, astray, canny_edges, masked, random_masks
+from cascade.training.control_judge import miss, stands_alike
+from cascade.training.controlnet import CONFIGS, beside, made_ready, save, settle, started
 from cascade.training.extras import pack_extras
 from cascade.training.scenes import PALETTE, Scene, Thing, render, sample_scene
 
@@ -136,7 +123,7 @@ def test_the_same_scenes_stray_the_same_way() -> None:
 
 def test_half_of_the_rows_show_things_beside_their_places() -> None:
     clean, moved = torch.zeros(400, 16, 6, 6), torch.ones(400, 16, 6, 6)
-    shown = beside(clean, moved, "canny", np.random.default_rng(0))[:, 0, 0, 0]
+    shown = beside(clean, moved, 0.5, np.random.default_rng(0))[:, 0, 0, 0]
     assert 0.4 < (shown != 0).float().mean() < 0.6
     assert shown.min() < -0.9
     assert shown.max() > 0.9
@@ -175,7 +162,7 @@ def test_a_further_run_goes_on_from_the_file_beside_the_state_of_the_first(
         masks.append(mask)
         return masked(pixels, mask)
 
-    monkeypatch.setattr(controlnet, "masked", watched)
+    monkeypatch.setattr(control_inputs, "masked", watched)
     plan = replace(controlnet.PLAN, steps=3, judge_every=0)
     controlnet.train(kind, tmp_path, plan=plan, batch=2, scenes=24)
     file = tmp_path / f"{kind}.safetensors"

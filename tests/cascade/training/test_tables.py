@@ -5,7 +5,7 @@ import torch
 from cascade.checkpoints.load import EMBEDDED
 from cascade.conditioning import TextEncoder
 from cascade.training.code import scene_code
-from cascade.training.controlnet import Kind, Read
+from cascade.training.control_inputs import Kind, Read
 from cascade.training.scenes import SQUARE_SIZE, Scene
 from cascade.training.stage_c import load_text_encoder
 from cascade.training.tables import CPU, choose_table, embed_table, make_tables, plain_wording
