@@ -12,7 +12,9 @@ from tests.chaos.orders import Order
 
 NUM_CLIENTS = 8  # where nobody says otherwise
 WAYS = tuple(Way)
-PATIENCE_SECONDS = 150.0  # of one client with one request; after that the job counts as lost
+# Of one client with one request; after that the job counts as lost. A server that dies twenty times in a
+# row soon after its start, on a machine with others like it, is up for a fraction of that.
+PATIENCE_SECONDS = 600.0
 
 
 class Crowd:

@@ -22,7 +22,7 @@ SEEN_SECONDS = 8.0
 HANG_SECONDS = 45.0  # from SIGSTOP to a successor: 30 s without a sign of life, and some
 AGAIN = 0.2  # share of the kills that are followed by another before the work has recovered
 NUM_SAME = 50  # clients with one key
-PATIENCE_SECONDS = 150.0
+PATIENCE_SECONDS = 300.0
 
 
 async def kill_engine(site: Site) -> Sequence[Outcome]:
