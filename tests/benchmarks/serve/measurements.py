@@ -13,7 +13,7 @@ from tests.benchmarks.measure import Comparison, compare
 from tests.benchmarks.serve.contestants import OURS, PEER, Contestants
 from tests.benchmarks.serve.load import PATH, Load, Pulse, closed_loop, feel_pulse, open_loop
 from tests.benchmarks.serve.ticks import Ticks, read_ticks
-from tests.benchmarks.serve.workload import USUAL, mean_images, orders
+from tests.benchmarks.serve.workload import mean_images, orders, usual_orders
 
 OVERLOAD = 5.0  # times the capacity
 OVERLOAD_QUEUE = 32
@@ -67,27 +67,33 @@ class Overload:
 
 
 async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
-    """A picture over HTTP against the same call of the library in this process: what the server adds."""
-    from cascade import Cascade
-    from cascade.cpu import suit_threads
+    """A picture over HTTP against the same call of the library in this process: what the server adds.
 
+    Each round has a prompt of its own, which the server has not encoded yet.
+    """
+    from cascade import Cascade
+    from cascade.cpu import keep_freed_memory, suit_threads
+
+    keep_freed_memory()
     cascade = Cascade.from_pretrained(contestants.model, device="cpu", dtype="float32")
     suit_threads(cascade)
+    over_http, in_library = usual_orders(), usual_orders()
     async with contestants.running(OURS) as running:
         with httpx2.Client(base_url=running.base_url, timeout=60) as client:
 
             def served() -> object:
-                return client.post(PATH, json=USUAL.body).raise_for_status()
+                return client.post(PATH, json=next(over_http).body).raise_for_status()
 
             def library() -> object:
+                order = next(in_library)
                 return cascade.text_to_image(
-                    USUAL.prompt,
-                    seed=USUAL.seed,
-                    width=USUAL.width,
-                    height=USUAL.height,
-                    steps=USUAL.steps,
+                    order.prompt,
+                    seed=order.seed,
+                    width=order.width,
+                    height=order.height,
+                    steps=order.steps,
                     guidance_scale=4.0,
-                    decoder_steps=USUAL.decoder_steps,
+                    decoder_steps=order.decoder_steps,
                 )
 
             return await asyncio.to_thread(

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, TypeVar
 
 # (width, height) and how often: native sizes, of which diffusers can draw multiples of 128 only.
@@ -45,6 +46,12 @@ class Order:
 
 
 USUAL = Order("a red circle on a blue background", "", 256, 256, 20, 10, 7, 1)
+
+
+def usual_orders() -> Iterator[Order]:
+    """`USUAL` with one prompt after the other."""
+    for colour, shape, ground in product(COLOURS, SHAPES, COLOURS):
+        yield replace(USUAL, prompt=f"a {colour} {shape} on a {ground} background")
 
 
 def orders(seed: int) -> Iterator[Order]:
