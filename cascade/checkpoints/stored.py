@@ -36,6 +36,12 @@ _SCRATCH_BYTES = 1 << 20  # fits a cache, and is a multiple of every item size
 # Below this, torch converts in the calling thread. Waiting for others costs more than they help, tenfold on a
 # busy machine.
 _SERIAL_ELEMENTS = 1 << 14
+_SIGNATURES = {  # the first bytes of what else is handed in
+    b"\x89PNG": "picture",
+    b"\xff\xd8\xff": "picture",
+    b"RIFF": "picture",
+    b"PK\x03\x04": "zip archive",
+}
 REFUSED_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -238,6 +244,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: not a safetensors file: it has only {len(prefix)} bytes")
+            for signature, kind in _SIGNATURES.items():
+                if prefix.startswith(signature):
+                    raise CheckpointError(f"{path}: not a safetensors file, but a {kind}")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(

@@ -108,6 +108,15 @@ def test_a_header_that_ends_after_the_file_is_told_as_such(file: Path) -> None:
         open_weights(file)
 
 
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"\x89PNG\r\n\x1a\n", "picture"), (b"PK\x03\x04\0\0\0\0", "zip archive")]
+)
+def test_what_is_handed_in_instead_is_named(file: Path, start: bytes, kind: str) -> None:
+    file.write_bytes(start + file.read_bytes())
+    with pytest.raises(CheckpointError, match=f"not a safetensors file, but a {kind}$"):
+        open_weights(file)
+
+
 def test_bytes_at_the_end_are_noticed(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match="4 bytes at its end belong to no tensor"):
