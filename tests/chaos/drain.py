@@ -12,6 +12,7 @@ from tests.chaos.client import Client, Gone, Outcome
 from tests.chaos.orders import all_orders, long_order
 from tests.chaos.site import GRACE_SECONDS, ORPHAN_SECONDS, Missed, Site
 
+SEEN_SECONDS = 2.0  # from SIGTERM to the first word of it
 PROBE_SECONDS = 0.05
 HALF_A_BODY = (
     b"POST /api/v1/images HTTP/1.1\r\nHost: half\r\nContent-Type: application/json\r\n"
@@ -74,20 +75,26 @@ def _check(status: int | None, answers: Answers) -> None:
 
 
 async def _probe(site: Site) -> Answers:
-    """Ask as a newcomer, on a connection of its own each time, as long as somebody listens."""
+    """Ask as a newcomer, on a connection of its own each time, as long as somebody listens.
+
+    From the moment on when the server says that it has seen the signal: a busy machine may take a while to
+    deliver it.
+    """
     answers = Answers()
-    await asyncio.sleep(PROBE_SECONDS)
+    unseen_until = time.monotonic() + SEEN_SECONDS
     while site.server.is_alive:
+        await asyncio.sleep(PROBE_SECONDS)
         try:
             async with httpx2.AsyncClient(base_url=site.server.url, timeout=5) as client:
-                post = await client.post("/api/v1/images", json=all_orders()[0].body("newcomer"))
                 ready = await client.get("/readyz")
+                if ready.status_code == 200 and not answers.posts and time.monotonic() < unseen_until:
+                    continue
+                post = await client.post("/api/v1/images", json=all_orders()[0].body("newcomer"))
         except httpx2.TransportError:  # nobody listens any more: it is about to leave
             continue
         answers.posts.add(post.status_code)
         answers.readiness.add(ready.status_code)
         answers.without_retry_after += "retry-after" not in post.headers
-        await asyncio.sleep(PROBE_SECONDS)
     return answers
 
 
