@@ -30,9 +30,7 @@ REASONS = frozenset(
     }
 )
 # What engines tell of with every heartbeat.
-EVENTS = frozenset(
-    {"halvings", "bisections", "retries_in_fp32", "cache_hits", "cache_misses", "padded_rows", "previews"}
-)
+EVENTS = frozenset({"halvings", "bisections", "fp32_retries", "memory_waits", "cache_hits", "cache_misses"})
 # Why an engine process was replaced.
 RESTARTS = frozenset({"exit", "hang", "device_lost"})
 

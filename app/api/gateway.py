@@ -15,9 +15,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.failures import METHODS, allowed_methods, respond
-from app.errors import DO_NOT_REPEAT, AppError, ShuttingDown
+from app.errors import DO_NOT_REPEAT, AppError, Overloaded, ShuttingDown
+from app.jobs.database import DatabaseAway
 from app.logs import Logger
 from app.metrics import Metrics
+
+AWAY_SECONDS = 2  # after which a database may be back
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
@@ -97,6 +100,14 @@ class Gateway:
             if exchange.has_started:
                 raise
             error: AppError = ShuttingDown()
+            await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
+        except DatabaseAway as away:
+            self._logger.warning("request refused", request_id=exchange.request_id, reason=str(away))
+            if exchange.has_started:
+                raise
+            error = Overloaded(
+                "the database of the jobs does not answer; try again", retry_after_seconds=AWAY_SECONDS
+            )
             await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         except Exception:
             self._logger.exception("request failed", request_id=exchange.request_id)

@@ -5,8 +5,7 @@ job that nobody could fetch later is dropped.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -263,16 +262,6 @@ def outcome_error(job: Job) -> AppError | None:
     if job.status == JobStatus.EXPIRED:
         return TimedOut("the deadline passed before the picture was ready")
     return None
-
-
-async def while_waiting(
-    services: Services, job: Job, events: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
-    """`events`, for a caller who counts as waiting for the job as long as they are sent."""
-    with services.dispatcher.waiting(job):
-        async with aclosing(events):
-            async for event in events:
-                yield event
 
 
 async def read_images(services: Services, images: tuple[StoredImage, ...]) -> list[bytes]:

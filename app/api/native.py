@@ -20,7 +20,6 @@ from app.api.generation import (
     size_for,
     submit,
     wait_for_model,
-    while_waiting,
 )
 from app.api.idempotency import idempotency_of
 from app.api.job_events import JobStream
@@ -66,9 +65,9 @@ async def generate_images(
     if is_stream:
         job, as_base64 = submitted.job, body.response_format != "url"
         stream = JobStream(services, exchange, base, as_base64, body.previews)
-        events = while_waiting(services, job, stream.events(job))
         headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay)}
-        return respond_with_events(events, headers, services.metrics, retry=True)
+        waiting = services.dispatcher.waiting(job)
+        return respond_with_events(stream.events(job), headers, services.metrics, retry=True, within=waiting)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
         told = await view(job, services, exchange, base, as_base64=body.response_format != "url")

@@ -38,7 +38,6 @@ from app.api.generation import (
     size_for,
     submit,
     wait_for_model,
-    while_waiting,
 )
 from app.api.idempotency import idempotency_of
 from app.api.openai_events import EventFamily, ImageStream, usage
@@ -152,9 +151,9 @@ async def _respond(
     if body.stream:
         job = submitted.job
         stream = ImageStream(services, _quality(body), body.partial_images, event)
-        events = while_waiting(services, job, stream.events(job))
         headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay), **_ignored(body)}
-        return respond_with_events(events, headers, services.metrics)
+        waiting = services.dispatcher.waiting(job)
+        return respond_with_events(stream.events(job), headers, services.metrics, within=waiting)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
         write = partial(_answer, _quality(body), job, services, base if as_url else None)

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from app.metrics import Metrics
 
@@ -23,12 +24,32 @@ def sse(event: str, data: Mapping[str, Any] | Any, *, number: int | None = None)
     )
 
 
+class _Stream(EventSourceResponse):
+    """Events that are sent inside `within`."""
+
+    within: AbstractContextManager[None] = nullcontext()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        with self.within:
+            await super().__call__(scope, receive, send)
+
+
 def respond_with_events(
-    events: AsyncGenerator[bytes], headers: Mapping[str, str], metrics: Metrics, *, retry: bool = False
+    events: AsyncGenerator[bytes],
+    headers: Mapping[str, str],
+    metrics: Metrics,
+    *,
+    retry: bool = False,
+    within: AbstractContextManager[None] | None = None,
 ) -> EventSourceResponse:
-    """An answer that sends `events` as they come. When the caller leaves, they are closed."""
-    stream = _kept_alive(events, metrics, retry=retry)
-    return EventSourceResponse(stream, headers={**_HEADERS, **headers})
+    """An answer that sends `events` as they come. When the caller leaves, they are closed.
+
+    `within` is entered when the answer begins, before anything else can happen, and left when it ends.
+    """
+    response = _Stream(_kept_alive(events, metrics, retry=retry), headers={**_HEADERS, **headers})
+    response.within = within or nullcontext()
+    return response
 
 
 async def _kept_alive(

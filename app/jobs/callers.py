@@ -30,5 +30,5 @@ class Callers:
             self._waiting[job.id] -= 1
             if not self._waiting[job.id]:
                 del self._waiting[job.id]
-                if job.on_disconnect == "cancel" and not self._notes.of(job.id).is_detached:
+                if job.on_disconnect == "cancel" and not self._notes.is_detached(job.id):
                     self._give_up(job)

@@ -4,6 +4,7 @@ One task does it in rounds, and claims between them when it is told of jobs or o
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -125,6 +126,7 @@ class Chores:
 
     async def _count(self) -> None:
         counts = self._forecast.counts = await self._means.store.counts()
+        self._forecast.counted_at = time.monotonic()
         metrics, oldest = self._means.metrics, counts.oldest_created_at
         metrics.queue_jobs.set(counts.queued)
         metrics.running_jobs.set(len(self._fleet.flights))

@@ -6,14 +6,16 @@ A caller who is canceled meanwhile cannot leave it half done. For PostgreSQL it 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from app.errors import StorageFull
@@ -32,6 +34,10 @@ _HAS_WRITTEN = "has_written"  # whether the transaction of a connection did; idl
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+
+class DatabaseAway(ConnectionError):
+    """The database does not answer, or not now."""
 
 
 class Access(Protocol):
@@ -77,12 +83,16 @@ class Database:
         self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `body` reads, all of one moment."""
-        return await self._reader.run(lambda connection: body(connection, *args, **kwargs))
+        with _known_errors():
+            return await self._reader.run(lambda connection: body(connection, *args, **kwargs))
 
     async def write(
         self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Do what `body` does, whole or not at all. Raises StorageFull when there is no room."""
+        """Do what `body` does, whole or not at all. Raises StorageFull when there is no room.
+
+        After DatabaseAway it may have been done: the answer, too, may have been lost.
+        """
 
         def transaction(connection: Connection) -> tuple[T, bool]:
             connection.info[_HAS_WRITTEN] = False
@@ -91,15 +101,26 @@ class Database:
                 self._faults.hit("before_commit")
             return result, has_written
 
-        try:
+        with _known_errors():
             result, has_written = await self._writer.run(transaction)
-        except DBAPIError as error:
-            if _is_full(error):
-                raise StorageFull("there is no room to keep the job; try again later") from error
-            raise
         if has_written:
             self._faults.hit("after_commit")
         return result
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """What drivers say of a full disk and of a database that is away, in our words."""
+    try:
+        yield
+    except DBAPIError as error:
+        if _is_full(error):
+            raise StorageFull("there is no room to keep the job; try again later") from error
+        if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
+            raise DatabaseAway(f"the database does not answer: {error.orig}") from error
+        raise
+    except (OSError, PoolTimeout) as error:  # there was no connection to begin with
+        raise DatabaseAway(f"the database does not answer: {error}") from error
 
 
 def lock_queue(connection: Connection) -> None:
@@ -172,7 +193,13 @@ def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only:
         "foreign_keys": "ON",
         "query_only": query_only,
     }
-    engine = create_engine(target, poolclass=QueuePool, pool_size=num_connections, max_overflow=0)
+    engine = create_engine(
+        target,
+        poolclass=QueuePool,
+        pool_size=num_connections,
+        max_overflow=0,
+        hide_parameters=True,  # an error is logged, and a prompt may be among them
+    )
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
@@ -193,6 +220,7 @@ def _open_postgresql(target: URL) -> tuple[Access, Access]:
         pool_size=NUM_CONNECTIONS,
         max_overflow=0,
         pool_pre_ping=True,  # outlives a restart of the database
+        hide_parameters=True,
         connect_args={"timeout": CONNECT_SECONDS, "command_timeout": ANSWER_SECONDS},
     )
     _note_writing(engine.sync_engine)

@@ -182,7 +182,7 @@ class Dispatcher:
         has_model = any(engine.ready and engine.state is not EngineState.UNUSABLE for engine in self.engines)
         counts, limit = self._forecast.counts, self._settings.max_queue
         has_room = counts.queued < limit or limit == counts.queued + counts.running == 0
-        return has_model and has_room and not self._is_closed
+        return has_model and has_room and self._forecast.is_current and not self._is_closed
 
     # For callers
 

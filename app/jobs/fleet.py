@@ -234,6 +234,8 @@ class Fleet:
     async def _board(self, slot: Slot, job: Job) -> None:
         """Take charge of a job that was claimed, wherever it had got to before."""
         now = asyncio.get_running_loop().time()
+        if (earlier := self.flight(job.id)) is not None:  # whose lease was lost while it wrote
+            self.keeper.drop(earlier)
         is_replay = job.fence > 1
         latents = await self.keeper.persist(partial(self._store.load_latents, job.id)) if is_replay else {}
         inputs, flaw = {}, None

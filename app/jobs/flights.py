@@ -207,9 +207,10 @@ class Slot:
                 flight.inputs = {}
 
     def remove(self, flight: Flight) -> None:
-        """Forget a job, and let the engine forget it."""
-        if self.flights.pop(flight.job.id, None) is None:
+        """Forget a job, and let the engine forget it. A later flight of the same job stays."""
+        if self.flights.get(flight.job.id) is not flight:
             return
+        del self.flights[flight.job.id]
         self._load_known_until = 0.0
         if self._waiting:
             self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not flight)

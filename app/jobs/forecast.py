@@ -1,5 +1,7 @@
 """How far jobs are, and when they will be done: from the steps that are left and what lies before them."""
 
+import time
+
 from app.engine.cost import CostModel, retry_after_seconds
 from app.jobs.events import EventHub
 from app.jobs.fleet import Fleet
@@ -8,16 +10,24 @@ from app.jobs.queue import QueueCounts
 from app.jobs.store import JobStore
 from app.jobs.supervisor import EngineState
 
+STALE_SECONDS = 10.0
+
 
 class Forecast:
     """Looks ahead. `counts` is how the queue was when it was last counted, not long ago."""
 
     def __init__(self, store: JobStore, fleet: Fleet, events: EventHub, cost: CostModel) -> None:
         self.counts = QueueCounts(0, 0, 0.0, None)
+        self.counted_at = time.monotonic()
         self._store = store
         self._fleet = fleet
         self._events = events
         self._cost = cost
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the queue could be counted of late; else the database is away."""
+        return time.monotonic() - self.counted_at < STALE_SECONDS
 
     def progress(self, job: Job) -> Progress:
         """How far a job is, as far as it is known here."""

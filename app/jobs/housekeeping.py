@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.settings import Settings
@@ -29,13 +27,13 @@ async def keep_house(
     loop = asyncio.get_running_loop()
     while True:
         try:
+            removed = await loop.run_in_executor(encoders, images.sweep)
             names = await store.prune(clock() - settings.job_ttl)
-            removed = await loop.run_in_executor(encoders, images.remove, names)
-            removed += await loop.run_in_executor(encoders, images.sweep)
+            removed += await loop.run_in_executor(encoders, images.remove, names)
             unused = await store.unused_inputs(await loop.run_in_executor(encoders, inputs.old))
             removed += await loop.run_in_executor(encoders, inputs.remove, unused)
             if removed:
                 logger.info("old pictures removed", files=removed)
-        except (OSError, SQLAlchemyError) as error:
+        except Exception as error:
             logger.warning("old jobs and pictures could not be removed", reason=str(error))
         await asyncio.sleep(min(ROUND_SECONDS, settings.job_ttl, settings.file_ttl))

@@ -26,6 +26,10 @@ class Notes:
             del self._notes[next(iter(self._notes))]
         return self._notes.setdefault(job_id, Note())
 
+    def is_detached(self, job_id: str) -> bool:
+        """Whether the job finishes, whoever leaves."""
+        return job_id in self._notes and self._notes[job_id].is_detached
+
     def take(self, job_id: str) -> Note:
         """The last look: the job has ended."""
         return self._notes.pop(job_id, Note())

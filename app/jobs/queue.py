@@ -39,6 +39,13 @@ def require_room(connection: Connection, max_queue: int) -> None:
         raise QueueFull(counts.queued)
 
 
+def require_bound(connection: Connection, max_queue: int) -> None:
+    """Raises QueueFull when more than `max_queue` jobs wait, the one that came last among them."""
+    queued = count(connection).queued
+    if queued > max_queue:
+        raise QueueFull(queued - 1)
+
+
 def position(connection: Connection, job_id: str, now: float) -> int | None:
     """How many jobs are to be taken before this one; None when it is not to be taken."""
     return connection.scalar(_POSITION, {"job_id": job_id, "now": now})

@@ -241,11 +241,14 @@ def _submit(
         known = keys.replayed(connection, job.tenant, idempotency, now)
         if known is not None:
             return Submitted(known, is_replay=True)
-    queue.require_room(connection, max_queue)
+    if claim is None or max_queue == 0:
+        queue.require_room(connection, max_queue)
     rows.add(connection, job)
     if idempotency is not None:
         keys.remember(connection, job, idempotency, now)
     claimed = () if claim is None else claims.claim(connection, claim, now)
+    if claim is not None:  # what is in work at once needs no room: others may have filled the queue
+        queue.require_bound(connection, max_queue)
     return Submitted(job, is_replay=False, claimed=claimed)
 
 

@@ -1,11 +1,14 @@
 """The questions of machines: up, ready, which version."""
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from app.jobs import forecast
 from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, until
 
@@ -47,6 +50,25 @@ async def test_a_model_that_cannot_be_loaded(serve: Serve, runner: FakeRunner) -
         answer = await client.get("/readyz")
         assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")
         assert "/srv" not in answer.text
+
+
+async def test_a_database_that_is_away_is_a_reason_to_come_back_and_prompts_stay_out_of_the_log(
+    serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "STALE_SECONDS", 2.0)
+    async with serve(log_format="json", log_level="info") as client:
+        with closing(sqlite3.connect(tmp_path / "jobs.db")) as database:
+            database.execute("ALTER TABLE jobs RENAME TO elsewhere")
+            answer = await client.post("/v1/images/generations", json={"prompt": "my secret diary"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "2"
+            await readiness(client, 503)
+            database.execute("ALTER TABLE elsewhere RENAME TO jobs")
+        await readiness(client, 200)
+        assert (await client.post("/v1/images/generations", json={"prompt": "x"})).status_code == 200
+    log = "".join(capfd.readouterr())
+    assert "the database does not answer" in log
+    assert "secret" not in log
 
 
 async def readiness(client: httpx2.AsyncClient, status: int) -> httpx2.Response:

@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from app.errors import StorageFull
 from app.jobs.housekeeping import keep_house
 from app.jobs.store import JobStore
 from app.logs import make_logger
@@ -26,7 +27,7 @@ class Things:
     def __init__(self) -> None:
         self.pruned_before: list[float] = []
         self.removed: list[str] = []
-        self.errors: list[OSError] = []
+        self.errors: list[Exception] = []
         self.rounds = asyncio.Semaphore(0)
 
     async def prune(self, ended_before: float) -> list[str]:
@@ -62,9 +63,12 @@ class Inputs:
         return 1
 
 
-async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round() -> None:
+@pytest.mark.parametrize("error", [OSError, StorageFull])
+async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round(
+    error: type[Exception],
+) -> None:
     things, inputs, stream = Things(), Inputs(), io.StringIO()
-    things.errors = [OSError("the disk is away")]
+    things.errors = [error("the disk is away")]
     settings = Settings(job_ttl=0.01, log_format="json")
     with ThreadPoolExecutor(1) as encoders:
         tidying = asyncio.create_task(

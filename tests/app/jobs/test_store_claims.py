@@ -59,8 +59,17 @@ async def test_a_job_that_is_accepted_goes_before_nobody(store: JobStore) -> Non
     left = await store.submit(new_job("bob"), max_queue=MANY, claim=Claim("one", 1.0, without=["ann", "bob"]))
     assert left.claimed == []
     with pytest.raises(QueueFull):
-        await store.submit(new_job(), max_queue=2, claim=Claim("one", LEASE_SECONDS))
+        await store.submit(new_job(), max_queue=2, claim=Claim("one", 1.0, without=["ann", "bob"]))
     assert (await stored(store, late)).status == JobStatus.QUEUED
+
+
+async def test_a_full_queue_keeps_out_nobody_whose_job_is_taken_at_once(store: JobStore) -> None:
+    await add(store, new_job(), new_job())
+    claim = Claim("one", LEASE_SECONDS, without=["ann"])
+    assert (await store.submit(new_job("bob"), max_queue=2, claim=claim)).is_claimed
+    assert (await store.counts()).queued == 2
+    with pytest.raises(QueueFull):
+        await store.submit(new_job("bob"), max_queue=2)
 
 
 async def test_jobs_come_in_the_order_of_arrival_whatever_the_clock_said(

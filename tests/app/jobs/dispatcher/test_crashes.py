@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.engine.protocol import AnyFromEngine, Failed, Latents, Ready, Run
-from app.jobs import chores
+from app.jobs import chores, keeping
 from app.jobs.faults import Faults, InjectedFault
 from app.jobs.fleet import Fleet
 from app.jobs.job import Failure, Job, JobStatus
@@ -204,6 +204,36 @@ async def test_a_server_that_hung_too_long_cannot_overwrite(
     failed = stolen.failed(Failure(500, "odd", "the other one says"), 1.0)
     await store.move(stolen, failed)
     assert (await server.ended(accepted)).status == JobStatus.FAILED
+
+
+async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    accepted, other = await server.submit(1), await server.submit(2)
+    [early, _] = await server.runs(2)
+    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.05)
+    save, is_away = store.save_latents, True
+
+    async def save_later(*args: Any) -> bool:
+        if is_away:
+            raise OSError("connection refused")
+        return await save(*args)
+
+    monkeypatch.setattr(store, "save_latents", save_later)
+    server.engine.end_prior(early)
+    await until(lambda: "does not answer" in server.log.getvalue())
+    [slot] = server.dispatcher._fleet.slots
+    # What another server does for one that it has not heard of for long; then this one claims it again.
+    await store.release(slot.worker, crashed_jobs=[accepted.id], kept_jobs=[other.id])
+    await until(lambda: (flight := slot.flights.get(accepted.id)) and flight.job.fence == 2)
+    is_away = False
+    num_warnings = server.log.getvalue().count("does not answer")
+    await asyncio.sleep(0.3)
+    assert server.log.getvalue().count("does not answer") <= num_warnings + 1
+    assert slot.flights[accepted.id].job.fence == 2
+    server.engine.finish(*(await server.runs(3)))
+    assert (await server.ended(accepted)).status == JobStatus.SUCCEEDED
 
 
 async def test_what_another_server_ends_is_told_here(
