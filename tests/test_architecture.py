@@ -292,7 +292,7 @@ BROUGHT_ALONG = {"pydantic-core": "pydantic", "starlette": "fastapi", "typing-ex
 
 
 # By us, that is: SQLAlchemy imports the first two when a URL asks for them, Starlette the last for forms.
-NEVER_IMPORTED = {"asyncpg", "greenlet", "python-multipart"}
+NEVER_IMPORTED = {"asyncpg", "greenlet"}
 
 
 def test_every_dependency_is_declared_and_earns_its_place() -> None:

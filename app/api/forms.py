@@ -9,15 +9,17 @@ from typing import Any
 
 from fastapi import Request
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_compressed
 from app.api.sources import Source
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_FILES = 32
 MAX_FIELDS = 200
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of those that Python knows take minutes for a megabyte
 
 STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
 WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
@@ -30,10 +32,19 @@ async def read_members(request: Request, services: TheServices) -> dict[str, Any
     if kind != "multipart/form-data":
         return await read_json_object(request, services)
     refuse_compressed(request)
+    _refuse_other_charsets(request)
     settings = services.settings
     async with services.uploads.reading(settings.body_timeout):
         stream = bounded_stream(request, settings.max_upload_bytes)
         return await parse_form(request, stream, settings.max_body_bytes)
+
+
+def _refuse_other_charsets(request: Request) -> None:
+    """Texts are decoded as the header says: see that it says what we can read."""
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", CHARSETS[0])
+    if charset.strip().lower() not in CHARSETS:
+        raise UnsupportedMediaType("the charset of a form must be utf-8, which it also is when none is given")
 
 
 async def parse_form(

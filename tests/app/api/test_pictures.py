@@ -135,6 +135,28 @@ async def test_a_form_that_is_none(
     assert (await client.post(path, content=content, headers=gzip)).status_code == 415
 
 
+FORM = '--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{}\r\n--b--\r\n'
+
+
+@pytest.mark.parametrize("charset", ["punycode", "PunyCode", '"punycode"', "utf-7", "latin-1", "none", '""'])
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_forms_are_in_utf_8(client: httpx2.AsyncClient, path: str, charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    answer = await client.post(path, content=FORM.format("a-b").encode(), headers=headers)
+    error = answer.json().get("error") or answer.json()
+    assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+    assert "utf-8" in answer.text
+
+
+@pytest.mark.parametrize("charset", ["; charset=utf-8", '; CHARSET="UTF-8"', "; charset=utf8", ""])
+async def test_a_form_may_say_that_it_is_in_utf_8(
+    client: httpx2.AsyncClient, runner: FakeRunner, charset: str
+) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b{charset}"}
+    answer = await client.post(NATIVE, content=FORM.format("löwe").encode(), headers=headers)
+    assert (answer.status_code, last(runner).prompt) == (200, "löwe")
+
+
 async def test_limits_of_forms(serve: Serve) -> None:
     async with serve(max_upload_bytes=20_000, max_body_bytes=2000) as client:
         files = {"image": ("a.png", PICTURE)}
