@@ -291,7 +291,7 @@ def test_the_search_for_work_finds_it() -> None:
 BROUGHT_ALONG = {"pydantic-core": "pydantic", "starlette": "fastapi", "typing-extensions": "pydantic"}
 
 
-# By us, that is: SQLAlchemy imports the first two when a URL asks for them, Starlette the last for forms.
+# By us, that is: SQLAlchemy imports them when a URL asks for them.
 NEVER_IMPORTED = {"asyncpg", "greenlet"}
 
 
