@@ -291,8 +291,8 @@ def test_the_search_for_work_finds_it() -> None:
 BROUGHT_ALONG = {"pydantic-core": "pydantic", "starlette": "fastapi", "typing-extensions": "pydantic"}
 
 
-# By us, that is: SQLAlchemy imports the first two when a URL asks for them, Starlette the last for forms.
-NEVER_IMPORTED = {"asyncpg", "greenlet", "python-multipart"}
+# By us, that is: SQLAlchemy imports them when a URL asks for them.
+NEVER_IMPORTED = {"asyncpg", "greenlet"}
 
 
 def test_every_dependency_is_declared_and_earns_its_place() -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from app.api.gateway import Exchange
 from app.api.limits import RateLimit
 from app.api.tracing import Tracing
 from app.api.uploads import Uploads
+from app.api.values import LONG_BYTES, parse_json, require_few
 from app.errors import (
     ClientGone,
     InvalidRequest,
@@ -116,10 +116,6 @@ def _offered_keys(request: Request) -> Iterator[bytes]:
             yield key.encode("latin-1")
 
 
-LONG_BODY_BYTES = 64 * 1024  # parsed off the event loop from here on
-MAX_MEMBERS = 200
-
-
 async def read_json_object(request: Request, services: TheServices) -> dict[str, Any]:
     """The body as a JSON object, read no further than the limit."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -130,7 +126,7 @@ async def read_json_object(request: Request, services: TheServices) -> dict[str,
     refuse_compressed(request)
     async with services.uploads.reading(services.settings.body_timeout):
         body = b"".join([chunk async for chunk in bounded_stream(request, services.settings.max_body_bytes)])
-    if len(body) <= LONG_BODY_BYTES:
+    if len(body) <= LONG_BYTES:
         return _parse_object(body)
     return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)
 
@@ -143,13 +139,12 @@ def refuse_compressed(request: Request) -> None:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        members = from_json(body, allow_inf_nan=False)
+        members = parse_json(body)
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(members, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
-    if len(members) > MAX_MEMBERS:
-        raise InvalidRequest(f"the body must have at most {MAX_MEMBERS} members, not {len(members)}")
+    require_few(members)
     return members
 
 

@@ -4,24 +4,30 @@ Numbers and booleans are text there, structured members are JSON text, pictures 
 hold a whole JSON object, in which the single fields win.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request
-from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_compressed
 from app.api.sources import Source
-from app.errors import InvalidRequest
+from app.api.values import LONG_BYTES, parse_json, require_few
+from app.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_FILES = 32
 MAX_FIELDS = 200
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of those that Python knows take minutes for a megabyte
 
 STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
 WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
 TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
+
+Texts = dict[str, list[str]]
+Files = dict[str, list[Source]]
 
 
 async def read_members(request: Request, services: TheServices) -> dict[str, Any]:
@@ -30,16 +36,28 @@ async def read_members(request: Request, services: TheServices) -> dict[str, Any
     if kind != "multipart/form-data":
         return await read_json_object(request, services)
     refuse_compressed(request)
+    _refuse_other_charsets(request)
     settings = services.settings
     async with services.uploads.reading(settings.body_timeout):
         stream = bounded_stream(request, settings.max_upload_bytes)
-        return await parse_form(request, stream, settings.max_body_bytes)
+        texts, files = await parse_form(request, stream, settings.max_body_bytes)
+    if sum(len(value) for values in texts.values() for value in values) <= LONG_BYTES:
+        return _members(texts, files)
+    return await asyncio.get_running_loop().run_in_executor(services.encoders, _members, texts, files)
+
+
+def _refuse_other_charsets(request: Request) -> None:
+    """Texts are decoded as the header says: see that it says what we can read."""
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", CHARSETS[0])
+    if charset.strip().lower() not in CHARSETS:
+        raise UnsupportedMediaType("the charset of a form must be utf-8, which it also is when none is given")
 
 
 async def parse_form(
     request: Request, stream: AsyncGenerator[bytes, None], max_field_bytes: int
-) -> dict[str, Any]:
-    """The members in a body that is read from `stream`. Raises InvalidRequest."""
+) -> tuple[Texts, Files]:
+    """The parts of a body that is read from `stream`, by their names. Raises InvalidRequest."""
     parser = MultiPartParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_field_bytes
     )
@@ -47,8 +65,8 @@ async def parse_form(
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:  # the second is what its parser raises
         raise InvalidRequest(f"the body is not valid multipart/form-data: {error}") from None
-    texts: dict[str, list[str]] = {}
-    files: dict[str, list[Source]] = {}
+    texts: Texts = {}
+    files: Files = {}
     try:
         for part, value in form.multi_items():
             name = part.removesuffix("[]")
@@ -58,15 +76,17 @@ async def parse_form(
                 texts.setdefault(name, []).append(value)
     finally:
         await form.close()
-    return _members(texts, files)
+    return texts, files
 
 
-def _members(texts: dict[str, list[str]], files: dict[str, list[Source]]) -> dict[str, Any]:
+def _members(texts: Texts, files: Files) -> dict[str, Any]:
+    """What the parts say. Of long texts for a thread."""
     members = _params(texts.pop("params", []))
     for name, values in texts.items():
         read = [_structured(name, value) for value in values if value or name in TEXTS]
         if read:
             members[name] = read[0] if len(read) == 1 else read
+    require_few(members)
     for name, sources in files.items():
         if name in WITH_PICTURE:
             members[name] = _with_pictures(name, members.get(name), sources)
@@ -93,7 +113,7 @@ def _structured(name: str, value: str) -> Any:
 
 def _json(name: str, value: str) -> Any:
     try:
-        return from_json(value, allow_inf_nan=False)
+        return parse_json(value.encode())
     except ValueError as error:
         message = f"{name} is not valid JSON: {error}"
         raise InvalidRequest(message, param=name, code="invalid_json") from None

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from app.api.sources import INVALID_IMAGE
+from app.api.values import pointer, printable
 from app.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -51,7 +52,7 @@ def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> Inva
     """The first mistake in words, under the name that the caller used, and the places of all."""
     problems = error.errors(include_url=False, include_input=False)
     places = [
-        (_pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
+        (pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
         for problem in problems[:MAX_PLACES]
     ]
     first = problems[0]
@@ -68,12 +69,7 @@ def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
     """Names from the body down to the mistake. What concerns several members names one, or else the seeds."""
     first, *rest = problem["loc"] or (problem.get("ctx", {}).get("member", "seeds"),)
     names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
-    return [name if name.isprintable() and len(name) <= 64 else ascii(name[:64]) for name in names]
-
-
-def _pointer(names: list[str]) -> str:
-    """A JSON pointer (RFC 6901)."""
-    return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
+    return [printable(name) for name in names]
 
 
 def _words(problem: ErrorDetails, names: list[str]) -> str:

@@ -21,7 +21,7 @@ from app.api.generation import (
     submit,
     wait_for_model,
 )
-from app.api.idempotency import idempotency_of
+from app.api.idempotency import idempotency_of, read_key
 from app.api.job_events import JobStream
 from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
@@ -60,7 +60,9 @@ async def generate_images(
     resolve_model(body.model, services)
     await wait_for_model(services)
     call = Call(request, services, exchange, preference, raw)
-    order = _order(call, body, members, await receive(body, services, exchange.tenant))
+    may_replay = read_key(request) is not None
+    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
+    order = _order(call, body, members, received)
     submitted = await submit(services, exchange, order)
     if is_stream:
         job, as_base64 = submitted.job, body.response_format != "url"

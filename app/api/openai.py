@@ -39,7 +39,7 @@ from app.api.generation import (
     submit,
     wait_for_model,
 )
-from app.api.idempotency import idempotency_of
+from app.api.idempotency import idempotency_of, read_key
 from app.api.openai_events import EventFamily, ImageStream, usage
 from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
@@ -146,7 +146,9 @@ async def _respond(
     resolve_model(body.model, services)
     await wait_for_model(services)
     call = Call(request, services, exchange, preference, raw)
-    order = _order(call, body, members, await receive(body, services, exchange.tenant))
+    may_replay = read_key(request) is not None
+    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
+    order = _order(call, body, members, received)
     submitted = await submit(services, exchange, order)
     if body.stream:
         job = submitted.job

@@ -4,9 +4,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_PREFERENCE = re.compile(
-    r"""\s*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)\s*(?:=\s*("[^"]*"|[^\s;,"]*)\s*)?(?:;[^,]*)?"""
-)
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
@@ -37,10 +34,21 @@ def parse_prefer(lines: Iterable[str]) -> Preference:
     """The preferences of all `Prefer` lines. The first of a name counts; what is malformed is ignored."""
     found: dict[str, str] = {}
     for part in ",".join(lines).split(","):
-        if match := _PREFERENCE.fullmatch(part):
-            found.setdefault(match[1].lower(), (match[2] or "").strip('"'))
+        name, _, value = part.partition(";")[0].partition("=")
+        text = _text(value.strip())
+        if text is not None:
+            found.setdefault(name.strip().lower(), text)
     wait = found.get("wait", "")
     return Preference(
         is_async=found.get("respond-async") == "",
         wait_seconds=int(wait) if _SECONDS.fullmatch(wait) else None,
     )
+
+
+def _text(value: str) -> str | None:
+    """A word, bare or with anything in quotes; None for what is neither."""
+    if len(value) >= 2 and value[0] == value[-1] == '"':
+        value = value[1:-1]
+    elif len(value.split()) > 1:
+        return None
+    return None if '"' in value else value

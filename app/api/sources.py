@@ -133,11 +133,19 @@ class Received:
             await loop.run_in_executor(services.encoders, services.inputs.save, content)
 
 
-async def receive(body: "GenerationMembers", services: Services, tenant: str) -> Received:
-    """Decode all pictures of a body. Raises InvalidRequest, with the name of the member that is none."""
+async def receive(
+    body: "GenerationMembers", services: Services, tenant: str, *, may_replay: bool
+) -> Received:
+    """Decode all pictures of a body. Raises InvalidRequest, with the name of the member that is none.
+
+    Decoding takes its time: when the queue is full, Overloaded is raised before it, unless the request
+    `may_replay` one that was accepted.
+    """
     sources = list(_sources(body))
     if not sources:
         return Received()
+    if not may_replay:
+        await services.dispatcher.require_room()
     for place, source in sources:
         if source.name and not await services.store.has_input(source.name, tenant):
             raise _invalid(place, source, "must be a picture of one of your jobs that is still kept")

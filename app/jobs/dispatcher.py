@@ -186,6 +186,13 @@ class Dispatcher:
 
     # For callers
 
+    async def require_room(self) -> None:
+        """Raise Overloaded if a new job would be refused now; `submit` may find otherwise later."""
+        try:
+            await self._store.require_room(self._settings.max_queue)
+        except QueueFull as full:
+            raise self._overloaded(full) from None
+
     async def submit(self, job: Job, idempotency: Idempotency | None = None) -> Submitted:
         """Accept a job. Enter `waiting` directly after it.
 
@@ -280,10 +287,7 @@ class Dispatcher:
         try:
             submitted = await self._fleet.accept(job.tenant, submit, self._settings.lease_seconds)
         except QueueFull as full:
-            self._metrics.refused.labels(Overloaded.code).inc()
-            raise Overloaded(
-                f"{full}; try again later", retry_after_seconds=self.retry_after_seconds()
-            ) from None
+            raise self._overloaded(full) from None
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds
             if not submitted.is_claimed:
@@ -350,6 +354,10 @@ class Dispatcher:
         if job is None:
             raise NotFound("there is no such job")
         return job
+
+    def _overloaded(self, full: QueueFull) -> Overloaded:
+        self._metrics.refused.labels(Overloaded.code).inc()
+        return Overloaded(f"{full}; try again later", retry_after_seconds=self.retry_after_seconds())
 
     def _leaving(self) -> ShuttingDown:
         return ShuttingDown(

@@ -133,6 +133,10 @@ class JobStore:
         """How much there is to do."""
         return await self._database.read(queue.count)
 
+    async def require_room(self, max_queue: int) -> None:
+        """Raises QueueFull when a job that is new would not be accepted now."""
+        await self._database.read(queue.require_room, max_queue)
+
     async def position(self, job: Job) -> int | None:
         """How many queued jobs are to be claimed before this one; None when it is not queued."""
         return await self._database.read(queue.position, job.id, self._clock())

@@ -268,21 +268,23 @@ async def test_a_request_that_waits_for_the_model_is_answered_when_the_server_st
 async def test_health_answers_fast_under_load_and_large_bodies(serve: Serve, runner: FakeRunner) -> None:
     runner.steps = (10, 10)
     is_over = asyncio.Event()
-    large = json.dumps({"prompt": "x", "junk": [{"a": [1, 2.5, "y"]}] * 45_000}).encode()
-    assert 900_000 < len(large) < 1024 * 1024
+    large = json.dumps({"prompt": "x", "junk": [{"a": [1, 2.5, "y" * 5000]}] * 190}).encode()
+    crowded = json.dumps({"prompt": "x", "junk": [{"a": [1, 2.5, "y"]}] * 45_000}).encode()
+    assert all(900_000 < len(body) < 1024 * 1024 for body in (large, crowded))
 
     async with serve() as client:
 
-        async def keep_sending(body: bytes) -> int:
+        async def keep_sending(body: bytes, status: int = 200) -> int:
             count = 0
             while not is_over.is_set():
                 answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
-                assert answer.status_code == 200
+                assert answer.status_code == status
                 count += 1
             return count
 
         bodies = [b'{"prompt": "x", "size": "512x512"}'] * 8 + [large]
         senders = [asyncio.ensure_future(keep_sending(body)) for body in bodies]
+        senders.append(asyncio.ensure_future(keep_sending(crowded, status=400)))
         slowest = 0.0
         for _ in range(50):
             started = time.perf_counter()

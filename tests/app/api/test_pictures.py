@@ -14,7 +14,9 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.api.sources import Received, _decoded
 from app.schemas import GenerationRequest
+from app.storage.inputs import InputStore
 from tests.app.api.sse import told
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, closed, until
@@ -133,6 +135,28 @@ async def test_a_form_that_is_none(
     assert code is None or found == code
     gzip = {"content-type": kind, "content-encoding": "gzip"}
     assert (await client.post(path, content=content, headers=gzip)).status_code == 415
+
+
+FORM = '--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{}\r\n--b--\r\n'
+
+
+@pytest.mark.parametrize("charset", ["punycode", "PunyCode", '"punycode"', "utf-7", "latin-1", "none", '""'])
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_forms_are_in_utf_8(client: httpx2.AsyncClient, path: str, charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    answer = await client.post(path, content=FORM.format("a-b").encode(), headers=headers)
+    error = answer.json().get("error") or answer.json()
+    assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+    assert "utf-8" in answer.text
+
+
+@pytest.mark.parametrize("charset", ["; charset=utf-8", '; CHARSET="UTF-8"', "; charset=utf8", ""])
+async def test_a_form_may_say_that_it_is_in_utf_8(
+    client: httpx2.AsyncClient, runner: FakeRunner, charset: str
+) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=b{charset}"}
+    answer = await client.post(NATIVE, content=FORM.format("löwe").encode(), headers=headers)
+    assert (answer.status_code, last(runner).prompt) == (200, "löwe")
 
 
 async def test_limits_of_forms(serve: Serve) -> None:
@@ -369,6 +393,37 @@ async def test_idempotency_is_by_the_content_of_pictures(
     assert (await post(file(Image.new("RGB", SIZE)))).status_code == 422
     assert (await post(PICTURE, mask=("m", CUT_OUT))).status_code == 422
     assert len(runner.started) == 1
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI, EDITS, VARIATIONS])
+async def test_a_full_queue_refuses_pictures_before_they_are_decoded(
+    serve: Serve, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def spy(body: Any, inputs: InputStore) -> Received:
+        decoded.append(body)
+        return _decoded(body, inputs)
+
+    async def post(**headers: str) -> httpx2.Response:
+        return await client.post(path, json={"prompt": "x", "image": data_uri(PICTURE)}, headers=headers)
+
+    decoded: list[Any] = []
+    monkeypatch.setattr("app.api.sources._decoded", spy)
+    runner.max_samples = 1
+    async with serve(max_queue=1) as client:
+        runner.gate.clear()
+        for key in ("first", "second"):  # one is drawn, one waits
+            kept = {"prefer": "respond-async", "idempotency-key": key}
+            assert (await post(**kept)).status_code == 202
+            await until(lambda: runner.started)
+        assert len(decoded) == 2
+        answer = await post()
+        error = answer.json().get("error") or answer.json()
+        assert (answer.status_code, error["code"]) == (503, "overloaded")
+        assert 1 <= int(answer.headers["retry-after"]) <= 59
+        assert len(decoded) == 2
+        again = await post(**kept)
+        assert (again.status_code, again.headers["idempotency-replayed"]) == (202, "true")
+        assert (await post(**{"idempotency-key": "third"})).status_code == 503
 
 
 async def test_pictures_are_on_the_disk_before_the_job_is_and_survive_a_restart(

@@ -1,5 +1,7 @@
 """`Prefer` and `Idempotency-Key`, as they come."""
 
+import time
+
 import pytest
 from fastapi import Request
 
@@ -30,10 +32,22 @@ from app.schemas import GenerationRequest
         (["respond async"], Preference()),
         (["=;,,\x00, respond-async"], Preference(is_async=True)),
         (["respond-async=no"], Preference()),
+        (['respond-async="'], Preference()),
+        (['wait="7'], Preference()),
+        (['wait="7"8", wait=5'], Preference(wait_seconds=5)),
+        (["wait=5 6, wait=7"], Preference(wait_seconds=7)),
+        (["wait = 5 ; x = y z"], Preference(wait_seconds=5)),
     ],
 )
 def test_preferences(lines: list[str], preference: Preference) -> None:
     assert parse_prefer(lines) == preference
+
+
+@pytest.mark.parametrize("blanks", [" " * 60_000, "\t" * 60_000, " ;" * 30_000])
+def test_a_long_line_takes_no_longer_to_refuse_than_to_read(blanks: str) -> None:
+    began = time.perf_counter()
+    assert parse_prefer([f"a={blanks}b c", "wait=5"]) == Preference(wait_seconds=5)
+    assert time.perf_counter() - began < 5, "more than a look at each character"
 
 
 def test_what_was_applied_is_said() -> None:

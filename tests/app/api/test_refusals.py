@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from pydantic_core import from_json
+from pydantic import BaseModel
+from pydantic_core import from_json, to_json
 
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, until
@@ -165,7 +166,7 @@ async def test_long_bodies_are_parsed_off_the_event_loop(
         return from_json(body, **options)
 
     threads: list[str] = []
-    monkeypatch.setattr("app.api.deps.from_json", spy)
+    monkeypatch.setattr("app.api.values.from_json", spy)
     for size in (64 * 1024, 64 * 1024 + 1):
         body = b'{"prompt": "x"}'.ljust(size)
         assert (await client.post(PATH, content=body)).status_code == 200
@@ -179,6 +180,77 @@ async def test_a_body_has_at_most_200_members(client: httpx2.AsyncClient) -> Non
     answer = await client.post(PATH, json=members | {"prompt": "x", "more": 1})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
     assert "200 members" in answer.json()["error"]["message"]
+
+
+MANY = dict.fromkeys(map(str, range(201)), 1)
+
+
+@pytest.mark.parametrize("path", [PATH, "/api/v1/images"])
+@pytest.mark.parametrize("is_form", [False, True])
+@pytest.mark.parametrize(
+    ("members", "pointer"),
+    [
+        ({"control": MANY}, "/control"),
+        ({"metadata": MANY}, "/metadata"),
+        ({"loras": [1] * 201}, "/loras"),
+        ({"image_prompts": [{"image": MANY}]}, "/image_prompts/0/image"),
+        ({"style": {"a": [[1], {"b/\n": [[]] * 50_000}]}}, "/style/a/1/'b~1\\n'"),
+        ({"style": [[[0] * 100] * 20]}, None),
+    ],
+)
+async def test_no_object_or_list_has_more_members_than_any_request_needs(
+    client: httpx2.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    is_form: bool,
+    members: dict[str, Any],
+    pointer: str | None,
+) -> None:
+    def spy(kind: type[BaseModel], *_: object) -> Any:
+        pytest.fail(f"{kind} was asked")
+
+    monkeypatch.setattr("app.api.bodies.validated", spy)
+    given = {"prompt": "x", **members}
+    sent = {"files": {"params": (None, to_json(given))}} if is_form else {"content": to_json(given)}
+    answer = await client.post(path, **sent)
+    assert answer.status_code == 400
+    problem = answer.json().get("error") or answer.json()
+    assert problem["code"] == "invalid_value"
+    name = (pointer or "the body").strip("/").replace("/", ".").replace("~1", "/")
+    most = 200 if pointer else 2000
+    assert (problem.get("message") or problem["detail"]).startswith(
+        f"{name} must have at most {most} members"
+    )
+    if "errors" in problem:
+        assert problem["errors"][0]["pointer"] == pointer
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+async def test_what_has_countless_values_is_not_even_parsed(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, is_form: bool
+) -> None:
+    monkeypatch.setattr("app.api.values.from_json", lambda *_, **__: pytest.fail("it was parsed"))
+    body = b'{"prompt": [' + b"[]," * 200_000 + b"1]}"
+    sent = {"files": {"params": (None, body)}} if is_form else {"content": body}
+    answer = await client.post(PATH, **sent)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    assert "200000" in answer.json()["error"]["message"]
+
+
+async def test_long_texts_of_forms_are_parsed_off_the_event_loop(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spy(text: bytes, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return from_json(text, **options)
+
+    threads: list[str] = []
+    monkeypatch.setattr("app.api.values.from_json", spy)
+    for size in (64 * 1024, 64 * 1024 + 1):
+        params = b'{"prompt": "x"}'.ljust(size)
+        assert (await client.post(PATH, files={"params": (None, params)})).status_code == 200
+    assert threads[0] == threading.current_thread().name
+    assert threads[1].startswith("encoder")
 
 
 async def test_no_picture_before_the_model(serve: Serve, runner: FakeRunner) -> None:
