@@ -145,7 +145,7 @@ async def receive(
     if not sources:
         return Received()
     if not may_replay:
-        await services.dispatcher.require_room()
+        await services.dispatcher.require_room(tenant)
     for place, source in sources:
         if source.name and not await services.store.has_input(source.name, tenant):
             raise _invalid(place, source, "must be a picture of one of your jobs that is still kept")

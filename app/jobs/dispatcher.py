@@ -186,8 +186,10 @@ class Dispatcher:
 
     # For callers
 
-    async def require_room(self) -> None:
+    async def require_room(self, tenant: str) -> None:
         """Raise Overloaded if a new job would be refused now; `submit` may find otherwise later."""
+        if self._fleet.may_take(tenant):
+            return
         try:
             await self._store.require_room(self._settings.max_queue)
         except QueueFull as full:

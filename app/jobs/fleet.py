@@ -84,6 +84,10 @@ class Fleet:
         boarding.add_done_callback(lambda _: self._boarding.release())
         return submitted
 
+    def may_take(self, tenant: str) -> bool:
+        """Whether an engine has room for a job of the tenant."""
+        return not self._is_closed and self._roomiest_for(tenant) is not None
+
     async def _may_board_at_once(self) -> bool:
         """Begin to board, unless somebody does so already or waits for it."""
         try:

@@ -81,7 +81,7 @@ def test_only_the_database_opens_transactions() -> None:
 
 
 # What a test of interruptions need not interrupt.
-READS = {"get", "list", "counts", "position", "load_latents", "has_input", "unused_inputs"}
+READS = {"require_room", "get", "list", "counts", "position", "load_latents", "has_input", "unused_inputs"}
 LIFE = {"open", "close"}
 
 # Each with a queued and a running job, so that it has something to write.
