@@ -31,7 +31,10 @@ async def healthz() -> dict[str, str]:
     "/readyz", operation_id="readyz", summary="Would a request be accepted now?", responses=problems(500, 503)
 )
 async def readyz(services: TheServices) -> dict[str, str]:
-    """200 when the model is loaded and the queue has room, else 503 with `Retry-After`."""
+    """200 when the model is loaded, the queue has room and the database answers.
+
+    Else 503 with `Retry-After`.
+    """
     dispatcher = services.dispatcher
     model = dispatcher.model
     if not dispatcher.is_accepting:

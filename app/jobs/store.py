@@ -94,8 +94,8 @@ class JobStore:
         """Accept a job, or find the one that came with the same idempotency key.
 
         A worker with nothing better to do may `claim` in the same transaction: one commit less to wait for.
-        Raises KeyReused for another request with that key, and QueueFull when `max_queue` jobs wait already;
-        with a `max_queue` of 0 a job is accepted only when there is nothing else to do.
+        Raises KeyReused for another request with that key, and QueueFull when over `max_queue` jobs would
+        wait; with a `max_queue` of 0 a job is accepted only when there is nothing else to do.
         """
         submitted = await self._database.write(_submit, job, max_queue, idempotency, claim, self._clock())
         if not submitted.is_replay:
