@@ -115,8 +115,7 @@ class Graphs:
         ratio = latents.new_zeros(size, dtype=torch.float32)
         room = Condition(
             keys_values=tuple(_room(each, size) for each in condition.keys_values),
-            time_weight=condition.time_weight,
-            time_bias=condition.time_bias,
+            time=condition.time,
             features=None if condition.features is None else _room(condition.features, size),
         )
         replay = self._record(lambda: self._network(still, ratio, room))

@@ -8,6 +8,7 @@ is constant during a request (condition keys and values, terms of unused time co
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -16,38 +17,40 @@ from torch import Tensor, nn
 
 from cascade.networks.adapters import Groups, adapt, adapt_thirds
 from cascade.networks.fused import (
+    NORM_EPS,
     cached_rows,
     depthwise,
     energy,
     in_parts,
+    layer_norm,
     linear,
     linear_add,
     linear_gelu,
 )
 
-NORM_EPS = 1e-6
-
 _IN_PROJ, _OUT_PROJ = "attention.attn.in_proj", "attention.attn.out_proj"  # places of adapters
 _LARGE_MAP = 1 << 20  # elements; scaling a smaller one takes less time than preparing weights
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without gain and bias over the last axis."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+def ratio_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
+    """Frequencies of `ratio_embedding`, (dim // 2,) in fp32: the same at every step.
 
-
-def ratio_embedding(ratio: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines, of the noise level `ratio` in 0..1, shape (b,) -> (b, dim), in fp32.
-
-    The fastest component turns by one radian per 1e-4 of `ratio`: rounding it to bf16 would destroy it.
     The order of operations is the reference's, so that results agree to the last bits.
     """
     half = dim // 2
     decay = math.log(10_000) / (half - 1)
-    frequencies = torch.arange(half, device=ratio.device).float().mul(-decay).exp()
-    angles = (ratio.float() * 10_000)[:, None] * frequencies[None]
+    return torch.arange(half, device=device).float().mul(-decay).exp()
+
+
+def ratio_embedding(ratio: Tensor, dim: int, frequencies: Tensor | None = None) -> Tensor:
+    """Sines, then cosines, of the noise level `ratio` in 0..1, shape (b,) -> (b, dim), in fp32.
+
+    The fastest component turns by one radian per 1e-4 of `ratio`: rounding it to bf16 would destroy it.
+    """
+    frequencies = ratio_frequencies(dim, ratio.device) if frequencies is None else frequencies
+    angles = (ratio.float() * 10_000)[:, None] * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return F.pad(embedding, (0, dim - 2 * half))
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
@@ -180,7 +183,7 @@ class ResBlock(nn.Module):
             hidden = torch.cat([hidden, skip], dim=-1)
         return self._in_groups(x, hidden, groups) if groups else self._with_mlp(x, hidden)
 
-    @property
+    @cached_property
     def _mlp(self) -> tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]:
         return cast(
             tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
@@ -189,6 +192,8 @@ class ResBlock(nn.Module):
     def _with_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return x + cast(Tensor, self.channelwise(hidden))
+        if len(x) == 1:
+            return self._add_mlp(x, hidden)
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
         rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
         return in_parts(self._add_mlp, rows, x, hidden)
@@ -289,7 +294,7 @@ class AttnBlock(nn.Module):
         self.attention = nn.ModuleDict({"attn": AttentionWeights(channels)})
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_channels, channels))
 
-    @property
+    @cached_property
     def weights(self) -> AttentionWeights:
         return cast(AttentionWeights, self.attention["attn"])
 

@@ -1,4 +1,4 @@
-"""Linear layers joined with what follows them, and a fast reduction: where CPU time beside the products goes.
+"""Linear layers joined with what follows them, norms and sums: where CPU time beside the products goes.
 
 On a CPU and without gradients, oneDNN applies the activation or the addition to its results while these are
 in the cache, which saves passes over the largest tensors, and in bf16 before it rounds them. It is also fast
@@ -7,13 +7,17 @@ Everywhere else these are the plain formulas.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NORM_EPS = 1e-6
+
 _CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
+_MANY_TOKENS = 256  # of a picture; for fewer, the passes cost more to start than the one operator
 
 
 def cached_rows(num_elements: int) -> int:
@@ -32,22 +36,46 @@ def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Te
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The linear layer alone; oneDNN adds the bias without a pass of its own, too."""
     if _has_fused_kernels(x):
-        return cast(Tensor, _onednn_linear()(x, weight, bias, "none", [], ""))
+        product: Tensor = _onednn_linear().default(x, weight, bias, "none", [], "")
+        return product
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(linear(x))."""
     if _has_fused_kernels(x):
-        return cast(Tensor, _onednn_linear()(x, weight, bias, "gelu", [], "none"))
+        product: Tensor = _onednn_linear().default(x, weight, bias, "gelu", [], "none")
+        return product
     return F.gelu(F.linear(x, weight, bias))
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """residual + linear(x); the shapes of the result and of `residual` are equal."""
     if _has_fused_kernels(x):
-        return cast(Tensor, _onednn_linear().binary(x, residual, weight, bias, "add"))
+        total: Tensor = _onednn_linear().binary(x, residual, weight, bias, "add")
+        return total
     return residual + F.linear(x, weight, bias)
+
+
+def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """LayerNorm over the last axis of (b, h, w, c), then times `gain`, plus `bias`, both of one element.
+
+    PyTorch's own goes to work anew for every token: with a hundred channels it takes twice the time of a few
+    passes over the map, each vectorised. Which of the two it is depends on the picture, not on its company.
+    """
+    channels = x.shape[-1]
+    is_large = _is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * len(x)
+    if not is_large:
+        gain = None if gain is None else gain.expand(channels)
+        bias = None if bias is None else bias.expand(channels)
+        return F.layer_norm(x, (channels,), gain, bias, eps=NORM_EPS)
+    centered = x - x.mean(dim=-1, keepdim=True)
+    scale = centered.square().mean(dim=-1, keepdim=True).add_(NORM_EPS).rsqrt_()
+    if gain is not None:
+        scale *= gain
+    if bias is None:
+        return centered.mul_(scale)
+    return torch.addcmul(bias, centered, scale, out=centered)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,17 +115,26 @@ def _sum_of_squares(row: Tensor) -> Tensor:
 
 
 def _has_fused_kernels(x: Tensor) -> bool:
+    return _is_plain_cpu(x) and x.dtype in _fused_dtypes()
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    """Nothing records the operators, or joins them itself and cannot take oneDNN's, as torch.compile does."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_compiling():  # that joins operators itself, and cannot take these
-        return False
+    return not torch.compiler.is_compiling()
+
+
+@cache
+def _fused_dtypes() -> tuple[torch.dtype, ...]:
+    """For which oneDNN is there, and fast on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if x.dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
-    return x.dtype is torch.float32
+        return ()
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
 
 
+@cache
 def _onednn_linear() -> Any:
     """The operator that torch.compile writes into its own CPU code; PyTorch has no public name for it."""
     return torch.ops.mkldnn._linear_pointwise  # noqa: SLF001

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import StageBConfig
-from cascade.networks.blocks import ChannelNorm, Downsample, Pointwise, Upsample, layer_norm, resize
+from cascade.networks.blocks import ChannelNorm, Downsample, Pointwise, Upsample, resize
+from cascade.networks.fused import layer_norm
 from cascade.networks.unet import Condition, UNet, to_channels_first, to_channels_last
 
 

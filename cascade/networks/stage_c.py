@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cascade.config import StageCConfig
 from cascade.networks.adapters import Adapter, Groups, adapt, groups_of, in_block
-from cascade.networks.blocks import ChannelNorm, Pointwise, layer_norm, resize
+from cascade.networks.blocks import ChannelNorm, Pointwise, resize
+from cascade.networks.fused import layer_norm
 from cascade.networks.unet import Condition, UNet, to_channels_first, to_channels_last
 
 

@@ -6,6 +6,7 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count, repeat
 from typing import TypeVar, cast
 
@@ -21,6 +22,7 @@ from cascade.networks.blocks import (
     ResBlock,
     TimestepBlock,
     ratio_embedding,
+    ratio_frequencies,
     resize,
 )
 
@@ -28,12 +30,32 @@ Block = TypeVar("Block", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
+class TimeMappers:
+    """All T blocks' maps from a noise level, below each other; they are the network's, not the request's."""
+
+    frequencies: Tensor  # of the embedding, (ratio channels // 2,)
+    weight: Tensor  # (sum of 2c, ratio channels)
+    bias: Tensor  # (sum of 2c,) in fp32
+
+    def embedding(self, ratio: Tensor) -> Tensor:
+        """(b,) -> (b, ratio channels) in fp32."""
+        return ratio_embedding(ratio, self.weight.shape[1], self.frequencies)
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """Factors and shifts, (b, ratio channels) -> (b, sum of 2c) in fp32."""
+        weight = self.weight.float()
+        # A CPU adds up one row in another order than several: by themselves they are the same in any company.
+        if embedding.is_cpu and len(embedding) > 1:
+            return torch.cat([F.linear(row, weight, self.bias) for row in torch.split(embedding, 1)])
+        return F.linear(embedding, weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
 class Condition:
     """What guides a network during a request: constant from step to step, one row per picture."""
 
     keys_values: tuple[Tensor, ...]  # one per A block: (b, 2, heads, tokens, head width)
-    time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
-    time_bias: Tensor  # and their biases in fp32, (sum of 2c,): the same for every row
+    time: TimeMappers
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
     control: tuple[Tensor, ...] | None = None  # Stage C: what a ControlNet adds, (b, h, w, c) each, before
     control_at: tuple[int, ...] = ()  # these ResBlocks in the order in which they run, repeats counted
@@ -60,8 +82,7 @@ class Condition:
         control_at = tuple(sorted({place for condition in conditions for place in condition.control_at}))
         return Condition(
             keys_values=tuple(torch.cat(column) for column in columns),
-            time_weight=first.time_weight,
-            time_bias=first.time_bias,
+            time=first.time,
             features=torch.cat(features) if features else None,
             control=_joined_control(conditions, control_at) if control_at else None,
             control_at=control_at,
@@ -84,14 +105,13 @@ class Condition:
 
         At full size they are tens of megabytes; conditions that are kept share one copy.
         """
-        return replace(self, time_weight=other.time_weight, time_bias=other.time_bias)
+        return replace(self, time=other.time)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> "Condition":
         """Some of the rows."""
         return Condition(
             keys_values=tuple(tensor[rows] for tensor in self.keys_values),
-            time_weight=self.time_weight,
-            time_bias=self.time_bias,
+            time=self.time,
             features=None if self.features is None else self.features[rows],
             control=None if self.control is None else tuple(each[rows] for each in self.control),
             control_at=self.control_at,
@@ -159,17 +179,23 @@ class UNet(nn.Module):
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Condition:
         """Keys and values of the condition's tokens (b, m, conditioning width), and the T blocks' maps."""
-        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels)
-        time_blocks = list(self._blocks(TimestepBlock))
         groups = self._groups(adapters)
         return Condition(
             keys_values=tuple(
-                block.prepare(tokens, groups.get(block, ())) for block in self._blocks(AttnBlock)
+                block.prepare(tokens, groups.get(block, ())) for block in self._attention_blocks
             ),
-            time_weight=torch.cat([block.mapper.weight for block in time_blocks]),
-            time_bias=torch.cat([block.prepare(zero) for block in time_blocks]),
+            time=self._time_mappers(),
             features=features,
             adapters=None if adapters is None else _kept(adapters),
+        )
+
+    def _time_mappers(self) -> TimeMappers:
+        frequencies = ratio_frequencies(self.ratio_channels, self.device)
+        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels, frequencies)
+        return TimeMappers(
+            frequencies,
+            torch.cat([block.mapper.weight for block in self._time_blocks]),
+            torch.cat([block.prepare(zero) for block in self._time_blocks]),
         )
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
@@ -203,23 +229,19 @@ class UNet(nn.Module):
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
         """
-        embedding = ratio_embedding(ratio, self.ratio_channels)
-        weight, bias = condition.time_weight.float(), condition.time_bias
-        # A CPU adds up one row in another order than several: by themselves they are the same in any company.
-        rows = torch.split(embedding, 1) if embedding.is_cpu else [embedding]
-        mapped = torch.cat([F.linear(row, weight, bias) for row in rows])
-        time_blocks = list(self._blocks(TimestepBlock))
-        sizes = [block.mapper.out_features for block in time_blocks]
-        if any(block in groups for block in time_blocks):
-            zero = ratio_embedding(torch.zeros_like(ratio), self.ratio_channels)
-            cut = zip(time_blocks, torch.split(mapped, sizes, dim=-1), strict=True)
+        embedding = condition.time.embedding(ratio)
+        mapped = condition.time(embedding)
+        sizes = [block.mapper.out_features for block in self._time_blocks]
+        if any(block in groups for block in self._time_blocks):
+            zero = condition.time.embedding(torch.zeros_like(ratio))
+            cut = zip(self._time_blocks, torch.split(mapped, sizes, dim=-1), strict=True)
             mapped = torch.cat(
                 [block.adapt(part.clone(), embedding, zero, groups.get(block, ())) for block, part in cut],
                 dim=-1,
             )
         parts = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
-        prepared: dict[nn.Module, Tensor] = dict(zip(time_blocks, parts, strict=True))
-        prepared.update(zip(self._blocks(AttnBlock), condition.keys_values, strict=True))
+        prepared: dict[nn.Module, Tensor] = dict(zip(self._time_blocks, parts, strict=True))
+        prepared.update(zip(self._attention_blocks, condition.keys_values, strict=True))
         return prepared
 
     def _groups(self, adapters: Sequence[Adapter | None] | None) -> dict[nn.Module, Groups]:
@@ -234,6 +256,14 @@ class UNet(nn.Module):
             for index, block in enumerate(cast(nn.ModuleList, blocks))
         }
         return {block: groups for block, groups in concerned.items() if groups}
+
+    @cached_property
+    def _time_blocks(self) -> tuple[TimestepBlock, ...]:
+        return tuple(self._blocks(TimestepBlock))
+
+    @cached_property
+    def _attention_blocks(self) -> tuple[AttnBlock, ...]:
+        return tuple(self._blocks(AttnBlock))
 
     def _blocks(self, kind: type[Block]) -> Iterator[Block]:
         for level in (*self.down_blocks, *self.up_blocks):

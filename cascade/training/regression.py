@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cascade.networks.blocks import Pointwise, ResBlock, layer_norm, resize
+from cascade.networks.blocks import Pointwise, ResBlock, resize
+from cascade.networks.fused import layer_norm
 from cascade.networks.stage_b import StageB
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import Channels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade.networks.blocks import ResBlock
-from cascade.networks.fused import energy
+from cascade.networks.fused import energy, layer_norm
 from cascade.networks.stage_b import StageB
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
@@ -71,3 +71,4 @@ def test_the_block_with_the_widest_map(side: int) -> None:
     for row in range(ROWS):
         assert torch.equal(together[row : row + 1], block(x[row : row + 1]))
         assert torch.equal(energy(x)[row : row + 1], energy(x[row : row + 1]))
+        assert torch.equal(layer_norm(x)[row : row + 1], layer_norm(x[row : row + 1]))

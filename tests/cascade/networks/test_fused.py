@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.networks.blocks import ResBlock
-from cascade.networks.fused import energy, linear, linear_add, linear_gelu
+from cascade.networks.fused import energy, layer_norm, linear, linear_add, linear_gelu
 from tests.cascade.networks.reference import noise, randomized, worst
 
 HALF_STEP = 2**-8  # of bf16, relative: one rounding of the result, and nothing else, separates the two
@@ -34,6 +34,19 @@ def test_energy_is_the_norm_over_the_picture_in_fp32(shape: tuple[int, ...], dty
     exact = x.double().square().sum(dim=(1, 2), keepdim=True).sqrt()
     # fp32 sums of some thousand positive numbers, piece by piece
     assert (energy(x) / exact - 1).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 24), (2, 16, 16, 24), (1, 40, 33, 96)])
+@pytest.mark.parametrize("has_gain", [False, True])
+@torch.inference_mode()
+def test_layer_norm_equals_the_formula_far_from_zero(shape: tuple[int, ...], has_gain: bool) -> None:
+    x = noise(5, *shape) + 30
+    exact = F.layer_norm(x.double(), shape[-1:], eps=1e-6)
+    if not has_gain:
+        assert worst(layer_norm(x), exact) <= 2e-5
+        return
+    gain, bias = torch.tensor(1.5), torch.tensor(-0.25)
+    assert worst(layer_norm(x, gain, bias), exact * 1.5 - 0.25) <= 2e-5
 
 
 def test_large_values_do_not_overflow_the_energy() -> None:

@@ -157,7 +157,7 @@ def test_all_conditions_share_the_mappers_of_the_time_blocks(studio: Studio) -> 
     samples = [drawing.sample for drawing in drawings]
     assert samples[0] is not None
     assert samples[1] is not None
-    assert samples[0].condition.time_weight is samples[1].condition.time_weight
+    assert samples[0].condition.time is samples[1].condition.time
 
 
 def test_a_failed_step_changes_nothing(cascade: Cascade) -> None:
