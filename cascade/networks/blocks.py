@@ -316,18 +316,19 @@ class AttnBlock(nn.Module):
         b, h, w, channels = x.shape
         weights = self.weights
         normed = layer_norm(x).view(b, h * w, channels)
+        keys, values = condition.unbind(1)
         if self.self_attention:
             projected = linear(normed, weights.in_proj_weight, weights.in_proj_bias)
             projected = adapt(projected, normed, weights.in_proj_weight, groups, _IN_PROJ)
-            own = self._split_heads(projected, parts=3)
-            condition = torch.cat([own[:, 1:], condition], dim=3)
+            query, own_keys, own_values = self._split_heads(projected, parts=3).unbind(1)
+            keys, values = torch.cat([own_keys, keys], dim=2), torch.cat([own_values, values], dim=2)
         else:
             projected = linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
             projected = adapt_thirds(
                 projected, normed, weights.in_proj_weight[:channels], groups, _IN_PROJ, 0, 1
             )
-            own = self._split_heads(projected, parts=1)
-        attended = _attend(own[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
+            query = self._split_heads(projected, parts=1)[:, 0]
+        attended = _attend(query, keys, values).transpose(1, 2).reshape(b, h, w, channels)
         added = linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
         return adapt(added, attended, weights.out_proj.weight, groups, _OUT_PROJ)
 
