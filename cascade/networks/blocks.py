@@ -192,10 +192,10 @@ class ResBlock(nn.Module):
     def _with_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return x + cast(Tensor, self.channelwise(hidden))
-        if len(x) == 1:
+        if x.shape[0] == 1:
             return self._add_mlp(x, hidden)
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
-        rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
+        rows = cached_rows(4 * x[0].numel()) if x.is_cpu else len(x)
         return in_parts(self._add_mlp, rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups) -> Tensor:

@@ -27,7 +27,7 @@ def cached_rows(num_elements: int) -> int:
 
 def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
     """`function` of so many rows of the tensors at a time, joined again; it treats each row by itself."""
-    if len(tensors[0]) <= rows:
+    if tensors[0].shape[0] <= rows:
         return function(*tensors)
     parts = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
@@ -63,12 +63,12 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
     PyTorch's own goes to work anew for every token: with a hundred channels it takes twice the time of a few
     passes over the map, each vectorised. Which of the two it is depends on the picture, not on its company.
     """
-    channels = x.shape[-1]
-    is_large = _is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * len(x)
+    rows, *_, channels = x.shape
+    is_large = _is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * rows
     if not is_large:
         gain = None if gain is None else gain.expand(channels)
         bias = None if bias is None else bias.expand(channels)
-        return F.layer_norm(x, (channels,), gain, bias, eps=NORM_EPS)
+        return torch.layer_norm(x, (channels,), gain, bias, NORM_EPS)
     centered = x - x.mean(dim=-1, keepdim=True)
     scale = centered.square().mean(dim=-1, keepdim=True).add_(NORM_EPS).rsqrt_()
     if gain is not None:
@@ -94,7 +94,7 @@ def energy(x: Tensor) -> Tensor:
     """
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
-    per_row = x.numel() // len(x)
+    per_row = x.numel() // x.shape[0]
     if per_row > _CACHED_ELEMENTS:
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
     else:

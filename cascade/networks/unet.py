@@ -31,7 +31,10 @@ Block = TypeVar("Block", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class TimeMappers:
-    """All T blocks' maps from a noise level, below each other; they are the network's, not the request's."""
+    """All T blocks' maps from a noise level, below each other: the network's, and the same for all requests.
+
+    At full size they are tens of megabytes; conditions that are kept share one copy.
+    """
 
     frequencies: Tensor  # of the embedding, (ratio channels // 2,)
     weight: Tensor  # (sum of 2c, ratio channels)
@@ -100,13 +103,6 @@ class Condition:
         control = tuple(each.expand(rows, -1, -1, -1) for each in maps)
         return replace(self, control=control, control_at=tuple(places))
 
-    def sharing(self, other: "Condition") -> "Condition":
-        """The same with the mappers of `other`, which are equal for all conditions of a network.
-
-        At full size they are tens of megabytes; conditions that are kept share one copy.
-        """
-        return replace(self, time=other.time)
-
     def __getitem__(self, rows: slice | Tensor | list[int]) -> "Condition":
         """Some of the rows."""
         return Condition(
@@ -172,11 +168,22 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def time_mappers(self) -> TimeMappers:
+        """What `prepare` makes itself unless it is handed in."""
+        frequencies = ratio_frequencies(self.ratio_channels, self.device)
+        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels, frequencies)
+        return TimeMappers(
+            frequencies,
+            torch.cat([block.mapper.weight for block in self._time_blocks]),
+            torch.cat([block.prepare(zero) for block in self._time_blocks]),
+        )
+
     def _prepare(
         self,
         tokens: Tensor,
         features: Tensor | None = None,
         adapters: Sequence[Adapter | None] | None = None,
+        time: TimeMappers | None = None,
     ) -> Condition:
         """Keys and values of the condition's tokens (b, m, conditioning width), and the T blocks' maps."""
         groups = self._groups(adapters)
@@ -184,18 +191,9 @@ class UNet(nn.Module):
             keys_values=tuple(
                 block.prepare(tokens, groups.get(block, ())) for block in self._attention_blocks
             ),
-            time=self._time_mappers(),
+            time=time or self.time_mappers(),
             features=features,
             adapters=None if adapters is None else _kept(adapters),
-        )
-
-    def _time_mappers(self) -> TimeMappers:
-        frequencies = ratio_frequencies(self.ratio_channels, self.device)
-        zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels, frequencies)
-        return TimeMappers(
-            frequencies,
-            torch.cat([block.mapper.weight for block in self._time_blocks]),
-            torch.cat([block.prepare(zero) for block in self._time_blocks]),
         )
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
@@ -231,7 +229,7 @@ class UNet(nn.Module):
         """
         embedding = condition.time.embedding(ratio)
         mapped = condition.time(embedding)
-        sizes = [block.mapper.out_features for block in self._time_blocks]
+        sizes = self._time_sizes
         if any(block in groups for block in self._time_blocks):
             zero = condition.time.embedding(torch.zeros_like(ratio))
             cut = zip(self._time_blocks, torch.split(mapped, sizes, dim=-1), strict=True)
@@ -262,6 +260,11 @@ class UNet(nn.Module):
         return tuple(self._blocks(TimestepBlock))
 
     @cached_property
+    def _time_sizes(self) -> list[int]:
+        """Of each T block's factors and shifts together."""
+        return [block.mapper.out_features for block in self._time_blocks]
+
+    @cached_property
     def _attention_blocks(self) -> tuple[AttnBlock, ...]:
         return tuple(self._blocks(AttnBlock))
 
@@ -277,12 +280,14 @@ def to_channels_last(x: Tensor, patch_size: int) -> Tensor:
 
     In memory, too: a matrix product adds up in another order where a single row comes as a transposed view.
     """
-    return F.pixel_unshuffle(x, patch_size).permute(0, 2, 3, 1).contiguous()
+    planes = F.pixel_unshuffle(x, patch_size) if patch_size > 1 else x
+    return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def to_channels_first(x: Tensor, patch_size: int) -> Tensor:
     """(b, h, w, c * p * p) -> (b, c, h * p, w * p)."""
-    return F.pixel_shuffle(x.permute(0, 3, 1, 2), patch_size)
+    planes = x.permute(0, 3, 1, 2)
+    return F.pixel_shuffle(planes, patch_size) if patch_size > 1 else planes
 
 
 def _joined_control(conditions: Sequence[Condition], places: Sequence[int]) -> tuple[Tensor, ...]:

@@ -94,14 +94,6 @@ class Sample(Generic[C]):
             return self.condition, self.unguided if is_guided else None
         return self.uncontrolled, self.unguided_uncontrolled if is_guided else None
 
-    def replace_conditions(self, change: Callable[[C], C]) -> None:
-        """Put another condition in the place of each."""
-        self.condition = change(self.condition)
-        self.unguided = None if self.unguided is None else change(self.unguided)
-        self.uncontrolled = None if self.uncontrolled is None else change(self.uncontrolled)
-        if self.unguided_uncontrolled is not None:
-            self.unguided_uncontrolled = change(self.unguided_uncontrolled)
-
     def with_known(self, latents: Tensor, step: int) -> Tensor:
         """Latents (c, h, w) at the level of a step, with the known part put back, if there is one."""
         if self.known is None:
