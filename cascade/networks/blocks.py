@@ -8,8 +8,8 @@ is constant during a request (condition keys and values, terms of unused time co
 
 import math
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from cascade.networks.fused import (
     linear,
     linear_add,
     linear_gelu,
+    packed,
 )
 
 _IN_PROJ, _OUT_PROJ = "attention.attn.in_proj", "attention.attn.out_proj"  # places of adapters
@@ -128,12 +129,6 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _ResponseNorm.apply(x, self.gamma, self.beta))  # type: ignore[no-untyped-call]
 
-    def scale(self, x: Tensor) -> Tensor:
-        """The factor of every channel, (b, h, w, c) -> (b, 1, 1, c): the norm is x * scale + beta."""
-        norms = energy(x)
-        mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
-        return norms.div_(mean).mul_(self.gamma).add_(1).to(x.dtype)
-
 
 class _ResponseNorm(torch.autograd.Function):
     """One multiply-add forwards, and a backward pass that reads the large map twice instead of six times."""
@@ -161,6 +156,19 @@ class _ResponseNorm(torch.autograd.Function):
         return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
 
 
+class ResWeights(NamedTuple):
+    """What a ResBlock reads at every step: looked up once, and the kernel packed for the processor."""
+
+    kernel: Tensor
+    kernel_bias: Tensor
+    widen: Tensor
+    widen_bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+    narrow: Tensor
+    narrow_bias: Tensor
+
+
 class ResBlock(nn.Module):
     """Block C: depthwise 3x3, norm, per-pixel MLP with GRN; an optional skip joins before the MLP."""
 
@@ -177,11 +185,29 @@ class ResBlock(nn.Module):
             nn.Linear(4 * channels, channels),
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, groups: Groups = ()) -> Tensor:
-        hidden = layer_norm(depthwise(x, self.depthwise.weight, self.depthwise.bias))
+    def prepare(self) -> ResWeights:
+        """For `forward` without gradients; to be made anew when a weight has changed."""
+        widen, _, norm, _, narrow = self._mlp
+        bias = cast(Tensor, self.depthwise.bias)
+        mlp = (widen.weight, widen.bias, norm.gamma, norm.beta, narrow.weight, narrow.bias)
+        return ResWeights(packed(self.depthwise.weight), bias, *mlp)
+
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, groups: Groups = (), weights: ResWeights | None = None
+    ) -> Tensor:
+        """(b, h, w, c) to the same shape; `skip` is (b, h, w, skip channels)."""
+        if self.training or torch.is_grad_enabled():
+            weights = None
+            hidden = depthwise(x, self.depthwise.weight, self.depthwise.bias)
+        else:
+            weights = self.prepare() if weights is None else weights
+            hidden = depthwise(x, weights.kernel, weights.kernel_bias)
+        hidden = layer_norm(hidden)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
-        return self._in_groups(x, hidden, groups) if groups else self._with_mlp(x, hidden)
+        if groups:
+            return self._in_groups(x, hidden, groups, weights)
+        return self._with_mlp(x, hidden, weights)
 
     @cached_property
     def _mlp(self) -> tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]:
@@ -189,16 +215,16 @@ class ResBlock(nn.Module):
             tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
         )
 
-    def _with_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled():
+    def _with_mlp(self, x: Tensor, hidden: Tensor, weights: ResWeights | None) -> Tensor:
+        if weights is None:
             return x + cast(Tensor, self.channelwise(hidden))
         if x.shape[0] == 1:
-            return self._add_mlp(x, hidden)
+            return _add_mlp(weights, x, hidden)
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
         rows = cached_rows(4 * x[0].numel()) if x.is_cpu else len(x)
-        return in_parts(self._add_mlp, rows, x, hidden)
+        return in_parts(partial(_add_mlp, weights), rows, x, hidden)
 
-    def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups) -> Tensor:
+    def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups, weights: ResWeights | None) -> Tensor:
         """x + MLP(hidden), each group of rows with its changes and all others as if these were not there."""
         widen, gelu, norm, dropout, narrow = self._mlp
         done = torch.empty_like(x)
@@ -212,24 +238,25 @@ class ResBlock(nn.Module):
             )
             adapted.update(group.numbers(len(x)))
         if others := [row for row in range(len(x)) if row not in adapted]:
-            done[others] = self._with_mlp(x[others], hidden[others])
+            done[others] = self._with_mlp(x[others], hidden[others], weights)
         return done
 
-    def _add_mlp(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
-        widen, _, norm, _, narrow = self._mlp
-        hidden = linear_gelu(hidden, widen.weight, widen.bias)
-        scale = norm.scale(hidden)
-        _, height, width, channels = x.shape
-        if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
-            hidden = torch.addcmul(norm.beta, hidden, scale, out=hidden)
-            return linear_add(hidden, narrow.weight, narrow.bias, x)
-        bias = narrow.bias + narrow.weight @ norm.beta.flatten()
-        weights = narrow.weight * scale.flatten(1, 2)  # (b, c, 4c)
-        rows = [
-            linear_add(hidden[row : row + 1], weights[row], bias, x[row : row + 1]) for row in range(len(x))
-        ]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
+    """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
+    _, _, widen, widen_bias, gamma, beta, narrow, narrow_bias = weights
+    hidden = linear_gelu(hidden, widen, widen_bias)
+    norms = energy(hidden)
+    mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
+    scale = norms.div_(mean).mul_(gamma).add_(1).to(hidden.dtype)
+    _, height, width, channels = x.shape
+    if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
+        hidden = torch.addcmul(beta, hidden, scale, out=hidden)
+        return linear_add(hidden, narrow, narrow_bias, x)
+    bias = narrow_bias + narrow @ beta.flatten()
+    scaled = narrow * scale.flatten(1, 2)  # (b, c, 4c)
+    rows = [linear_add(hidden[row : row + 1], scaled[row], bias, x[row : row + 1]) for row in range(len(x))]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class TimestepBlock(nn.Module):

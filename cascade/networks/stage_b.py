@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cascade.config import StageBConfig
 from cascade.networks.blocks import ChannelNorm, Downsample, Pointwise, Upsample, resize
 from cascade.networks.fused import layer_norm
-from cascade.networks.unet import Condition, TimeMappers, UNet, to_channels_first, to_channels_last
+from cascade.networks.unet import Condition, Constants, UNet, to_channels_first, to_channels_last
 
 
 class StageB(UNet):
@@ -45,7 +45,7 @@ class StageB(UNet):
         size: tuple[int, int],
         pixels: Tensor | None = None,
         *,
-        time: TimeMappers | None = None,
+        constants: Constants | None = None,
     ) -> Condition:
         """The condition of a request.
 
@@ -54,7 +54,7 @@ class StageB(UNet):
             pooled: projected text, (b, 1, pooled width).
             size: height and width of the latent to be denoised, both even.
             pixels: a small picture to guide by, (b, 3, h, w); the published weights are fed zeros.
-            time: `time_mappers`, if they are known.
+            constants: the network's, if they are known.
         """
         batch, dtype = pooled.shape[0], self.dtype
         height, width = (side // self.config.patch_size for side in size)
@@ -66,7 +66,7 @@ class StageB(UNet):
         guide = self.pixels_mapper(pixels.to(dtype).permute(0, 2, 3, 1))
         features = features + (guide if guide.shape[1:3] == (1, 1) else resize(guide, height, width))
         tokens = self.clip_mapper(pooled.to(dtype)).view(batch, -1, self.config.conditioning_dim)
-        return self._prepare(layer_norm(tokens), features, time=time)
+        return self._prepare(layer_norm(tokens), features, constants=constants)
 
     def forward(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise in `latents` (b, 4, h, w) at noise levels `ratio` (b,), 0 clean to 1 noise."""

@@ -13,7 +13,7 @@ from cascade.config import StageCConfig
 from cascade.networks.adapters import Adapter, Groups, adapt, groups_of, in_block
 from cascade.networks.blocks import ChannelNorm, Pointwise, resize
 from cascade.networks.fused import layer_norm
-from cascade.networks.unet import Condition, TimeMappers, UNet, to_channels_first, to_channels_last
+from cascade.networks.unet import Condition, Constants, UNet, to_channels_first, to_channels_last
 
 
 class StageC(UNet):
@@ -53,7 +53,7 @@ class StageC(UNet):
         image_embeds: Tensor,
         *,
         adapters: Sequence[Adapter | None] | None = None,
-        time: TimeMappers | None = None,
+        constants: Constants | None = None,
     ) -> Condition:
         """The condition of a request.
 
@@ -62,7 +62,7 @@ class StageC(UNet):
             pooled: projected text, (b, 1, pooled width).
             image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) without a picture.
             adapters: LoRAs, one for each row or None for a row without.
-            time: `time_mappers`, if they are known.
+            constants: the network's, if they are known.
         """
         groups = in_block(groups_of(adapters, self.device), "")
         tokens = [
@@ -70,7 +70,7 @@ class StageC(UNet):
             self._map("clip_txt_pooled_mapper", pooled, groups),
             self._map("clip_img_mapper", image_embeds, groups),
         ]
-        return self._prepare(layer_norm(torch.cat(tokens, dim=1)), adapters=adapters, time=time)
+        return self._prepare(layer_norm(torch.cat(tokens, dim=1)), adapters=adapters, constants=constants)
 
     @property
     def control_levels(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, repeat
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from cascade.networks.blocks import (
     AttnBlock,
     Pointwise,
     ResBlock,
+    ResWeights,
     TimestepBlock,
     ratio_embedding,
     ratio_frequencies,
@@ -30,27 +31,28 @@ Block = TypeVar("Block", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
-class TimeMappers:
-    """All T blocks' maps from a noise level, below each other: the network's, and the same for all requests.
+class Constants:
+    """What is computed from the weights alone: the same for all requests, until a weight changes.
 
-    At full size they are tens of megabytes; conditions that are kept share one copy.
+    At full size these are tens of megabytes; conditions that are kept share one copy.
     """
 
-    frequencies: Tensor  # of the embedding, (ratio channels // 2,)
-    weight: Tensor  # (sum of 2c, ratio channels)
-    bias: Tensor  # (sum of 2c,) in fp32
+    frequencies: Tensor  # of the embedding of noise levels, (ratio channels // 2,)
+    time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
+    time_bias: Tensor  # and their biases in fp32, (sum of 2c,)
+    res_weights: tuple[ResWeights, ...]  # one per ResBlock
 
     def embedding(self, ratio: Tensor) -> Tensor:
         """(b,) -> (b, ratio channels) in fp32."""
-        return ratio_embedding(ratio, self.weight.shape[1], self.frequencies)
+        return ratio_embedding(ratio, self.time_weight.shape[1], self.frequencies)
 
-    def __call__(self, embedding: Tensor) -> Tensor:
-        """Factors and shifts, (b, ratio channels) -> (b, sum of 2c) in fp32."""
-        weight = self.weight.float()
+    def map_time(self, embedding: Tensor) -> Tensor:
+        """Factors and shifts of all T blocks, (b, ratio channels) -> (b, sum of 2c) in fp32."""
+        weight, bias = self.time_weight.float(), self.time_bias
         # A CPU adds up one row in another order than several: by themselves they are the same in any company.
         if embedding.is_cpu and len(embedding) > 1:
-            return torch.cat([F.linear(row, weight, self.bias) for row in torch.split(embedding, 1)])
-        return F.linear(embedding, weight, self.bias)
+            return torch.cat([F.linear(row, weight, bias) for row in torch.split(embedding, 1)])
+        return F.linear(embedding, weight, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Condition:
     """What guides a network during a request: constant from step to step, one row per picture."""
 
     keys_values: tuple[Tensor, ...]  # one per A block: (b, 2, heads, tokens, head width)
-    time: TimeMappers
+    constants: Constants  # of the network
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
     control: tuple[Tensor, ...] | None = None  # Stage C: what a ControlNet adds, (b, h, w, c) each, before
     control_at: tuple[int, ...] = ()  # these ResBlocks in the order in which they run, repeats counted
@@ -66,7 +68,7 @@ class Condition:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rows; the mappers are shared."""
+        """Memory of the rows; the constants are shared."""
         rows = [*self.keys_values, *(self.control or ())]
         rows += [] if self.features is None else [self.features]
         return sum(each.numel() * each.element_size() for each in rows)
@@ -85,7 +87,7 @@ class Condition:
         control_at = tuple(sorted({place for condition in conditions for place in condition.control_at}))
         return Condition(
             keys_values=tuple(torch.cat(column) for column in columns),
-            time=first.time,
+            constants=first.constants,
             features=torch.cat(features) if features else None,
             control=_joined_control(conditions, control_at) if control_at else None,
             control_at=control_at,
@@ -107,7 +109,7 @@ class Condition:
         """Some of the rows."""
         return Condition(
             keys_values=tuple(tensor[rows] for tensor in self.keys_values),
-            time=self.time,
+            constants=self.constants,
             features=None if self.features is None else self.features[rows],
             control=None if self.control is None else tuple(each[rows] for each in self.control),
             control_at=self.control_at,
@@ -168,14 +170,15 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def time_mappers(self) -> TimeMappers:
+    def constants(self) -> Constants:
         """What `prepare` makes itself unless it is handed in."""
         frequencies = ratio_frequencies(self.ratio_channels, self.device)
         zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels, frequencies)
-        return TimeMappers(
+        return Constants(
             frequencies,
             torch.cat([block.mapper.weight for block in self._time_blocks]),
             torch.cat([block.prepare(zero) for block in self._time_blocks]),
+            tuple(block.prepare() for block in self._res_blocks),
         )
 
     def _prepare(
@@ -183,15 +186,15 @@ class UNet(nn.Module):
         tokens: Tensor,
         features: Tensor | None = None,
         adapters: Sequence[Adapter | None] | None = None,
-        time: TimeMappers | None = None,
+        constants: Constants | None = None,
     ) -> Condition:
-        """Keys and values of the condition's tokens (b, m, conditioning width), and the T blocks' maps."""
+        """Keys and values of the condition's tokens (b, m, conditioning width), and all else."""
         groups = self._groups(adapters)
         return Condition(
             keys_values=tuple(
                 block.prepare(tokens, groups.get(block, ())) for block in self._attention_blocks
             ),
-            time=time or self.time_mappers(),
+            constants=constants or self.constants(),
             features=features,
             adapters=None if adapters is None else _kept(adapters),
         )
@@ -222,23 +225,25 @@ class UNet(nn.Module):
 
     def _per_block(
         self, ratio: Tensor, condition: Condition, groups: dict[nn.Module, Groups]
-    ) -> dict[nn.Module, Tensor]:
-        """What each block reads beside the map: factors and shifts (b, 1, 1, 2c), or keys and values.
+    ) -> dict[nn.Module, Any]:
+        """What each block reads beside the map: its weights, factors and shifts, or keys and values.
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
         """
-        embedding = condition.time.embedding(ratio)
-        mapped = condition.time(embedding)
+        constants = condition.constants
+        embedding = constants.embedding(ratio)
+        mapped = constants.map_time(embedding)
         sizes = self._time_sizes
         if any(block in groups for block in self._time_blocks):
-            zero = condition.time.embedding(torch.zeros_like(ratio))
+            zero = constants.embedding(torch.zeros_like(ratio))
             cut = zip(self._time_blocks, torch.split(mapped, sizes, dim=-1), strict=True)
             mapped = torch.cat(
                 [block.adapt(part.clone(), embedding, zero, groups.get(block, ())) for block, part in cut],
                 dim=-1,
             )
         parts = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
-        prepared: dict[nn.Module, Tensor] = dict(zip(self._time_blocks, parts, strict=True))
+        prepared: dict[nn.Module, Any] = dict(zip(self._res_blocks, constants.res_weights, strict=True))
+        prepared.update(zip(self._time_blocks, parts, strict=True))
         prepared.update(zip(self._attention_blocks, condition.keys_values, strict=True))
         return prepared
 
@@ -254,6 +259,10 @@ class UNet(nn.Module):
             for index, block in enumerate(cast(nn.ModuleList, blocks))
         }
         return {block: groups for block, groups in concerned.items() if groups}
+
+    @cached_property
+    def _res_blocks(self) -> tuple[ResBlock, ...]:
+        return tuple(self._blocks(ResBlock))
 
     @cached_property
     def _time_blocks(self) -> tuple[TimestepBlock, ...]:
@@ -317,7 +326,7 @@ def _level(
     mappers: nn.Module,
     x: Tensor,
     skip: Tensor | None,
-    prepared: dict[nn.Module, Tensor],
+    prepared: dict[nn.Module, Any],
     groups: dict[nn.Module, Groups],
     control: Iterator[Tensor | None],
 ) -> Tensor:
@@ -327,7 +336,7 @@ def _level(
             if isinstance(block, ResBlock):
                 if (added := next(control)) is not None:
                     x = x + resize(added, *x.shape[1:3]).to(x.dtype)
-                x = block(x, skip if index == 0 else None, groups.get(block, ()))
+                x = block(x, skip if index == 0 else None, groups.get(block, ()), prepared[block])
             elif isinstance(block, AttnBlock):
                 x = block(x, prepared[block], groups.get(block, ()))
             else:

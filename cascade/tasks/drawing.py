@@ -18,7 +18,7 @@ from torch import Tensor
 from cascade.conditioning import TextEmbeddings, TextEncoder, pad_chunks
 from cascade.models import Models
 from cascade.networks.adapters import Adapter
-from cascade.networks.unet import Condition, TimeMappers, UNet
+from cascade.networks.unet import Condition, Constants, UNet
 from cascade.recent import Recent
 from cascade.sampling.denoise import Batch, Network, Sample, in_parts
 from cascade.tasks.picture import (
@@ -111,7 +111,7 @@ class Studio:
         self.texts: Recent[tuple[int, TextKey], TextEmbeddings] = Recent(CACHED_TEXTS)
         self._conditions: Recent[ConditionKey, Condition] = Recent(CACHED_CONDITIONS)
         self._batches: Recent[tuple[Sample[Condition], ...], Batch[Condition]] = Recent(CACHED_BATCHES)
-        self._time: dict[UNet, TimeMappers] = {}
+        self._constants: dict[UNet, Constants] = {}
         self._in_fp32: WeakValueDictionary[str, Models] = WeakValueDictionary()
 
     @torch.inference_mode()
@@ -212,8 +212,8 @@ class Studio:
         if drawing.semantic is not None:
             encoder = models.decoder_text_encoder
             texts = {key.text: self._text(encoder, key) for key in keys}
-            time = self._time_mappers(models.stage_b)
-            sample = begin_decoder(models, picture, drawing.semantic, texts, given, time=time)
+            constants = self._constants_of(models.stage_b)
+            sample = begin_decoder(models, picture, drawing.semantic, texts, given, constants=constants)
         else:
             condition, unguided = self._conditions_of(drawing, keys)
             sample = begin_prior(models, picture, condition, unguided, given)
@@ -244,9 +244,9 @@ class Studio:
         is_guided = drawing.picture.prior_rows > 1
         texts = [self._text(models.text_encoder, key) for key in keys[: 1 + is_guided]]
         length = max(text.hidden.shape[1] for text in texts)
-        adapter, time = drawing.given.adapter, self._time_mappers(models.stage_c)
+        adapter, constants = drawing.given.adapter, self._constants_of(models.stage_c)
         conditions = [
-            prior_condition(models, self._padded(text, keys[0], length), embeds, adapter, time=time)
+            prior_condition(models, self._padded(text, keys[0], length), embeds, adapter, constants=constants)
             if embeds is not None and row == 0
             else self._condition(models, (key, length, num_images, adapter))
             for row, (key, text) in enumerate(zip(keys, texts, strict=False))
@@ -261,18 +261,18 @@ class Studio:
             embeddings = self._padded(self._text(models.text_encoder, text), text, length)
             width = models.stage_c.config.clip_image_in_channels
             none = torch.zeros(1, num_images, width, device=models.device)
-            time = self._time_mappers(models.stage_c)
-            return prior_condition(models, embeddings, none, adapter, time=time)
+            constants = self._constants_of(models.stage_c)
+            return prior_condition(models, embeddings, none, adapter, constants=constants)
 
         return self._conditions.get(key, prepare) if models is self.models else prepare(key)
 
-    def _time_mappers(self, network: UNet) -> TimeMappers:
+    def _constants_of(self, network: UNet) -> Constants:
         """One copy for all conditions of a network; those of a second try go when it ends."""
         if network not in (self.models.stage_b, self.models.stage_c):
-            return network.time_mappers()
-        if network not in self._time:
-            self._time[network] = network.time_mappers()
-        return self._time[network]
+            return network.constants()
+        if network not in self._constants:
+            self._constants[network] = network.constants()
+        return self._constants[network]
 
     def _padded(self, text: TextEmbeddings, key: TextKey, length: int) -> TextEmbeddings:
         if text.hidden.shape[1] == length:

@@ -18,7 +18,7 @@ from torch import Tensor
 from cascade.conditioning import TextEmbeddings
 from cascade.models import Models
 from cascade.networks.adapters import Adapter
-from cascade.networks.unet import Condition, TimeMappers
+from cascade.networks.unet import Condition, Constants
 from cascade.sampling.denoise import Known, Sample
 from cascade.sampling.noise import NoiseSource, PhiloxNoise, Stage, TorchGenerator
 from cascade.sampling.presets import PRESETS
@@ -138,14 +138,16 @@ def prior_condition(
     image_embeds: Tensor | None = None,
     adapter: Adapter | None = None,
     *,
-    time: TimeMappers | None = None,
+    constants: Constants | None = None,
 ) -> Condition:
     """What guides Stage C, a row for each text; image embeddings are (b, k, d), zeros for no picture."""
     rows, width = len(text.pooled), models.stage_c.config.clip_image_in_channels
     if image_embeds is None:
         image_embeds = torch.zeros(rows, 1, width, device=models.device)
     adapters = None if adapter is None else [adapter] * rows
-    return models.stage_c.prepare(text.hidden, text.pooled, image_embeds, adapters=adapters, time=time)
+    return models.stage_c.prepare(
+        text.hidden, text.pooled, image_embeds, adapters=adapters, constants=constants
+    )
 
 
 def begin_prior(
@@ -199,15 +201,17 @@ def begin_decoder(
     texts: Mapping[str, TextEmbeddings],
     given: Given = NOTHING,
     *,
-    time: TimeMappers | None = None,
+    constants: Constants | None = None,
 ) -> Sample[Condition]:
     """A picture as noise, before the first step of Stage B; `semantic`, (16, h, w), is Stage C's result."""
     settings, size = picture.settings, picture.plan.decoder_grid
     prompt, negative = (texts[text].pooled for text in settings.texts)
     is_guided = settings.decoder_guidance_scale > 1
     wanted, nothing = semantic[None], torch.zeros_like(semantic)[None]
-    condition = models.stage_b.prepare(wanted, prompt, size, time=time)
-    unguided = models.stage_b.prepare(nothing, negative, size, time=condition.time) if is_guided else None
+    condition = models.stage_b.prepare(wanted, prompt, size, constants=constants)
+    unguided = (
+        models.stage_b.prepare(nothing, negative, size, constants=condition.constants) if is_guided else None
+    )
     return Sample(
         condition=condition,
         unguided=unguided,

@@ -148,7 +148,7 @@ def test_conditions_are_joined_only_when_the_company_changes(
     assert joined == [2, 3]
 
 
-def test_all_conditions_share_the_mappers_of_the_time_blocks(studio: Studio) -> None:
+def test_all_conditions_share_the_constants_of_their_network(studio: Studio) -> None:
     drawings = [draw(studio, seed=seed) for seed in (1, 2)]
     for drawing in drawings:
         while drawing.stage == "prior":
@@ -157,7 +157,7 @@ def test_all_conditions_share_the_mappers_of_the_time_blocks(studio: Studio) -> 
     samples = [drawing.sample for drawing in drawings]
     assert samples[0] is not None
     assert samples[1] is not None
-    assert samples[0].condition.time is samples[1].condition.time
+    assert samples[0].condition.constants is samples[1].condition.constants
 
 
 def test_a_failed_step_changes_nothing(cascade: Cascade) -> None:
