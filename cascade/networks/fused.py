@@ -115,11 +115,13 @@ def energy(x: Tensor) -> Tensor:
     """
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
-    per_row = x.numel() // x.shape[0]
-    if per_row > _CACHED_ELEMENTS:
+    size, rows = x.numel(), x.shape[0]
+    if size > rows * _CACHED_ELEMENTS:
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
+    elif size > _CACHED_ELEMENTS:
+        total = in_parts(_small_sums_of_squares, cached_rows(size // rows), x)
     else:
-        total = in_parts(_small_sums_of_squares, cached_rows(per_row), x)
+        total = _small_sums_of_squares(x)
     return total.sqrt_()
 
 
@@ -130,7 +132,7 @@ def _small_sums_of_squares(x: Tensor) -> Tensor:
 def _sum_of_squares(row: Tensor) -> Tensor:
     """Over the tokens of a large picture, (n, c) -> (c,)."""
     total = row.new_zeros(row.shape[-1], dtype=torch.float32)
-    for piece in torch.split(row, cached_rows(4 * row.shape[-1])):
+    for piece in torch.split(row, cached_rows(row.shape[-1])):
         total += piece.float().square().sum(dim=0)
     return total
 
