@@ -32,7 +32,7 @@ class Denoiser(Protocol):
 
 
 def accelerate(network: UNet, mode: Compile, device: torch.device) -> Network[Condition]:
-    """The network as fast as `mode` allows on CUDA. On a CPU compiled blocks are slower than plain ones."""
+    """The network as fast as `mode` allows on CUDA. On a CPU itself: compiled blocks are slower there."""
     if mode == "off" or device.type != "cuda":
         return network
     if mode == "full":

@@ -20,6 +20,7 @@ from app.jobs.fleet import LEAVE_SECONDS
 from app.settings import Settings
 
 DEFAULT_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection: else they send into its end
 ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
 
 
@@ -66,6 +67,7 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the app decides which proxies it believes
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=ANSWER_SECONDS,
     )
 

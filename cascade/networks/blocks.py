@@ -8,7 +8,7 @@ is constant during a request (condition keys and values, terms of unused time co
 
 import math
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from cascade.networks.fused import (
     depthwise,
     energy,
     in_parts,
+    is_plain_cpu,
     layer_norm,
     linear,
     linear_add,
@@ -185,7 +186,7 @@ class ResBlock(nn.Module):
             nn.Linear(4 * channels, channels),
         )
 
-    def prepare(self) -> ResWeights:
+    def step_weights(self) -> ResWeights:
         """For `forward` without gradients; to be made anew when a weight has changed."""
         widen, _, norm, _, narrow = self._mlp
         bias = cast(Tensor, self.depthwise.bias)
@@ -197,19 +198,20 @@ class ResBlock(nn.Module):
     ) -> Tensor:
         """(b, h, w, c) to the same shape; `skip` is (b, h, w, skip channels)."""
         if self.training or torch.is_grad_enabled():
-            weights = None
-            hidden = depthwise(x, self.depthwise.weight, self.depthwise.bias)
-        else:
-            weights = self.prepare() if weights is None else weights
-            hidden = depthwise(x, weights.kernel, weights.kernel_bias)
-        hidden = layer_norm(hidden)
+            weights = None  # the modules themselves
+        elif weights is None:
+            weights = self.step_weights()
+        kernel = self.depthwise.weight
+        if weights is not None and is_plain_cpu(x):
+            kernel = weights.kernel
+        hidden = layer_norm(depthwise(x, kernel, self.depthwise.bias))
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
         if groups:
             return self._in_groups(x, hidden, groups, weights)
         return self._with_mlp(x, hidden, weights)
 
-    @cached_property
+    @property
     def _mlp(self) -> tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]:
         return cast(
             tuple[nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear], tuple(self.channelwise)
@@ -321,7 +323,7 @@ class AttnBlock(nn.Module):
         self.attention = nn.ModuleDict({"attn": AttentionWeights(channels)})
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_channels, channels))
 
-    @cached_property
+    @property
     def weights(self) -> AttentionWeights:
         return cast(AttentionWeights, self.attention["attn"])
 

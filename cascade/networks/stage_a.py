@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cascade.config import StageAConfig
 from cascade.networks.fused import layer_norm, linear, linear_gelu
 
-_STRIP_ELEMENTS = 1 << 18  # feature values: with the four times wider map of the MLP they fit the L2 cache
+_STRIP_ELEMENTS = 1 << 18  # feature values; a strip is read again while it is in the cache
 _MIN_STRIP_ROWS = 8  # of the picture; two more are read for each strip
 
 

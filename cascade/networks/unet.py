@@ -6,7 +6,6 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import count, repeat
 from typing import Any, TypeVar, cast
 
@@ -160,6 +159,10 @@ class UNet(nn.Module):
         self.up_repeat_mappers = _repeat_mappers(widths[::-1], config.up_blocks_repeat_mappers)
         self.down_downscalers = nn.ModuleList()
         self.up_upscalers = nn.ModuleList()
+        self._res_blocks = tuple(self._blocks(ResBlock))
+        self._time_blocks = tuple(self._blocks(TimestepBlock))
+        self._attention_blocks = tuple(self._blocks(AttnBlock))
+        self._time_sizes = [block.mapper.out_features for block in self._time_blocks]  # factors and shifts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +181,7 @@ class UNet(nn.Module):
             frequencies,
             torch.cat([block.mapper.weight for block in self._time_blocks]),
             torch.cat([block.prepare(zero) for block in self._time_blocks]),
-            tuple(block.prepare() for block in self._res_blocks),
+            tuple(block.step_weights() for block in self._res_blocks),
         )
 
     def _prepare(
@@ -259,23 +262,6 @@ class UNet(nn.Module):
             for index, block in enumerate(cast(nn.ModuleList, blocks))
         }
         return {block: groups for block, groups in concerned.items() if groups}
-
-    @cached_property
-    def _res_blocks(self) -> tuple[ResBlock, ...]:
-        return tuple(self._blocks(ResBlock))
-
-    @cached_property
-    def _time_blocks(self) -> tuple[TimestepBlock, ...]:
-        return tuple(self._blocks(TimestepBlock))
-
-    @cached_property
-    def _time_sizes(self) -> list[int]:
-        """Of each T block's factors and shifts together."""
-        return [block.mapper.out_features for block in self._time_blocks]
-
-    @cached_property
-    def _attention_blocks(self) -> tuple[AttnBlock, ...]:
-        return tuple(self._blocks(AttnBlock))
 
     def _blocks(self, kind: type[Block]) -> Iterator[Block]:
         for level in (*self.down_blocks, *self.up_blocks):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from PIL import Image
@@ -111,7 +111,7 @@ class Studio:
         self.texts: Recent[tuple[int, TextKey], TextEmbeddings] = Recent(CACHED_TEXTS)
         self._conditions: Recent[ConditionKey, Condition] = Recent(CACHED_CONDITIONS)
         self._batches: Recent[tuple[Sample[Condition], ...], Batch[Condition]] = Recent(CACHED_BATCHES)
-        self._constants: dict[UNet, Constants] = {}
+        self._constants: WeakKeyDictionary[UNet, Constants] = WeakKeyDictionary()
         self._in_fp32: WeakValueDictionary[str, Models] = WeakValueDictionary()
 
     @torch.inference_mode()
@@ -142,7 +142,9 @@ class Studio:
             if drawing.sample is not None:
                 groups.setdefault(num_tokens(drawing.sample), []).append(drawing.sample)
         network = in_parts(self._network(drawings[0]), rows)
-        batches = [self._batch(samples) for samples in groups.values()]
+        # Of a second try nothing is remembered: its weights are to go when it ends.
+        known = self._batches if drawings[0].models is self.models else Recent(0)
+        batches = [known.get(tuple(samples), _batch) for samples in groups.values()]
         advanced = [batch.advanced(network) for batch in batches]
         if self.models.device.type == "cuda":  # where an error of the step comes out, if there is one
             torch.cuda.current_stream(self.models.device).synchronize()
@@ -228,9 +230,6 @@ class Studio:
         key = TextKey(prompt, settings.weighted_prompt, settings.long_prompt, adapter)
         return key, replace(key, text=negative)
 
-    def _batch(self, samples: list[Sample[Condition]]) -> Batch[Condition]:
-        return self._batches.get(tuple(samples), lambda same: Batch(same, Condition.cat))
-
     def _text(self, encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
         """A text is encoded by itself, so that no bit of it depends on others."""
         return self.texts.get((id(encoder), key), lambda _: _encoded(encoder, key))
@@ -244,9 +243,9 @@ class Studio:
         is_guided = drawing.picture.prior_rows > 1
         texts = [self._text(models.text_encoder, key) for key in keys[: 1 + is_guided]]
         length = max(text.hidden.shape[1] for text in texts)
-        adapter, constants = drawing.given.adapter, self._constants_of(models.stage_c)
+        adapter = drawing.given.adapter
         conditions = [
-            prior_condition(models, self._padded(text, keys[0], length), embeds, adapter, constants=constants)
+            self._prior_condition(models, self._padded(text, keys[0], length), embeds, adapter)
             if embeds is not None and row == 0
             else self._condition(models, (key, length, num_images, adapter))
             for row, (key, text) in enumerate(zip(keys, texts, strict=False))
@@ -261,15 +260,18 @@ class Studio:
             embeddings = self._padded(self._text(models.text_encoder, text), text, length)
             width = models.stage_c.config.clip_image_in_channels
             none = torch.zeros(1, num_images, width, device=models.device)
-            constants = self._constants_of(models.stage_c)
-            return prior_condition(models, embeddings, none, adapter, constants=constants)
+            return self._prior_condition(models, embeddings, none, adapter)
 
         return self._conditions.get(key, prepare) if models is self.models else prepare(key)
 
+    def _prior_condition(
+        self, models: Models, text: TextEmbeddings, embeds: Tensor, adapter: Adapter | None
+    ) -> Condition:
+        constants = self._constants_of(models.stage_c)
+        return prior_condition(models, text, embeds, adapter, constants=constants)
+
     def _constants_of(self, network: UNet) -> Constants:
-        """One copy for all conditions of a network; those of a second try go when it ends."""
-        if network not in (self.models.stage_b, self.models.stage_c):
-            return network.constants()
+        """One copy for all conditions of a network, as long as it lives."""
         if network not in self._constants:
             self._constants[network] = network.constants()
         return self._constants[network]
@@ -284,6 +286,10 @@ class Studio:
         if drawing.models is self.models:
             return self._networks[drawing.stage]
         return drawing.models.stage_c if drawing.stage == "prior" else drawing.models.stage_b
+
+
+def _batch(samples: tuple[Sample[Condition], ...]) -> Batch[Condition]:
+    return Batch(samples, Condition.cat)
 
 
 def _encoded(encoder: TextEncoder, key: TextKey) -> TextEmbeddings:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from cascade.conditioning import encode_texts
 from cascade.devices import limit_bytes, peak_bytes, used_bytes
 from cascade.models import Models
-from cascade.networks.unet import Condition
+from cascade.networks.unet import Condition, Constants
 from cascade.sampling.denoise import Batch, Network, Sample
 from cascade.tasks.picture import begin_decoder, begin_prior, decode, plan_pictures, prior_condition
 from cascade.tasks.settings import ImageSettings
@@ -88,12 +89,22 @@ class Rehearsal:
 
     def _prior(self) -> Sample[Condition]:
         text = self._models.text_encoder.encode([self._picture.settings.prompt])
-        return begin_prior(self._models, self._picture, prior_condition(self._models, text), None)
+        condition = prior_condition(self._models, text, constants=self._prior_constants)
+        return begin_prior(self._models, self._picture, condition, None)
 
     def _decoder(self) -> Sample[Condition]:
         texts = encode_texts(self._models.decoder_text_encoder, self._picture.settings.texts)
         semantic = torch.zeros(self._picture.prior_shape, device=self._models.device)
-        return begin_decoder(self._models, self._picture, semantic, texts)
+        constants = self._decoder_constants
+        return begin_decoder(self._models, self._picture, semantic, texts, constants=constants)
+
+    @cached_property
+    def _prior_constants(self) -> Constants:
+        return self._models.stage_c.constants()
+
+    @cached_property
+    def _decoder_constants(self) -> Constants:
+        return self._models.stage_b.constants()
 
 
 def _wait_for(device: torch.device) -> None:

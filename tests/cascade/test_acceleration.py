@@ -160,9 +160,7 @@ def test_another_number_of_tokens_runs_without_the_graph(recorder: Recorder) -> 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile itself calls it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.inference_mode()
-def test_compiled_blocks_predict_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where kernels are not packed; torch.compile cannot read those that are."""
-    monkeypatch.setattr("cascade.networks.blocks.packed", lambda weight: weight)
+def test_compiled_blocks_predict_the_same() -> None:
     stage_c = small_cascade().stage_c
     condition = stage_c.prepare(torch.randn(2, 6, 8), torch.randn(2, 1, 8), torch.zeros(2, 1, 4))
     given = (torch.randn(2, 16, 6, 6), torch.rand(2), condition)

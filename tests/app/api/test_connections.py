@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
-from app.api.connections import protocol
+from app.api.connections import configure, protocol
+from app.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -64,3 +66,8 @@ async def test_once_the_head_is_there_the_rest_may_take_its_time() -> None:
         writer.write(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
         async with asyncio.timeout(5):
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+
+
+def test_an_idle_connection_outlives_the_patience_of_those_who_reuse_it() -> None:
+    """nginx and load balancers keep theirs for 60 seconds, httpx for 5; who closes first must not be us."""
+    assert configure(FastAPI(), Settings()).timeout_keep_alive > 60

@@ -1,5 +1,6 @@
 """Drawings in a studio, with the real networks at tiny dimensions: alone, in company, resumed, gone wrong."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -256,8 +257,12 @@ def test_the_copy_in_fp32_is_gone_when_nobody_needs_it() -> None:
         studio.step([drawing], 99)
     assert studio.retry_in_fp32(drawing)
     assert len(studio._in_fp32) == 1
+    studio.step([drawing], 99)
+    weight = weakref.ref(drawing.models.stage_c.get_parameter("down_blocks.0.0.channelwise.0.weight"))
+    assert weight() is not None
     del drawing
     assert len(studio._in_fp32) == 0
+    assert weight() is None
 
 
 def test_in_fp32_there_is_no_second_try(studio: Studio) -> None:
