@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from app.engine.fairness import Share, Shares, Turns
 
 PATIENCE = 64  # ticks. With n pictures aboard, none waits for more than n + 1 times as many
-COMPANY = 32  # ticks by which a full batch goes before an empty one
+COMPANY = 12  # ticks by which a full batch goes before an empty one; 32 gain nothing and make rare sizes late
 NEARLY_DONE = 0.4  # of a batch: so much fuller a queue must be that has just begun than one about to end
 TICKS_AHEAD = 4  # that a tenant can get before those who ask for little
 PRESSING = 3.0  # a deadline is, when no more than so many times the rest of the work fits before it
