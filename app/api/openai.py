@@ -46,6 +46,7 @@ from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
 from app.jobs.job import Job, StoredImage
+from app.jobs.store import Submitted
 from app.schemas import GenerationRequest, parse_size
 from app.settings import Settings
 
@@ -134,35 +135,47 @@ async def _respond(
     event: EventFamily = "image_generation",
 ) -> Response:
     """What all three have in common: a checked body to a job, and that to the answer asked for."""
-    preference = Preference() if body.stream else parse_prefer(request.headers.getlist("prefer"))
-    accept = "" if body.stream or preference.is_async else request.headers.get("accept", "")
-    raw = raw_format(accept, body.output_format)
-    if raw is not None:
-        require_one(body.n, "n")
-    as_url = raw is None and not body.stream and _wants_url(body)
-    base = ""
-    if as_url or preference.may_outlive_the_call:  # a bad Host is refused before the work
-        base = public_base(request, services.settings)
+    call, base = _call(request, services, exchange, body)
     resolve_model(body.model, services)
     await wait_for_model(services)
-    call = Call(request, services, exchange, preference, raw)
-    may_replay = read_key(request) is not None
-    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
-    order = _order(call, body, members, received)
-    submitted = await submit(services, exchange, order)
+    received = await receive(body, services, exchange.tenant, may_replay=read_key(request) is not None)
+    submitted = await submit(services, exchange, _order(call, body, members, received))
     if body.stream:
-        job = submitted.job
-        stream = ImageStream(services, _quality(body), body.partial_images, event)
-        headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay), **_ignored(body)}
-        waiting = services.dispatcher.waiting(job)
-        return respond_with_events(stream.events(job), headers, services.metrics, within=waiting)
+        return _stream(call, submitted, body, event)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
-        write = partial(_answer, _quality(body), job, services, base if as_url else None)
+        write = partial(_answer, _quality(body), job, services, base)
         content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
         return Response(content, media_type="application/json", headers=headers)
 
     return await answer_when_ended(call, submitted, tell, _ignored(body))
+
+
+def _call(
+    request: Request, services: Services, exchange: Exchange, body: ImageGenerationBody
+) -> tuple[Call, str | None]:
+    """How the caller wants to be answered, and where the URLs of its pictures begin; None: it gets base64."""
+    if body.stream:
+        return Call(request, services, exchange, Preference(), raw=None), None
+    preference = parse_prefer(request.headers.getlist("prefer"))
+    accept = "" if preference.is_async else request.headers.get("accept", "")
+    raw = raw_format(accept, body.output_format)
+    if raw is not None:
+        require_one(body.n, "n")
+    as_url = raw is None and _wants_url(body)
+    base = None
+    if as_url or preference.may_outlive_the_call:  # a bad Host is refused before the work
+        base = public_base(request, services.settings)
+    return Call(request, services, exchange, preference, raw), base if as_url else None
+
+
+def _stream(call: Call, submitted: Submitted, body: ImageGenerationBody, event: EventFamily) -> Response:
+    """The pictures as server-sent events, while they grow."""
+    services, job = call.services, submitted.job
+    stream = ImageStream(services, _quality(body), body.partial_images, event)
+    headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay), **_ignored(body)}
+    waiting = services.dispatcher.waiting(job)
+    return respond_with_events(stream.events(job), headers, services.metrics, within=waiting)
 
 
 @router.get(

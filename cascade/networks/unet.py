@@ -4,10 +4,10 @@ A forward pass needs a `Condition`, made once per request by the stage's `prepar
 deepest level first, as in the published checkpoints: list index u is level n - 1 - u.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, repeat
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -204,15 +204,12 @@ class UNet(nn.Module):
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
-        groups = self._groups(condition.adapters)
-        prepared = self._per_block(ratio, condition, groups)
-        control = _control_of_blocks(condition)
-
+        given = self._given(ratio, condition)
         skips: list[Tensor] = []
         for downscale, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = _level(blocks, mappers, downscale(x), None, prepared, groups, control)
+            x = _level(blocks, mappers, downscale(x), None, given)
             skips.append(x)
         for index, (blocks, mappers, upscale) in enumerate(
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
@@ -223,16 +220,15 @@ class UNet(nn.Module):
                 x = resize(x, *skip.shape[1:3])
             else:
                 skip = None
-            x = upscale(_level(blocks, mappers, x, skip, prepared, groups, control))
+            x = upscale(_level(blocks, mappers, x, skip, given))
         return x
 
-    def _per_block(
-        self, ratio: Tensor, condition: Condition, groups: dict[nn.Module, Groups]
-    ) -> dict[nn.Module, Any]:
-        """What each block reads beside the map: its weights, factors and shifts, or keys and values.
+    def _given(self, ratio: Tensor, condition: Condition) -> "_Given":
+        """What each block reads at noise levels `ratio` (b,).
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
         """
+        groups = self._groups(condition.adapters)
         constants = condition.constants
         embedding = constants.embedding(ratio)
         mapped = constants.map_time(embedding)
@@ -244,11 +240,14 @@ class UNet(nn.Module):
                 [block.adapt(part.clone(), embedding, zero, groups.get(block, ())) for block, part in cut],
                 dim=-1,
             )
-        parts = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
-        prepared: dict[nn.Module, Any] = dict(zip(self._res_blocks, constants.res_weights, strict=True))
-        prepared.update(zip(self._time_blocks, parts, strict=True))
-        prepared.update(zip(self._attention_blocks, condition.keys_values, strict=True))
-        return prepared
+        times = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
+        return _Given(
+            weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
+            times=dict(zip(self._time_blocks, times, strict=True)),
+            keys_values=dict(zip(self._attention_blocks, condition.keys_values, strict=True)),
+            groups=groups,
+            control=_control_of_blocks(condition),
+        )
 
     def _groups(self, adapters: Sequence[Adapter | None] | None) -> dict[nn.Module, Groups]:
         """What adapters of the rows change in each block; blocks that they leave alone are absent."""
@@ -307,26 +306,30 @@ def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
     return (maps.get(place) for place in count())
 
 
-def _level(
-    blocks: nn.Module,
-    mappers: nn.Module,
-    x: Tensor,
-    skip: Tensor | None,
-    prepared: dict[nn.Module, Any],
-    groups: dict[nn.Module, Groups],
-    control: Iterator[Tensor | None],
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the blocks read beside the map, at one step."""
+
+    weights: Mapping[nn.Module, ResWeights]
+    times: Mapping[nn.Module, Tensor]  # factors and shifts, (b, 1, 1, 2c)
+    keys_values: Mapping[nn.Module, Tensor]
+    groups: Mapping[nn.Module, Groups]
+    control: Iterator[Tensor | None]  # for one ResBlock after the other, as they run
+
+
+def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, given: _Given) -> Tensor:
     """Run a level; when it is repeated, the same weights run again and see the same skip again."""
     for mapper in (*cast(nn.ModuleList, mappers), None):
         for index, block in enumerate(cast(nn.ModuleList, blocks)):
+            groups = given.groups.get(block, ())
             if isinstance(block, ResBlock):
-                if (added := next(control)) is not None:
+                if (added := next(given.control)) is not None:
                     x = x + resize(added, *x.shape[1:3]).to(x.dtype)
-                x = block(x, skip if index == 0 else None, groups.get(block, ()), prepared[block])
+                x = block(x, skip if index == 0 else None, groups, given.weights[block])
             elif isinstance(block, AttnBlock):
-                x = block(x, prepared[block], groups.get(block, ()))
+                x = block(x, given.keys_values[block], groups)
             else:
-                x = block(x, prepared[block])
+                x = block(x, given.times[block])
         if mapper is not None:
             x = mapper(x)
     return x

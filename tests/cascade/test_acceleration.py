@@ -168,3 +168,17 @@ def test_compiled_blocks_predict_the_same() -> None:
     for block in repeated_blocks(stage_c):
         block.compile(dynamic=True)
     assert torch.allclose(stage_c(*given), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # as torch.compile does
+def test_a_training_step_is_one_graph() -> None:
+    """It is compiled with its condition; what breaks the graph costs what compiling gains."""
+    stage_b = small_cascade().stage_b.requires_grad_().train()
+
+    def predict(codes: Tensor, pooled: Tensor, latents: Tensor, ratio: Tensor) -> Tensor:
+        return stage_b(latents, ratio, stage_b.prepare(codes, pooled, (16, 16)))
+
+    compiled = torch.compile(predict, backend="eager", fullgraph=True)
+    given = (torch.randn(2, 16, 2, 2), torch.randn(2, 1, 8), torch.randn(2, 4, 16, 16), torch.rand(2))
+    assert torch.allclose(compiled(*given), predict(*given), atol=1e-5, rtol=1e-5)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from cascade.networks.blocks import ResBlock
 from cascade.networks.fused import energy, layer_norm, linear, linear_add, linear_gelu
+from cascade.networks.stage_b import StageB
+from cascade.networks.unet import Condition
 from tests.cascade.networks.reference import noise, randomized, worst
+from tests.cascade.small_models import STAGE_B
 
 HALF_STEP = 2**-8  # of bf16, relative: one rounding of the result, and nothing else, separates the two
 
@@ -85,3 +88,30 @@ def test_fused_layers_give_a_row_the_same_alone_and_in_company(tokens: int, narr
         for name, layer in layers.items():
             alone = [layer(slice(row, row + 1)) for row in range(len(x))]
             assert torch.equal(torch.cat(alone), layer(slice(None))), name
+
+
+def prepared_step(network: StageB) -> tuple[Tensor, Tensor, Condition]:
+    condition = network.prepare(noise(1, 1, 16, 3, 3), noise(2, 1, 1, 8), (24, 24))
+    return noise(3, 1, 4, 24, 24), torch.tensor([0.4]), condition
+
+
+def test_gradients_reach_all_weights_of_what_was_prepared_without_them() -> None:
+    network = randomized(StageB(STAGE_B), seed=1)
+    with torch.no_grad():
+        given = prepared_step(network)
+    network(*given).square().mean().backward()
+    for block in network.modules():
+        if isinstance(block, ResBlock):
+            assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+@torch.no_grad()
+def test_a_changed_weight_counts_from_the_next_preparation_on() -> None:
+    network = randomized(StageB(STAGE_B), seed=1)
+    before = network(*prepared_step(network))
+    network.get_parameter("down_blocks.0.0.depthwise.weight").mul_(2)
+    after = network(*prepared_step(network))
+    assert worst(after, before) > 0.01
+    again = randomized(StageB(STAGE_B), seed=1)
+    again.get_parameter("down_blocks.0.0.depthwise.weight").mul_(2)
+    assert torch.equal(after, again(*prepared_step(again)))
