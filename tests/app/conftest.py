@@ -14,6 +14,7 @@ from app.api.deps import Services
 from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
+from tests.app.postgresql import postgresql  # noqa: F401  # a fixture
 
 Serve = Callable[..., AbstractAsyncContextManager[httpx2.AsyncClient]]
 

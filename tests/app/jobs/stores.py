@@ -4,6 +4,8 @@ from typing import Any
 
 from sqlalchemy import Connection, delete
 
+from app.jobs.database import Database
+from app.jobs.faults import NO_FAULTS
 from app.jobs.job import Job, StoredImage
 from app.jobs.store import JobStore
 from app.jobs.tables import jobs
@@ -29,6 +31,14 @@ class Clock:
     def let_pass(self, seconds: float) -> None:
         self.now += seconds
         self.passed += seconds
+
+
+async def kept(url: str, databases: dict[str, Database]) -> Database:
+    """An empty one of those that are kept from test to test."""
+    if url not in databases:
+        databases[url] = await Database.open(url, NO_FAULTS)
+    await databases[url].write(empty)
+    return databases[url]
 
 
 def empty(connection: Connection) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,13 @@ def test_other_texts_are_refused(text: str) -> None:
         Faults([text])
 
 
+@cache
+def calls_in(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+
+
 def hits(path: Path) -> list[str]:
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = calls_in(path)
     named = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "hit"]
     return [
         str(argument.value) for call in named for argument in call.args if isinstance(argument, ast.Constant)
@@ -73,9 +79,9 @@ def test_only_the_database_opens_transactions() -> None:
     found = {
         path.name
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rsplit(".", 1)[-1] in openers
         if path.parent.name == "jobs"
+        for call in calls_in(path)
+        if ast.unparse(call.func).rsplit(".", 1)[-1] in openers
     }
     assert found == {"database.py"}
 

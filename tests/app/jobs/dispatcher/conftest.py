@@ -1,17 +1,20 @@
 """Servers on databases in memory."""
 
-import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.jobs import chores, keeping
+from app.jobs.database import Database
+from app.jobs.faults import NO_FAULTS
 from app.jobs.fleet import Fleet
 from app.jobs.store import JobStore
 from tests.app.jobs.servers import Server
+from tests.app.jobs.stores import kept
 
 Serve = Callable[..., Awaitable[Server]]
 
@@ -35,26 +38,22 @@ def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def folder(memory: Path) -> AsyncIterator[Path]:
-    """With an empty database."""
-    empty = memory / "empty.db"
-    if not empty.exists():
-        await (await JobStore.open(f"sqlite:///{empty}")).close()
+def folder(memory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        shutil.copy(empty, f"{folder}/jobs.db")
         yield Path(folder)
 
 
 @pytest.fixture
-def url(folder: Path) -> str:
-    return f"sqlite:///{folder}/jobs.db"
+def url(memory: Path) -> str:
+    """The database of all these tests, empty at the beginning of each that asks for `store`."""
+    return f"sqlite:///{memory}/dispatcher.db"
 
 
 @pytest.fixture
-async def store(url: str) -> AsyncIterator[JobStore]:
-    store = await JobStore.open(url)
-    yield store
-    await store.close()
+async def store(url: str, databases: dict[str, Database]) -> JobStore:
+    """A store without jobs."""
+    database = await kept(url, databases)
+    return JobStore(database, time.time, time.monotonic, NO_FAULTS)
 
 
 @pytest.fixture

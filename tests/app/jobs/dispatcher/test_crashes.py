@@ -212,7 +212,7 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
     server = await serve()
     accepted, other = await server.submit(1), await server.submit(2)
     [early, _] = await server.runs(2)
-    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.02)
     save, is_away = store.save_latents, True
 
     async def save_later(*args: Any) -> bool:
@@ -229,7 +229,7 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
     await until(lambda: (flight := slot.flights.get(accepted.id)) and flight.job.fence == 2)
     is_away = False
     num_warnings = server.log.getvalue().count("does not answer")
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert server.log.getvalue().count("does not answer") <= num_warnings + 1
     assert slot.flights[accepted.id].job.fence == 2
     server.engine.finish(*(await server.runs(3)))
@@ -239,7 +239,7 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
 async def test_what_another_server_ends_is_told_here(
     folder: Path, url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.05)
     here = Server(folder, await JobStore.open(url), is_sole=False, max_samples=0)
     here.dispatcher.engines[0].ready = Ready("cpu", "float32", 64, 64, 1, {})  # and not any more
     await here.dispatcher.start()
