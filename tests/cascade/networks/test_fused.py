@@ -57,7 +57,7 @@ def test_large_values_do_not_overflow_the_energy() -> None:
     assert energy(x).isfinite().all()
 
 
-@pytest.mark.parametrize("side", [3, 30, 90], ids=["shifted sums", "scales the map", "scales the weights"])
+@pytest.mark.parametrize("side", [3, 30, 90], ids=["few tokens", "scales the map", "scales the weights"])
 @pytest.mark.parametrize("skip_channels", [0, 20])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_a_block_gives_the_same_with_and_without_gradients(
