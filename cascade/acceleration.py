@@ -7,6 +7,7 @@ rows beyond the largest graph.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -39,7 +40,7 @@ def accelerate(network: UNet, mode: Compile, device: torch.device) -> Network[Co
         torch._dynamo.config.recompile_limit = _KINDS  # noqa: SLF001  # blocks share code, so all count as one
         for block in repeated_blocks(network):
             block.compile(dynamic=True)  # code for any number of rows, not one for each
-    return Graphs(network, record_cuda_graph)
+    return Graphs(network, CudaRecorder(device))
 
 
 def repeated_blocks(network: UNet) -> list[nn.Module]:
@@ -48,24 +49,38 @@ def repeated_blocks(network: UNet) -> list[nn.Module]:
     return [block for level in levels for block in level.children()]
 
 
-def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A CUDA graph of `run`, which must have been warmed up by the recorder: the first call may allocate."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # The other thread that decodes and copies meanwhile must not break the recording.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = run()
+class CudaRecorder:
+    """Records CUDA graphs that are never replayed at the same time: all use the same memory in between."""
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-    return replay
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A graph of `run`, which is warmed up before: first calls allocate."""
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # The other thread that decodes and copies meanwhile must not break the recording.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _pool(self) -> "torch.cuda._POOL_HANDLE":
+        return torch.cuda.graph_pool_handle()
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ preview them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -174,7 +174,7 @@ class Studio:
         """
         chunk = decode_chunk(drawings[0].picture.plan)
         parts = [drawings[start : start + chunk] for start in range(0, len(drawings), chunk)]
-        with torch.cuda.stream(self._side_stream()):
+        with torch.cuda.stream(self._side_stream):
             return [image for part in parts for image in self._decode_part(part)]
 
     @torch.inference_mode()
@@ -183,7 +183,7 @@ class Studio:
         previewer, sample = self.models.previewer, drawing.sample
         if previewer is None or sample is None or sample.step == 0 or drawing.stage != "prior":
             return None
-        with torch.cuda.stream(self._side_stream()):
+        with torch.cuda.stream(self._side_stream):
             return to_images(previewer(sample.clean[None]))[0]
 
     def _decode_part(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
@@ -200,8 +200,12 @@ class Studio:
         drawn = zip(to_images(pixels), pictures, strict=True)
         return [partial(finished, image, picture) for image, picture in drawn]
 
+    @cached_property
     def _side_stream(self) -> torch.cuda.Stream | None:
-        """On a GPU, what runs there does not wait for a step that the other thread has begun meanwhile."""
+        """On a GPU, what runs there does not wait for a step that the other thread has begun meanwhile.
+
+        It is one stream, because freed memory is kept by stream: a new one would take as much once more.
+        """
         device = self.models.device
         return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
