@@ -40,7 +40,14 @@ def serve(
         ),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(metavar="DEVICES", help="auto, cpu, cuda:0,cuda:1, ...", show_default="auto")
+        str | None,
+        typer.Option(
+            "--devices",
+            "--device",
+            metavar="DEVICES",
+            help="auto, cpu, cuda:0,cuda:1, ...",
+            show_default="auto",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="auto, float32 or bfloat16.", show_default="auto")

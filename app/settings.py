@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BeforeValidator,
     Field,
     PositiveFloat,
@@ -25,6 +26,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
 DEFAULT_PORT = 8000
+_ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one; the setting is CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -140,7 +142,10 @@ class Settings(BaseSettings):
 
     model: str = Field("tiny", min_length=1, description="`tiny`, a checkpoint folder or a repository id")
     devices: Devices = Field(
-        ("auto",), min_length=1, description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each"
+        ("auto",),
+        min_length=1,
+        validation_alias=AliasChoices("devices", f"{PREFIX}DEVICES", _ONE_DEVICE),
+        description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each",
     )
     dtype: Dtype = Field("auto", description="Arithmetic of the networks")
     compile: Literal["off", "graphs", "full"] = Field(
@@ -308,7 +313,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
     """One sentence for each `CASCADE_*` variable that means nothing, with the nearest that does."""
-    names = [f"{PREFIX}{name.upper()}" for name in known]
+    names = [*(f"{PREFIX}{name.upper()}" for name in known), _ONE_DEVICE]
     unknown = sorted(
         name
         for name, value in environment.items()

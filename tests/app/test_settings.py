@@ -127,6 +127,23 @@ def test_devices_shares_and_the_places_of_things(monkeypatch: pytest.MonkeyPatch
     assert settings.profiles_dir == Path("/var/cache/x")
 
 
+def test_one_device_may_be_named_in_the_singular(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_DEVICE", "cuda:1")
+    assert load_settings().devices == ("cuda:1",)
+    monkeypatch.setenv("CASCADE_DEVICES", "cpu,cpu")
+    assert load_settings().devices == ("cpu", "cpu"), "the name of the setting wins"
+    assert load_settings(devices="cuda:0").devices == ("cuda:0",), "and an option wins over both"
+
+
+@pytest.mark.parametrize("name", ["CASCADE_DEVICE", "CASCADE_DEVICES"])
+def test_no_device_at_all_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, ",")
+    with pytest.raises(SettingsError, match="CASCADE_DEVICES: "):
+        load_settings()
+    with pytest.raises(SettingsError, match="--devices: "):
+        load_settings(devices=",")
+
+
 def test_what_a_service_manager_sets_is_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
