@@ -28,7 +28,7 @@ from app.engine.protocol import AnyToEngine, Configure, DeviceLost, Unusable, to
 from app.engine.pulse import Pulse
 from app.engine.scheduler import Scheduler
 from app.engine.transport import Transport
-from app.errors import DeviceGone
+from app.errors import DeviceGone, ModelUnusable
 from app.jobs.faults import Faults
 from app.logs import Logger, make_logger
 from app.settings import Settings
@@ -113,7 +113,8 @@ def _serve(
     except DeviceGone:
         raise
     except Exception as error:
-        logger.error("the model cannot be loaded", exc_info=error)
+        if not isinstance(error, ModelUnusable):  # its reason is all that there is to say, and is logged
+            logger.error("the model cannot be loaded", exc_info=error)
         transport.send(Unusable(str(error)))
         return Exit.UNUSABLE
     transport.send(ready)

@@ -26,7 +26,7 @@ from app.engine.profile import (
 )
 from app.engine.protocol import Configure, Ready, Run
 from app.engine.scheduler import BatchKey, Stage
-from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
+from app.errors import GenerationFailed, InvalidRequest, ModelUnusable, OutOfMemory
 from app.schemas import GenerationRequest, PictureRef
 
 if TYPE_CHECKING:
@@ -98,12 +98,16 @@ class CascadeRunner:
 
     def load(self, configure: Configure) -> Ready:
         """Read the checkpoint onto the device, find out how many rows it likes, and warm up."""
+        from cascade import CheckpointError, InvalidSetting
         from cascade.checkpoints.load import load_cascade
         from cascade.cpu import give_way, keep_freed_memory, suit_threads
 
         keep_freed_memory()
-        models = load_cascade(configure.model, device=configure.device, dtype=configure.dtype)
-        _add_extras(models, configure)
+        try:
+            models = load_cascade(configure.model, device=configure.device, dtype=configure.dtype)
+            _add_extras(models, configure)
+        except (CheckpointError, InvalidSetting) as error:
+            raise ModelUnusable(str(error)) from error
         give_way(models.device)
         suit_threads(models)
         return self.take(models, configure)
