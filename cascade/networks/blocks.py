@@ -201,10 +201,11 @@ class ResBlock(nn.Module):
             weights = None  # the modules themselves
         elif weights is None:
             weights = self.step_weights()
-        kernel = self.depthwise.weight
         if weights is not None and is_plain_cpu(x):
-            kernel = weights.kernel
-        hidden = layer_norm(depthwise(x, kernel, self.depthwise.bias))
+            hidden = depthwise(x, weights.kernel, weights.kernel_bias)
+        else:
+            hidden = depthwise(x, self.depthwise.weight, self.depthwise.bias)
+        hidden = layer_norm(hidden)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
         if groups:
@@ -295,8 +296,8 @@ class TimestepBlock(nn.Module):
             mapped = adapt(mapped, zero_embedding, weight, groups, f"mapper_{name}")
         return mapped
 
-    def forward(self, x: Tensor, mapped: Tensor) -> Tensor:
-        scale, shift = mapped.chunk(2, dim=-1)
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """(b, h, w, c) to the same shape; factors and shifts are (b, 1, 1, c)."""
         return torch.addcmul(shift, x, scale)
 
 
@@ -309,6 +310,15 @@ class AttentionWeights(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
         self.out_proj = nn.Linear(channels, channels)
         nn.init.xavier_uniform_(self.in_proj_weight)
+
+
+class AttnWeights(NamedTuple):
+    """What an AttnBlock reads at every step, looked up once."""
+
+    project: Tensor  # to queries, and to keys and values where the tokens attend to themselves
+    project_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
 
 
 class AttnBlock(nn.Module):
@@ -341,25 +351,35 @@ class AttnBlock(nn.Module):
         )
         return self._split_heads(keys_values, parts=2)
 
-    def forward(self, x: Tensor, condition: Tensor, groups: Groups = ()) -> Tensor:
-        b, h, w, channels = x.shape
+    def step_weights(self) -> AttnWeights:
+        """For `forward` without gradients; to be made anew when a weight has changed."""
         weights = self.weights
+        project: Tensor = weights.in_proj_weight
+        bias: Tensor = weights.in_proj_bias
+        out = weights.out_proj
+        if not self.self_attention:
+            project, bias = project[: out.in_features], bias[: out.in_features]
+        return AttnWeights(project, bias, out.weight, out.bias)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, groups: Groups = (), weights: AttnWeights | None = None
+    ) -> Tensor:
+        """(b, h, w, c) to the same shape; `condition` is what `prepare` made."""
+        if weights is None or self.training or torch.is_grad_enabled():
+            weights = self.step_weights()
+        b, h, w, channels = x.shape
         normed = layer_norm(x).view(b, h * w, channels)
-        keys, values = condition.unbind(1)
+        projected = linear(normed, weights.project, weights.project_bias)
         if self.self_attention:
-            projected = linear(normed, weights.in_proj_weight, weights.in_proj_bias)
-            projected = adapt(projected, normed, weights.in_proj_weight, groups, _IN_PROJ)
-            query, own_keys, own_values = self._split_heads(projected, parts=3).unbind(1)
-            keys, values = torch.cat([own_keys, keys], dim=2), torch.cat([own_values, values], dim=2)
+            projected = adapt(projected, normed, weights.project, groups, _IN_PROJ)
+            split = self._split_heads(projected, parts=3)
+            condition = torch.cat([split[:, 1:], condition], dim=3)
         else:
-            projected = linear(normed, weights.in_proj_weight[:channels], weights.in_proj_bias[:channels])
-            projected = adapt_thirds(
-                projected, normed, weights.in_proj_weight[:channels], groups, _IN_PROJ, 0, 1
-            )
-            query = self._split_heads(projected, parts=1)[:, 0]
-        attended = _attend(query, keys, values).transpose(1, 2).reshape(b, h, w, channels)
-        added = linear_add(attended, weights.out_proj.weight, weights.out_proj.bias, x)
-        return adapt(added, attended, weights.out_proj.weight, groups, _OUT_PROJ)
+            projected = adapt_thirds(projected, normed, weights.project, groups, _IN_PROJ, 0, 1)
+            split = self._split_heads(projected, parts=1)
+        attended = _attend(split[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
+        added = linear_add(attended, weights.out, weights.out_bias, x)
+        return adapt(added, attended, weights.out, groups, _OUT_PROJ)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
         """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""

@@ -17,6 +17,7 @@ from cascade.config import StageBConfig, StageCConfig
 from cascade.networks.adapters import Adapter, Groups, groups_of, in_block
 from cascade.networks.blocks import (
     AttnBlock,
+    AttnWeights,
     Pointwise,
     ResBlock,
     ResWeights,
@@ -40,6 +41,7 @@ class Constants:
     time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
     time_bias: Tensor  # and their biases in fp32, (sum of 2c,)
     res_weights: tuple[ResWeights, ...]  # one per ResBlock
+    attn_weights: tuple[AttnWeights, ...]  # one per AttnBlock
 
     def embedding(self, ratio: Tensor) -> Tensor:
         """(b,) -> (b, ratio channels) in fp32."""
@@ -182,6 +184,7 @@ class UNet(nn.Module):
             torch.cat([block.mapper.weight for block in self._time_blocks]),
             torch.cat([block.prepare(zero) for block in self._time_blocks]),
             tuple(block.step_weights() for block in self._res_blocks),
+            tuple(block.step_weights() for block in self._attention_blocks),
         )
 
     def _prepare(
@@ -240,10 +243,12 @@ class UNet(nn.Module):
                 [block.adapt(part.clone(), embedding, zero, groups.get(block, ())) for block, part in cut],
                 dim=-1,
             )
-        times = torch.split(mapped.to(self.dtype)[:, None, None], sizes, dim=-1)
+        halves = [size // 2 for size in sizes for _ in range(2)]
+        times = iter(torch.split(mapped.to(self.dtype)[:, None, None], halves, dim=-1))
         return _Given(
-            weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
-            times=dict(zip(self._time_blocks, times, strict=True)),
+            res_weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
+            attn_weights=dict(zip(self._attention_blocks, constants.attn_weights, strict=True)),
+            times=dict(zip(self._time_blocks, zip(times, times, strict=True), strict=True)),
             keys_values=dict(zip(self._attention_blocks, condition.keys_values, strict=True)),
             groups=groups,
             control=_control_of_blocks(condition),
@@ -310,8 +315,9 @@ def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
 class _Given:
     """What the blocks read beside the map, at one step."""
 
-    weights: Mapping[nn.Module, ResWeights]
-    times: Mapping[nn.Module, Tensor]  # factors and shifts, (b, 1, 1, 2c)
+    res_weights: Mapping[nn.Module, ResWeights]
+    attn_weights: Mapping[nn.Module, AttnWeights]
+    times: Mapping[nn.Module, tuple[Tensor, Tensor]]  # factors and shifts, (b, 1, 1, c)
     keys_values: Mapping[nn.Module, Tensor]
     groups: Mapping[nn.Module, Groups]
     control: Iterator[Tensor | None]  # for one ResBlock after the other, as they run
@@ -325,11 +331,11 @@ def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None
             if isinstance(block, ResBlock):
                 if (added := next(given.control)) is not None:
                     x = x + resize(added, *x.shape[1:3]).to(x.dtype)
-                x = block(x, skip if index == 0 else None, groups, given.weights[block])
+                x = block(x, skip if index == 0 else None, groups, given.res_weights[block])
             elif isinstance(block, AttnBlock):
-                x = block(x, given.keys_values[block], groups)
+                x = block(x, given.keys_values[block], groups, given.attn_weights[block])
             else:
-                x = block(x, given.times[block])
+                x = block(x, *given.times[block])
         if mapper is not None:
             x = mapper(x)
     return x
