@@ -6,6 +6,8 @@ A caller who is canceled meanwhile cannot leave it half done. For PostgreSQL it 
 """
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from app.jobs.migrations import migrate
 from app.settings import SettingsError
 
 BUSY_SECONDS = 30  # another process holds the lock of SQLite only as a tool of the operator
+LOCKED_PAUSE = 0.01
 CONNECT_SECONDS = 10
 NUM_READERS = 2  # of SQLite
 NUM_CONNECTIONS = 8  # to PostgreSQL
@@ -187,8 +190,6 @@ def _open_sqlite(target: URL) -> tuple[Access, Access]:
 
 def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only: str) -> Engine:
     pragmas = {
-        "busy_timeout": BUSY_SECONDS * 1000,
-        "journal_mode": "WAL",
         "synchronous": "FULL",  # what is committed is on the disk
         "foreign_keys": "ON",
         "query_only": query_only,
@@ -204,6 +205,7 @@ def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only:
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
         connection.isolation_level = None  # sqlite3 itself would begin late, and deferred
+        _write_ahead(connection)
         for name, value in pragmas.items():
             connection.execute(f"PRAGMA {name} = {value}")
 
@@ -212,6 +214,22 @@ def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only:
         connection.exec_driver_sql(f"BEGIN {begin}")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Use a write-ahead log, and wait for locks. Others may be opening the same new file in this moment:
+    then SQLite refuses at once to change the journal, without regard to its time-out."""
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            is_locked = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_locked or time.monotonic() > deadline:
+                raise
+        time.sleep(LOCKED_PAUSE)
 
 
 def _open_postgresql(target: URL) -> tuple[Access, Access]:

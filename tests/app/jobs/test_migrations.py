@@ -1,6 +1,7 @@
 """Every way to the schema ends at the tables that the code knows."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,25 @@ async def test_servers_that_start_together_migrate_once(bare_url: str) -> None:
     assert [await stored(store, job) for store in stores] == [job] * 4
     for store in stores:
         await store.close()
+
+
+@pytest.mark.parametrize("lasts", [0.05, None])
+async def test_a_new_file_that_somebody_locks_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasts: float | None
+) -> None:
+    """SQLite does not wait itself: who is about to write could want what we have."""
+    path = tmp_path / "jobs.db"
+    locking = sqlite3.connect(path, isolation_level=None)
+    locking.execute("CREATE TABLE things (name)")
+    locking.execute("BEGIN IMMEDIATE")
+    if lasts is None:
+        monkeypatch.setattr("app.jobs.database.BUSY_SECONDS", 0.05)
+        with pytest.raises(SettingsError, match="locked"):
+            await JobStore.open(f"sqlite:///{path}")
+    else:
+        asyncio.get_running_loop().call_later(lasts, locking.close)
+        await (await JobStore.open(f"sqlite:///{path}")).close()
+    locking.close()
 
 
 async def test_opening_again_keeps_the_jobs(bare_url: str) -> None:
