@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 SERVER_READY := $(VENV)/.server-ready
 TESTS_READY := $(VENV)/.tests-ready
 
-.PHONY: help serve test test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
+.PHONY: help serve test test-quick test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (
 
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)
+
+test-quick: $(TESTS_READY)  ## Run the tests of scheduler and jobs, which need neither torch nor PostgreSQL: seconds
+	$(BIN)/pytest tests/app/jobs $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py) \
+		-k "not postgresql" $(ARGS)
 
 test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
 	$(BIN)/pytest -m slow $(ARGS)

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread for the arithmetic, no network, the same random examples each time."""
 
+import gc
 import os
 import socket
 from typing import Any
@@ -15,6 +16,12 @@ settings.register_profile("steady", deadline=None, derandomize=True, max_example
 settings.load_profile("steady")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: without them, and less often, the garbage collector takes a sixth of the time less."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A server without HTTP: the real dispatcher, supervisors and store, with engines that a test directs."""
 
 import asyncio
+import functools
 import io
 import time
 from collections.abc import Awaitable, Callable
@@ -89,6 +90,12 @@ def pixels_of(run: Run) -> Pixels:
     return Pixels(run.job, run.index, 4, 4, pixels, None, False, 3, 2.0, 1.0, 0.5)
 
 
+@functools.cache
+def usual_settings() -> Settings:
+    """To read and check settings takes longer than many a test."""
+    return Settings(log_format="json")
+
+
 class Server:
     """One server on a folder. `engines` are all that were started, by device."""
 
@@ -106,7 +113,7 @@ class Server:
         clock: Callable[[], float] = time.time,
         **settings: Any,
     ) -> None:
-        self.settings = Settings(data_dir=folder, **settings)
+        self.settings = usual_settings().model_copy(update={"data_dir": folder, **settings})
         self.store = store
         self.metrics = Metrics()
         self.log = io.StringIO()
@@ -238,7 +245,7 @@ async def until(condition: Callable[[], object]) -> None:
         while True:
             if condition():
                 return
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
 
 
 async def eventually(ask: Callable[[], Awaitable[object]]) -> None:
@@ -247,4 +254,4 @@ async def eventually(ask: Callable[[], Awaitable[object]]) -> None:
         while True:
             if await ask():
                 return
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)

@@ -144,7 +144,7 @@ async def test_a_database_that_cannot_be_used_is_named_without_its_password(url:
     assert "secret" not in str(refused.value)
 
 
-async def test_the_store_outlives_a_restart_of_the_database(postgresql: str) -> None:
+async def test_the_store_outlives_a_restart_of_postgresql(postgresql: str) -> None:
     store = await JobStore.open(postgresql)
     await store.counts()
     await execute(

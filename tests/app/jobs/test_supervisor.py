@@ -29,6 +29,7 @@ from app.logs import make_logger
 from app.metrics import Metrics
 from app.settings import Settings
 from tests.app.jobs.links import IDLE, FakeLink
+from tests.app.jobs.servers import usual_settings
 from tests.app.jobs.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +56,7 @@ class Scene:
         self.slow: asyncio.Event | None = None  # holds the crew up
         self.surprise: Exception | None = None
         self.metrics = Metrics()
-        logger = make_logger(Settings(log_format="json"), io.StringIO())
+        logger = make_logger(usual_settings(), io.StringIO())
         self.supervisor = Supervisor(self._launch, CONFIGURE, metrics=self.metrics, logger=logger)
 
     async def _launch(self) -> Link:
@@ -265,9 +266,9 @@ async def test_an_engine_that_never_says_anything_is_replaced(scene: Scene) -> N
 async def test_the_pause_doubles_until_something_works(scene: Scene) -> None:
     scene.supervisor.start(scene)
     for count in range(1, 12):
-        await scene.launched(count)
+        await scene.launched(count, look=0.03)
         scene.engine.die(1)
-    await scene.launched(12)
+    await scene.launched(12, look=0.03)
     pauses = [after - before for before, after in zip(scene.launches, scene.launches[1:], strict=False)]
     expected = [min(0.2 * 2**n, 30) for n in range(11)]
     assert pauses == pytest.approx(expected, abs=0.05)

@@ -21,7 +21,7 @@ Serve = Callable[..., Awaitable[Server]]
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(chores, "ROUND_SECONDS", 0.01)
     monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.001)
 
 

@@ -270,7 +270,7 @@ async def test_a_deadline_that_is_over_keeps_a_job_from_the_engine(serve: Serve)
     server = await serve(max_samples=1)
     await server.submit(1)
     await server.runs(1)
-    late = await server.submit(2, deadline_at=job().created_at + 0.1)
+    late = await server.submit(2, deadline_at=job().created_at + 0.03)
     assert (await server.ended(late)).status == JobStatus.EXPIRED
     server.engine.finish(server.engine.runs[0])
     next_job = await server.submit(3)
