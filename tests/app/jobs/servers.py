@@ -245,7 +245,7 @@ async def until(condition: Callable[[], object]) -> None:
         while True:
             if condition():
                 return
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 async def eventually(ask: Callable[[], Awaitable[object]]) -> None:
@@ -254,4 +254,4 @@ async def eventually(ask: Callable[[], Awaitable[object]]) -> None:
         while True:
             if await ask():
                 return
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
