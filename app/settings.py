@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BeforeValidator,
     Field,
     PositiveFloat,
@@ -26,7 +25,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
 DEFAULT_PORT = 8000
-_ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one; the setting is CASCADE_DEVICES
+ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one, in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -134,7 +133,7 @@ BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
 
 
 class Settings(BaseSettings):
-    """What the operator decides. Each field `name` is read from `CASCADE_NAME`."""
+    """What the operator decides. Each field `name` is read from `CASCADE_NAME`, or handed over."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=()
@@ -144,8 +143,7 @@ class Settings(BaseSettings):
     devices: Devices = Field(
         ("auto",),
         min_length=1,
-        validation_alias=AliasChoices("devices", f"{PREFIX}DEVICES", _ONE_DEVICE),
-        description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each",
+        description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each; or `CASCADE_DEVICE`",
     )
     dtype: Dtype = Field("auto", description="Arithmetic of the networks")
     compile: Literal["off", "graphs", "full"] = Field(
@@ -256,10 +254,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_variables(cls, values: Any) -> Any:
+    def _look_at_other_variables(cls, values: Any) -> Any:
         unknown = unknown_variables(os.environ, cls.model_fields)
         if unknown:
             raise ValueError("\n".join(unknown))
+        if ONE_DEVICE in os.environ:
+            return {"devices": os.environ[ONE_DEVICE], **values}
         return values
 
     @field_validator("quality_steps")
@@ -313,11 +313,11 @@ def load_settings(**overrides: Any) -> Settings:
 
 def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
     """One sentence for each `CASCADE_*` variable that means nothing, with the nearest that does."""
-    names = [*(f"{PREFIX}{name.upper()}" for name in known), _ONE_DEVICE]
+    names = [f"{PREFIX}{name.upper()}" for name in known]
     unknown = sorted(
         name
         for name, value in environment.items()
-        if name.startswith(PREFIX) and name not in names and not _is_service_link(name, value)
+        if name.startswith(PREFIX) and name not in (*names, ONE_DEVICE) and not _is_service_link(name, value)
     )
     return [f"{name} is no setting; did you mean {_nearest(name, names)}?" for name in unknown]
 

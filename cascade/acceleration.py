@@ -50,7 +50,10 @@ def repeated_blocks(network: UNet) -> list[nn.Module]:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that are never replayed at the same time: all use the same memory in between."""
+    """Records CUDA graphs that use the same memory in between.
+
+    Of its graphs one is replayed at a time, and what it returned is copied before the next one is.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -64,9 +67,13 @@ class CudaRecorder:
                     run()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # The other thread that decodes and copies meanwhile must not break the recording.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                result = run()
+            try:
+                # The other thread that decodes and copies meanwhile must not break the recording.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    result = run()
+            except BaseException:
+                self.__dict__.pop("_pool", None)  # it may still count as being recorded to
+                raise
 
         def replay() -> Tensor:
             graph.replay()

@@ -25,7 +25,7 @@ from app.jobs.faults import Faults
 from app.jobs.migrations import migrate
 from app.settings import SettingsError
 
-BUSY_SECONDS = 30  # another process holds the lock of SQLite only as a tool of the operator
+BUSY_SECONDS = 30  # others hold the lock of SQLite as servers on the same file, or as tools of the operator
 LOCKED_PAUSE = 0.01
 CONNECT_SECONDS = 10
 NUM_READERS = 2  # of SQLite

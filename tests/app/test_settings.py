@@ -135,6 +135,12 @@ def test_one_device_may_be_named_in_the_singular(monkeypatch: pytest.MonkeyPatch
     assert load_settings(devices="cuda:0").devices == ("cuda:0",), "and an option wins over both"
 
 
+def test_variables_of_others_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(name.upper(), "0,1")
+    assert load_settings() == Settings.model_construct()
+
+
 @pytest.mark.parametrize("name", ["CASCADE_DEVICE", "CASCADE_DEVICES"])
 def test_no_device_at_all_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, ",")

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from cascade.config import SCHEDULE_B, SCHEDULE_C, STAGE_A, STAGE_B_700M, STAGE_C_1B
+from cascade.devices import peak_bytes
 from cascade.networks.stage_a import StageA
 from cascade.networks.stage_b import StageB
 from cascade.networks.stage_c import StageC
 from tests.benchmarks.measure import ROOT
 from tests.benchmarks.weights import random_network
 
+CPU = torch.device("cpu")
 LIMIT = 1.1  # largest peak, as a multiple of the weights
 
 
@@ -97,7 +99,7 @@ def _diffusers(folder: Path) -> Callable[[], list[nn.Module]]:
 
 
 def _report(load: Callable[[], list[nn.Module]]) -> None:
-    start_bytes = _peak_bytes()
+    start_bytes = peak_bytes(CPU)
     start = time.perf_counter()
     networks = load()
     seconds = time.perf_counter() - start
@@ -108,7 +110,7 @@ def _report(load: Callable[[], list[nn.Module]]) -> None:
         json.dumps(
             {
                 "seconds": seconds,
-                "peak_bytes": _peak_bytes(),
+                "peak_bytes": peak_bytes(CPU),
                 "weight_bytes": weight_bytes,
                 "start_bytes": start_bytes,
             }
@@ -118,13 +120,6 @@ def _report(load: Callable[[], list[nn.Module]]) -> None:
 
 def _tensors(networks: list[nn.Module]) -> Iterator[torch.Tensor]:
     return chain.from_iterable(network.state_dict().values() for network in networks)
-
-
-def _peak_bytes() -> int:
-    """Of this program alone: the figure of getrusage begins with that of the process that started it."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    [kilobytes] = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return kilobytes * 1024
 
 
 if __name__ == "__main__":

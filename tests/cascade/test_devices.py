@@ -1,4 +1,6 @@
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,15 @@ def test_the_peak_follows_what_is_used() -> None:
         block.write(b"1" * NUM_BYTES)
         assert used_bytes(CPU) >= before + NUM_BYTES // 2
     assert peak_bytes(CPU) >= used_bytes(CPU) // 2
+
+
+@pytest.mark.slow  # imports torch
+def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
+    code = "import torch; from cascade.devices import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    alone = int(subprocess.check_output([sys.executable, "-c", code]))
+    much = bytearray(b"x") * (alone + 300_000_000)
+    below = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert below < 1.2 * alone < len(much)
 
 
 def test_the_limit_is_beyond_what_is_used_and_within_the_machine() -> None:

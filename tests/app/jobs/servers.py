@@ -113,6 +113,7 @@ class Server:
         clock: Callable[[], float] = time.time,
         **settings: Any,
     ) -> None:
+        assert settings.keys() <= Settings.model_fields.keys()
         self.settings = usual_settings().model_copy(update={"data_dir": folder, **settings})
         self.store = store
         self.metrics = Metrics()
