@@ -36,7 +36,7 @@ def problems(error: Exception, options: Mapping[str, str]) -> list[str] | None:
     Args:
         options: how the command calls its settings, as "decoder_steps": "--decoder-steps".
     """
-    from app.settings import SettingsError
+    from app.errors import SettingsError
     from cascade.errors import CheckpointError, InvalidSetting
 
     if isinstance(error, InvalidSetting):

@@ -24,8 +24,8 @@ AppError
 ├── StorageFull             507
 └── JobFailed               what was stored of an error that ended a job
 
-Not for callers: QueueFull, which says how many wait; whoever knows prices makes Overloaded of it, and
-DeviceGone, after which an engine process is good for nothing.
+Not for callers: QueueFull, which says how many wait; whoever knows prices makes Overloaded of it;
+DeviceGone, after which an engine process is good for nothing; and SettingsError, which is the operator's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -302,3 +302,7 @@ class JobFailed(AppError):
         super().__init__(message, code=code, headers=DO_NOT_REPEAT)
         self.status = status
         self.type = "server_error" if status >= 500 else "invalid_request_error"
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message has one line per mistake and no secret."""

@@ -24,7 +24,7 @@ from app.api.uploads import Uploads
 from app.engine.contract import AnyRunner
 from app.engine.cost import CostModel
 from app.engine.protocol import Configure
-from app.errors import ModelUnusable, Overloaded
+from app.errors import ModelUnusable, Overloaded, SettingsError
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.faults import Faults
 from app.jobs.housekeeping import keep_house
@@ -34,7 +34,7 @@ from app.jobs.store import JobStore
 from app.jobs.supervisor import Supervisor
 from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
-from app.settings import Settings, SettingsError, load_settings
+from app.settings import Settings, load_settings
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 from app.storage.loras import InstalledLoRAs

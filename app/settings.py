@@ -22,16 +22,14 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.errors import SettingsError
+
 PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
 DEFAULT_PORT = 8000
 ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one, in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-class SettingsError(ValueError):
-    """A setting is wrong; the message has one line per mistake and no secret."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from fastapi.telemetry import TelemetryConfig
 
+from app.errors import SettingsError
 from app.jobs.job import Job
-from app.settings import SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -7,7 +7,7 @@ is taken only while the row has the fence that it knows.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, bindparam, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from app.jobs import rows
 from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
@@ -35,8 +35,26 @@ _HELD = (
     .where(jobs.c.id == bindparam("held_id"), jobs.c.fence == bindparam("held_fence"), IS_RUNNING)
     .with_for_update()
 )
+_UNMOVED = rows.locking(
+    select(jobs).where(
+        jobs.c.id == bindparam("moved_id"),
+        jobs.c.fence == bindparam("held_fence"),
+        jobs.c.status == bindparam("left_status"),
+    )
+)
 _SAVE_PICTURE = update(pictures).where(
     pictures.c.job_id == bindparam("of_job"), pictures.c.idx == bindparam("of_index")
+)
+_IS_MINE = (jobs.c.worker == bindparam("holder")) & IS_RUNNING
+_LOCK_MINE = rows.locking(select(jobs).where(_IS_MINE).order_by(jobs.c.number))
+_RENEW = update(jobs).where(_IS_MINE).values(lease_until=bindparam("until"))
+_WANTED_ENDED = (
+    select(jobs.c.id, jobs.c.cancel_requested).where(_IS_MINE).order_by(jobs.c.number).with_for_update()
+)
+_LEASES = (
+    select(jobs.c.worker, func.max(jobs.c.lease_until))
+    .where(IS_RUNNING, jobs.c.worker != bindparam("holder"))
+    .group_by(jobs.c.worker)
 )
 
 
@@ -59,9 +77,8 @@ def claim(connection: Connection, wanted: Claim, now: float) -> list[Job]:
 
 def renew(connection: Connection, worker: str, lease_seconds: float, now: float) -> list[str]:
     """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
-    query = select(jobs.c.id, jobs.c.cancel_requested).where(_is_held_by(worker)).order_by(jobs.c.number)
-    found = connection.execute(query.with_for_update()).all()
-    connection.execute(update(jobs).where(_is_held_by(worker)).values(lease_until=now + lease_seconds))
+    found = connection.execute(_WANTED_ENDED, {"holder": worker}).all()
+    connection.execute(_RENEW, {"holder": worker, "until": now + lease_seconds})
     return [row.id for row in found if row.cancel_requested]
 
 
@@ -91,8 +108,8 @@ def load_latents(connection: Connection, job_id: str) -> dict[int, bytes]:
 
 def move(connection: Connection, before: Job, after: Job, now: float) -> bool:
     """Write a moved job; False when it is not what it was moved from any more, by status or fence."""
-    unmoved = (jobs.c.id == before.id) & (jobs.c.fence == before.fence) & (jobs.c.status == before.status)
-    found = rows.lock(connection, select(jobs).where(unmoved))
+    values = {"moved_id": before.id, "held_fence": before.fence, "left_status": before.status.value}
+    found = rows.read(connection, _UNMOVED, values)
     for current in found:
         rows.put(connection, _sensible(after, current, now))
     return bool(found)
@@ -108,8 +125,7 @@ def release(
 
 def leases(connection: Connection, worker: str) -> dict[str, float]:
     """The latest lease of each other worker that holds jobs."""
-    query = select(jobs.c.worker, func.max(jobs.c.lease_until)).where(IS_RUNNING, jobs.c.worker != worker)
-    return {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.worker))}
+    return {row[0]: row[1] for row in connection.execute(_LEASES, {"holder": worker})}
 
 
 def release_lost(connection: Connection, worker: str, lease_until: float, now: float) -> list[Job]:
@@ -120,12 +136,8 @@ def release_lost(connection: Connection, worker: str, lease_until: float, now: f
     return _requeue(connection, held, {job.id for job in held}, now)
 
 
-def _is_held_by(worker: str) -> ColumnElement[bool]:
-    return (jobs.c.worker == worker) & IS_RUNNING
-
-
 def _lock_held(connection: Connection, worker: str) -> list[Job]:
-    return rows.lock(connection, select(jobs).where(_is_held_by(worker)).order_by(jobs.c.number))
+    return rows.read(connection, _LOCK_MINE, {"holder": worker})
 
 
 def _requeue(connection: Connection, held: Iterable[Job], crashed: Collection[str], now: float) -> list[Job]:

@@ -20,10 +20,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from app.errors import StorageFull
+from app.errors import SettingsError, StorageFull
 from app.jobs.faults import Faults
 from app.jobs.migrations import migrate
-from app.settings import SettingsError
 
 BUSY_SECONDS = 30  # others hold the lock of SQLite as servers on the same file, or as tools of the operator
 LOCKED_PAUSE = 0.01

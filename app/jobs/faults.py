@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from app.settings import SettingsError
+from app.errors import SettingsError
 
 Point = Literal[
     "before_commit",  # of any write: written, not committed

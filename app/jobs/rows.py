@@ -11,10 +11,20 @@ from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
 from app.jobs.tables import inputs, jobs, pictures
 from app.schemas import GenerationRequest
 
+
+def locking(query: Select[Any]) -> Select[Any]:
+    """`query` for whole rows of `jobs`, which nobody else changes before the transaction ends.
+
+    Whoever locks many jobs takes them in one order, that of `number` for all but claims, which never wait.
+    """
+    return query.with_for_update(of=jobs)
+
+
 # Built once: to build a statement takes longer than SQLite needs to carry it out.
 _ADD_JOB = insert(jobs)
 _ADD_PICTURES = insert(pictures)
 _FIND = select(jobs).where(jobs.c.id == bindparam("job_id"))
+_LOCK = locking(_FIND)
 _MOVE = update(jobs).where(jobs.c.id == bindparam("moved_id"))
 _FORGET_LATENTS = (
     update(pictures)
@@ -43,26 +53,16 @@ def read(connection: Connection, query: Select[Any], values: Mapping[str, object
     `values` are those of its parameters.
     """
     rows = connection.execute(query, values).all()
-    images = _images(connection, [row.id for row in rows])
+    images = _images(connection, [row.id for row in rows if row.fence])  # else nobody has begun it
     return [_job(row, images[row.id]) for row in rows]
-
-
-def lock(connection: Connection, query: Select[Any], values: Mapping[str, object] | None = None) -> list[Job]:
-    """Like `read`, and nobody else changes these jobs before the transaction ends.
-
-    Whoever locks many jobs takes them in one order, that of `number` for all but claims, which never wait.
-    """
-    return read(connection, query.with_for_update(of=jobs), values)
 
 
 def find(connection: Connection, job_id: str, tenant: str | None, *, is_locked: bool = False) -> Job | None:
     """The job of that id, if it belongs to `tenant`; None stands for all of them."""
     if not may_be_id(job_id):
         return None
-    query = _FIND if tenant is None else _FIND.where(jobs.c.tenant == tenant)
-    values = {"job_id": job_id}
-    found = lock(connection, query, values) if is_locked else read(connection, query, values)
-    return found[0] if found else None
+    found = read(connection, _LOCK if is_locked else _FIND, {"job_id": job_id})
+    return found[0] if found and tenant in (None, found[0].tenant) else None
 
 
 def may_be_id(text: str) -> bool:

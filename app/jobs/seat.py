@@ -10,7 +10,7 @@ import secrets
 from io import TextIOWrapper
 from pathlib import Path
 
-from app.settings import SettingsError
+from app.errors import SettingsError
 
 NUM_SEATS = 64  # servers that share a folder
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 
 from app.errors import Conflict
 from app.jobs import claims, keys, pages, queue, rows
@@ -30,6 +30,17 @@ __all__ = [
 ]  # all that others need of the database
 
 PRUNED_AT_ONCE = 200  # others write between two such transactions
+
+# Built once, like all that is asked often.
+_LATE = rows.locking(
+    select(jobs).where(IS_QUEUED, jobs.c.deadline_at <= bindparam("now")).order_by(jobs.c.number)
+)
+_LONG_ENDED = rows.locking(
+    select(jobs)
+    .where(jobs.c.completed_at < bindparam("ended_before"))
+    .order_by(jobs.c.number)
+    .limit(PRUNED_AT_ONCE)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +262,7 @@ def _submit(
     if idempotency is not None:
         keys.remember(connection, job, idempotency, now)
     claimed = () if claim is None else claims.claim(connection, claim, now)
-    if claim is not None:  # what is in work at once needs no room: others may have filled the queue
+    if claim is not None and not claimed:  # else no more wait than did before
         queue.require_bound(connection, max_queue)
     return Submitted(job, is_replay=False, claimed=claimed)
 
@@ -286,12 +297,10 @@ def _used_inputs(connection: Connection, names: Sequence[str]) -> set[str]:
 
 
 def _expire(connection: Connection, now: float) -> list[Job]:
-    late = select(jobs).where(IS_QUEUED, jobs.c.deadline_at <= now).order_by(jobs.c.number)
-    return [rows.put(connection, job.expired(now)) for job in rows.lock(connection, late)]
+    return [rows.put(connection, job.expired(now)) for job in rows.read(connection, _LATE, {"now": now})]
 
 
 def _prune_some(connection: Connection, ended_before: float) -> list[Job]:
-    ended = select(jobs).where(jobs.c.completed_at < ended_before).order_by(jobs.c.number)
-    pruned = rows.lock(connection, ended.limit(PRUNED_AT_ONCE))
+    pruned = rows.read(connection, _LONG_ENDED, {"ended_before": ended_before})
     connection.execute(delete(jobs).where(jobs.c.id.in_([job.id for job in pruned])))
     return pruned

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from app.errors import Forbidden, Gone
-from app.settings import SettingsError
+from app.errors import Forbidden, Gone, SettingsError
 
 SECRET_BYTES = 32
 

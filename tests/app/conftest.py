@@ -2,28 +2,31 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 
-from app.api.deps import Services
-from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 from tests.app.postgresql import postgresql  # noqa: F401  # a fixture
 
+if TYPE_CHECKING:
+    from app.api.deps import Services
+
 Serve = Callable[..., AbstractAsyncContextManager[httpx2.AsyncClient]]
 
 
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("CASCADE_"):
-            monkeypatch.delenv(name)
+@pytest.fixture(autouse=True, scope="session")
+def no_settings_from_outside() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("CASCADE_"):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture
@@ -34,6 +37,7 @@ def runner() -> FakeRunner:
 @pytest.fixture
 def serve(tmp_path: Path, runner: FakeRunner) -> Serve:
     """`async with serve(setting=...) as client`: a server that is ready, or that loads with `wait=False`."""
+    from app.main import create_app  # here, as the tests of jobs do without HTTP
 
     @asynccontextmanager
     async def serve(
@@ -68,7 +72,7 @@ async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
             await asyncio.sleep(0.005)
 
 
-def inside(client: httpx2.AsyncClient) -> Services:
+def inside(client: httpx2.AsyncClient) -> "Services":
     """The parts of the server that `client` calls."""
     services: Services = client.app.state.services  # type: ignore[attr-defined]
     return services

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from app.errors import SettingsError
 from app.main import create_app
-from app.settings import Settings, SettingsError
+from app.settings import Settings
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, until
 

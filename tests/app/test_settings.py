@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import Settings, SettingsError, engine_environment, load_settings, service_environment
+from app.errors import SettingsError
+from app.settings import Settings, engine_environment, load_settings, service_environment
 
 
 def test_the_defaults_serve_this_machine_only() -> None:

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from app.api.tracing import Tracing, make_tracing
-from app.settings import SettingsError
+from app.errors import SettingsError
 from tests.app.conftest import Serve
 
 pytestmark = pytest.mark.anyio

@@ -22,11 +22,15 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
+def sqlite_url(memory: Path) -> str:
+    return f"sqlite:///{memory}/jobs.db"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """A database of either kind, that has tables after the first test."""
     if request.param == "sqlite":
-        return f"sqlite:///{request.getfixturevalue('memory')}/jobs.db"
+        return sqlite_url(request.getfixturevalue("memory"))
     url: str = request.getfixturevalue("postgresql")
     return url
 

@@ -7,15 +7,16 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from app.errors import SettingsError
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS, POINTS, Faults, InjectedFault, Point
 from app.jobs.job import Job
 from app.jobs.store import JobStore
-from app.settings import SettingsError
 from tests.app.jobs.stores import LEASE_SECONDS, MANY, Clock, add, add_running, empty, new_image, new_job
 
 ROOT = Path(__file__).parents[3]
@@ -129,15 +130,15 @@ def test_every_method_of_the_store_is_known_here() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("point", ["before_commit", "after_commit"])
 async def test_a_write_that_is_interrupted_happened_if_it_was_committed(
-    database_url: str, clock: Clock, point: Point
+    database_url: str, clock: Clock
 ) -> None:
     faults = Armed()
     database = await Database.open(database_url, faults)
     await database.write(empty)
     store = JobStore(database, clock.wall, clock.steady, faults)
-    for name, write in WRITES.items():
+    points: tuple[Point, ...] = ("before_commit", "after_commit")
+    for (name, write), point in product(WRITES.items(), points):
         ended, queued = new_job(id="job_ended"), new_job(deadline_at=clock.now + 100)
         await add(store, ended)
         await store.move(ended, ended.canceled(clock.now))
@@ -147,7 +148,7 @@ async def test_a_write_that_is_interrupted_happened_if_it_was_committed(
         faults.point = point
         with pytest.raises(InjectedFault):
             await write(store, queued, running)
-        assert (await contents(store) == before) == (point == "before_commit"), name
+        assert (await contents(store) == before) == (point == "before_commit"), (name, point)
         await clear(store)
     await store.close()
 

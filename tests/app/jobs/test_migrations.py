@@ -11,11 +11,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect, text
 
+from app.errors import SettingsError
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS
 from app.jobs.store import JobStore
 from app.jobs.tables import metadata
-from app.settings import SettingsError
 from tests.app.jobs.conftest import execute
 from tests.app.jobs.stores import add, new_job, stored
 
@@ -76,7 +76,7 @@ async def test_servers_that_start_together_migrate_once(bare_url: str) -> None:
         await store.close()
 
 
-@pytest.mark.parametrize("lasts", [0.05, None])
+@pytest.mark.parametrize("lasts", [0.02, None])
 async def test_a_new_file_that_somebody_locks_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasts: float | None
 ) -> None:
@@ -86,7 +86,7 @@ async def test_a_new_file_that_somebody_locks_is_waited_for(
     locking.execute("CREATE TABLE things (name)")
     locking.execute("BEGIN IMMEDIATE")
     if lasts is None:
-        monkeypatch.setattr("app.jobs.database.BUSY_SECONDS", 0.05)
+        monkeypatch.setattr("app.jobs.database.BUSY_SECONDS", 0.02)
         with pytest.raises(SettingsError, match="locked"):
             await JobStore.open(f"sqlite:///{path}")
     else:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from app.errors import SettingsError
 from app.jobs.seat import take_seat
-from app.settings import SettingsError
 
 
 def test_whoever_comes_after_has_the_same_name(tmp_path: Path) -> None:

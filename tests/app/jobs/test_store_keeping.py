@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, func, select, text
 
-from app.errors import StorageFull
+from app.errors import SettingsError, StorageFull
 from app.jobs import store as store_module
 from app.jobs.job import Job, JobStatus
 from app.jobs.store import Idempotency, JobStore
 from app.jobs.tables import metadata
-from app.settings import SettingsError
 from tests.app.jobs.conftest import execute
 from tests.app.jobs.stores import MANY, Clock, add, add_running, new_image, new_job, stored
 

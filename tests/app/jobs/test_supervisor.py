@@ -252,7 +252,7 @@ async def test_loading_may_take_long_as_long_as_it_beats(scene: Scene) -> None:
     await scene.launched(1)
     await asyncio.sleep(200)  # reads its libraries
     scene.engine.beat()
-    await asyncio.sleep(2000)
+    await asyncio.sleep(800)
     assert len(scene.links) == 1
     await scene.begin()
 
@@ -265,17 +265,17 @@ async def test_an_engine_that_never_says_anything_is_replaced(scene: Scene) -> N
 
 async def test_the_pause_doubles_until_something_works(scene: Scene) -> None:
     scene.supervisor.start(scene)
-    for count in range(1, 12):
+    for count in range(1, 10):
         await scene.launched(count, look=0.03)
         scene.engine.die(1)
-    await scene.launched(12, look=0.03)
+    await scene.launched(10, look=0.03)
     pauses = [after - before for before, after in zip(scene.launches, scene.launches[1:], strict=False)]
-    expected = [min(0.2 * 2**n, 30) for n in range(11)]
+    expected = [min(0.2 * 2**n, 30) for n in range(9)]
     assert pauses == pytest.approx(expected, abs=0.05)
-    (await scene.begin(12)).say(STEPPED)
+    (await scene.begin(10)).say(STEPPED)
     await scene.until(lambda: STEPPED in scene.words)
     scene.engine.die(1)
-    assert await scene.launched(13) < 0.3
+    assert await scene.launched(11) < 0.3
 
 
 async def test_a_minute_of_health_makes_forget(scene: Scene) -> None:

@@ -9,8 +9,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from app.errors import Forbidden, Gone
-from app.settings import SettingsError
+from app.errors import Forbidden, Gone, SettingsError
 from app.storage.signing import Signer, load_secret
 
 

@@ -13,6 +13,7 @@ from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS
 from app.jobs.fleet import Fleet
 from app.jobs.store import JobStore
+from tests.app.jobs.conftest import sqlite_url
 from tests.app.jobs.servers import Server
 from tests.app.jobs.stores import kept
 
@@ -45,8 +46,8 @@ def folder(memory: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def url(memory: Path) -> str:
-    """The database of all these tests, empty at the beginning of each that asks for `store`."""
-    return f"sqlite:///{memory}/dispatcher.db"
+    """The database of all tests, empty at the beginning of each that asks for `store`."""
+    return sqlite_url(memory)
 
 
 @pytest.fixture
