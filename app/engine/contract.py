@@ -1,7 +1,7 @@
 """What the engine asks of a runner, which calls the networks. The engine knows pictures and rows, no tensors.
 
-Two threads call a runner: the loop (load, start, begin, step, check, retry_in_fp32) and, beside it, the
-finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
+Two threads call a runner: the loop (load, expect, start, begin, step, check, retry_in_fp32) and, beside it,
+the finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +63,9 @@ class Runner(Protocol[Kind]):
 
     def load(self, configure: Configure) -> Ready:
         """Read the model, profile, warm up. Any error means that the model is unusable."""
+
+    def expect(self, request: bytes) -> None:
+        """Encode the texts of a request, as JSON, that may be about to come. Raises what `begin` may."""
 
     def start(self, run: Run) -> Kind:
         """Plan a picture: which steps of which shapes. Cheap, without the device. Raises InvalidRequest."""

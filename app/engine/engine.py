@@ -16,6 +16,7 @@ from app.engine.protocol import (
     AnyToEngine,
     Cancel,
     Drain,
+    Expect,
     Failed,
     Latents,
     Message,
@@ -102,6 +103,8 @@ class Engine:
         match message:
             case Run():
                 self._admit(message)
+            case Expect(request):
+                self._expect(request)
             case Cancel(job):
                 self._drop(job)
             case WantPreviews(job, count):
@@ -118,6 +121,16 @@ class Engine:
                 self._is_over = True
             case Exception():
                 raise message
+
+    def _expect(self, request: bytes) -> None:
+        """Use idle time for what may be about to come. What is wrong with it is told when it does come."""
+        if self._aboard:
+            return
+        with self._pulse.busy(0.0):
+            try:
+                self._runner.expect(request)
+            except Exception as error:
+                raise_if_gone(error)
 
     def _admit(self, run: Run) -> None:
         """Take a picture aboard, into the queue of the scheduler."""

@@ -38,6 +38,12 @@ class Configure(ToEngine, frozen=True, tag="configure"):
     faults: tuple[str, ...] = ()  # armed fault points; tests only
 
 
+class Expect(ToEngine, frozen=True, tag="expect"):
+    """A job is just being accepted: who has nothing to do may encode its texts meanwhile."""
+
+    request: bytes  # GenerationRequest as JSON, without pictures
+
+
 class Run(ToEngine, frozen=True, tag="run"):
     """Make one picture of a job."""
 
@@ -188,7 +194,7 @@ class DeviceLost(FromEngine, frozen=True, tag="device_lost"):
     reason: str
 
 
-AnyToEngine = Configure | Run | Cancel | WantPreviews | Drain
+AnyToEngine = Configure | Expect | Run | Cancel | WantPreviews | Drain
 AnyFromEngine = Ready | Unusable | Progressed | Previewed | Latents | Pixels | Failed | Heartbeat | DeviceLost
 
 _encoder = msgspec.msgpack.Encoder()

@@ -142,15 +142,18 @@ class CascadeRunner:
             lora_dirs=tuple(str(folder) for folder in _lora_folders(models)),
         )
 
+    def expect(self, request: bytes) -> None:
+        """Begin a picture of it that is not drawn: what is computed from its texts is remembered."""
+        with _memory_errors():
+            self._at_work.begin(self._drawing(request, seed=0, inputs={}))
+
     def start(self, run: Run) -> CascadeTrack:
         """Plan a picture; nothing is computed yet."""
-        from cascade.tasks.drawing import Drawing
-        from cascade.tasks.picture import from_bytes, plan_pictures
+        from cascade.tasks.picture import from_bytes
 
-        request = GenerationRequest.model_validate_json(run.request)
-        with _refusals():
-            [picture] = plan_pictures(self._models, _settings(request, run.seed, run.inputs))
-        track = CascadeTrack(Drawing(picture, self._models), _work(picture))
+        drawing = self._drawing(run.request, run.seed, run.inputs)
+        picture = drawing.picture
+        track = CascadeTrack(drawing, _work(picture))
         if run.latents is not None:
             with suppress(ValueError):  # kept by a server with another model: begin at the beginning
                 track.drawing.resume(from_bytes(run.latents, picture.prior_shape, self._models.device))
@@ -211,6 +214,15 @@ class CascadeRunner:
         from cascade.devices import used_bytes
 
         return used_bytes(self._models.device)
+
+    def _drawing(self, request: bytes, seed: int, inputs: Mapping[str, bytes]) -> "Drawing":
+        from cascade.tasks.drawing import Drawing
+        from cascade.tasks.picture import plan_pictures
+
+        asked = GenerationRequest.model_validate_json(request)
+        with _refusals():
+            [picture] = plan_pictures(self._models, _settings(asked, seed, inputs))
+        return Drawing(picture, self._models)
 
     @property
     def _at_work(self) -> "Studio":

@@ -287,7 +287,7 @@ class Dispatcher:
         submit = partial(self._store.submit, job, max_queue=self._settings.max_queue, idempotency=idempotency)
         promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
         try:
-            submitted = await self._fleet.accept(job.tenant, submit, self._settings.lease_seconds)
+            submitted = await self._fleet.accept(job, submit, self._settings.lease_seconds)
         except QueueFull as full:
             raise self._overloaded(full) from None
         if not submitted.is_replay:

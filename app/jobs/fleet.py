@@ -65,16 +65,17 @@ class Fleet:
                 self._means.logger.info("a job is resumed", job=job.id, status=job.status)
 
     async def accept(
-        self, tenant: str, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
+        self, job: Job, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
     ) -> Submitted:
-        """Have a job accepted by `submit`, and with it claim what is next, if there is room for the tenant.
+        """Have a job accepted by `submit`, and with it claim what is next, if there is room for its tenant.
 
         It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
         database may not answer. Raises what `submit` raises.
         """
-        slot = None if self._is_closed else self._roomiest_for(tenant)
+        slot = None if self._is_closed else self._roomiest_for(job.tenant)
         if slot is None or not await self._may_board_at_once():
             return await submit()
+        slot.expect(job)
         try:
             submitted = await self._submit_and_claim(slot, submit, lease_seconds)
         except BaseException:

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
-from app.engine.protocol import Cancel, Pixels, Run, Stepped, WantPreviews
+from app.engine.protocol import Cancel, Expect, Pixels, Run, Stepped, WantPreviews
 from app.jobs.job import Job, Progress, StoredImage, Timings
 from app.jobs.supervisor import Supervisor
 
@@ -190,6 +190,11 @@ class Slot:
         self._load_known_until = 0.0
         self._waiting.extend((flight, index) for index in sorted(flight.missing))
         self.board(now)
+
+    def expect(self, job: Job) -> None:
+        """Let an idle engine make ready for a job while it is being accepted."""
+        if not self.flights and not job.request.input_names:
+            self.engine.send(Expect(job.request.model_dump_json().encode()))
 
     def board(self, now: float) -> None:
         """Send those who may go, in their order."""

@@ -92,6 +92,7 @@ class FakeRunner:
         self.on_finish: Callable[[FakeTrack], None] = lambda track: None
         self.counts: Counter[str] = Counter()
         self.configure: Configure | None = None
+        self.expected: list[GenerationRequest] = []
         self.started: list[FakeTrack] = []
         self.batches: list[list[FakeTrack]] = []  # of every step that came to pass
         self.halved: list[BatchKey] = []
@@ -120,6 +121,9 @@ class FakeRunner:
             controls=self.controls,
             lora_dirs=self.lora_dirs,
         )
+
+    def expect(self, request: bytes) -> None:
+        self.expected.append(GenerationRequest.model_validate_json(request))
 
     def start(self, run: Run) -> FakeTrack:
         track = FakeTrack(run, self.steps)

@@ -11,6 +11,7 @@ from app.engine.engine import HungUp
 from app.engine.picture import Picture
 from app.engine.protocol import (
     Cancel,
+    Expect,
     Latents,
     Pixels,
     Previewed,
@@ -52,6 +53,14 @@ def test_a_newcomer_joins_at_the_next_step(bench: Bench, runner: FakeRunner) -> 
     bench.during(2, run("b"))
     bench.work(run("a"))
     assert [sorted(batch) for batch in bench.batches[:4]] == [["a"], ["a"], ["a", "b"], ["a", "b"]]
+
+
+def test_only_idle_time_is_spent_on_what_may_come(bench: Bench, runner: FakeRunner) -> None:
+    expected = [Expect(asked(name).model_dump_json().encode()) for name in "ab"]
+    bench.during(2, expected[1])
+    bench.work(expected[0], run("a"))
+    assert runner.expected == [asked("a")]
+    assert list(bench.made) == [("a", 0)]
 
 
 def test_a_large_job_delays_another_tenant_by_two_steps_at_most(bench: Bench, runner: FakeRunner) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from app.engine.protocol import (
+    Expect,
     Failed,
     Latents,
     Run,
@@ -100,6 +101,17 @@ class TestErrors:
         assert list(bench.made) == [("b", 0)]
         assert bench.pulse.num_samples == 0
 
+    def test_of_what_may_come_are_kept_until_it_does(
+        self, bench: Bench, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(what: object) -> None:
+            raise InvalidRequest("no")
+
+        monkeypatch.setattr(runner, "expect", fail)
+        bench.work(Expect(b""), run("a"))
+        assert list(bench.made) == [("a", 0)]
+        assert bench.failed == {}
+
     @pytest.mark.parametrize("method", ["start", "begin", "check"])
     def test_outside_of_steps_fail_one(
         self, bench: Bench, runner: FakeRunner, method: str, monkeypatch: pytest.MonkeyPatch
@@ -138,7 +150,7 @@ class TestErrors:
         bench.work(run("a"))
         assert bench.failed == {"a": "out_of_memory"}
 
-    @pytest.mark.parametrize("method", ["start", "begin", "step", "check", "decode"])
+    @pytest.mark.parametrize("method", ["expect", "start", "begin", "step", "check", "decode"])
     def test_of_a_lost_device_end_the_engine(
         self, bench: Bench, runner: FakeRunner, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -147,7 +159,7 @@ class TestErrors:
 
         monkeypatch.setattr(runner, method, fail)
         with pytest.raises(DeviceGone, match=r"CUDA error: an illegal memory access was encountered$"):
-            bench.work(run("a"), run("b"))
+            bench.work(Expect(b""), run("a"), run("b"))
         assert bench.failed == {}
 
     def test_without_last_words_are_the_pictures_own(self, bench: Bench, runner: FakeRunner) -> None:

@@ -334,6 +334,15 @@ def test_the_encoding_of_texts_is_counted() -> None:
     assert runner.device_memory_bytes() == 0
 
 
+def test_what_was_expected_has_its_texts_encoded() -> None:
+    runner = CascadeRunner()
+    runner.take(small_cascade(NATIVE), configure())
+    runner.expect(run().request)
+    assert runner.counts["cache_misses"] == 2
+    begun(runner)
+    assert runner.counts["cache_misses"] == 2
+
+
 class Rehearsals:
     """Which steps were measured, and which only made."""
 

@@ -1,14 +1,19 @@
 """What is measured: a lone picture, a closed loop, open loops of rising rate, and five times too much."""
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from http import HTTPStatus
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx2
 
 from app.jobs.flights import LEAST_PLENTY
+from app.storage.encoding import encode
 from tests.benchmarks.measure import Comparison, compare
 from tests.benchmarks.serve.contestants import OURS, PEER, Contestants
 from tests.benchmarks.serve.load import PATH, Load, Pulse, closed_loop, feel_pulse, open_loop
@@ -67,9 +72,10 @@ class Overload:
 
 
 async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
-    """A picture over HTTP against the same call of the library in this process: what the server adds.
+    """A PNG file over HTTP against the same call of the library and the same encoder: what the server adds.
 
-    Each round has a prompt of its own, which the server has not encoded yet.
+    Each round has a prompt of its own, which the server has not encoded yet. The client is the plainest there
+    is, as what it takes itself is not the server's.
     """
     from cascade import Cascade
     from cascade.cpu import keep_freed_memory, suit_threads
@@ -79,14 +85,19 @@ async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
     suit_threads(cascade)
     over_http, in_library = usual_orders(), usual_orders()
     async with contestants.running(OURS) as running:
-        with httpx2.Client(base_url=running.base_url, timeout=60) as client:
+        url = running.base_url
+        with closing(HTTPConnection(url.host, url.port, timeout=60)) as client:
 
             def served() -> object:
-                return client.post(PATH, json=next(over_http).body).raise_for_status()
+                content = json.dumps(next(over_http).body)
+                client.request("POST", PATH, content, {"Content-Type": "application/json"})
+                response = client.getresponse()
+                assert response.status == HTTPStatus.OK
+                return response.read()
 
             def library() -> object:
                 order = next(in_library)
-                return cascade.text_to_image(
+                [made] = cascade.text_to_image(
                     order.prompt,
                     seed=order.seed,
                     width=order.width,
@@ -95,6 +106,7 @@ async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
                     guidance_scale=4.0,
                     decoder_steps=order.decoder_steps,
                 )
+                return encode(made.image, "png", quality=100)
 
             return await asyncio.to_thread(
                 compare, "a lone picture, over HTTP and in the library", served, library, rounds=rounds

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.engine.protocol import Run
+from app.engine.protocol import Expect, Run
 from app.jobs.job import Job, JobStatus
 from app.jobs.keys import Idempotency
 from app.jobs.store import JobStore, Submitted
@@ -45,6 +45,8 @@ async def test_nobody_waits_for_the_pictures_of_others_to_be_read(serve: Serve) 
     assert all(each.result() for each in busy)
     runs = await finish_all(server, pictured, *others)
     assert [run.inputs for run in runs if run.job == pictured.id] == [{name: b"a picture"}]
+    expected = [message.request for message in server.engine.sent if isinstance(message, Expect)]
+    assert not any(name.encode() in request for request in expected)
 
 
 async def test_nobody_waits_for_what_a_crash_left_of_others_to_be_read(

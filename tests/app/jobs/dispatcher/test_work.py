@@ -7,7 +7,16 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from app.engine.protocol import Failed, Previewed, Progressed, Stepped, WantPreviews
+from app.engine.protocol import (
+    Configure,
+    Expect,
+    Failed,
+    Previewed,
+    Progressed,
+    Run,
+    Stepped,
+    WantPreviews,
+)
 from app.errors import Overloaded, StorageFull
 from app.jobs import chores
 from app.jobs.events import News, Preview
@@ -46,6 +55,20 @@ async def test_a_job_becomes_pictures(serve: Serve) -> None:
     assert server.sample("cascade_jobs_total", outcome="succeeded", reason="") == 1
     assert server.sample("cascade_pictures_total") == 2
     assert server.sample("cascade_eta_error_ratio_count") == 1
+
+
+@pytest.mark.usefixtures("no_rounds")
+async def test_an_idle_engine_makes_ready_while_a_job_is_accepted(serve: Serve) -> None:
+    server = await serve()
+    await server.at_rest()
+    accepted = await server.submit(5)
+    await server.at_rest()
+    await server.submit(6)
+    await server.runs(2)
+    expected, *others = [message for message in server.engine.sent if not isinstance(message, Configure)]
+    assert isinstance(expected, Expect)
+    assert expected.request == accepted.request.model_dump_json().encode()
+    assert all(isinstance(message, Run) for message in others)
 
 
 async def test_its_events_tell_the_story(serve: Serve) -> None:
