@@ -27,7 +27,8 @@ from cascade.networks.fused import (
     linear,
     linear_add,
     linear_gelu,
-    packed,
+    packed_depthwise,
+    packed_linear,
 )
 
 _IN_PROJ, _OUT_PROJ = "attention.attn.in_proj", "attention.attn.out_proj"  # places of adapters
@@ -168,6 +169,8 @@ class ResWeights(NamedTuple):
     beta: Tensor
     narrow: Tensor
     narrow_bias: Tensor
+    packed_widen: Tensor | None
+    packed_narrow: Tensor | None
 
 
 class ResBlock(nn.Module):
@@ -191,7 +194,8 @@ class ResBlock(nn.Module):
         widen, _, norm, _, narrow = self._mlp
         bias = cast(Tensor, self.depthwise.bias)
         mlp = (widen.weight, widen.bias, norm.gamma, norm.beta, narrow.weight, narrow.bias)
-        return ResWeights(packed(self.depthwise.weight), bias, *mlp)
+        linears = packed_linear(widen.weight), packed_linear(narrow.weight)
+        return ResWeights(packed_depthwise(self.depthwise.weight), bias, *mlp, *linears)
 
     def forward(
         self, x: Tensor, skip: Tensor | None = None, groups: Groups = (), weights: ResWeights | None = None
@@ -224,7 +228,7 @@ class ResBlock(nn.Module):
         if x.shape[0] == 1:
             return _add_mlp(weights, x, hidden)
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
-        rows = cached_rows(4 * x[0].numel()) if x.is_cpu else len(x)
+        rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
         return in_parts(partial(_add_mlp, weights), rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups, weights: ResWeights | None) -> Tensor:
@@ -247,15 +251,17 @@ class ResBlock(nn.Module):
 
 def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
     """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
-    _, _, widen, widen_bias, gamma, beta, narrow, narrow_bias = weights
-    hidden = linear_gelu(hidden, widen, widen_bias)
+    _, _, widen, widen_bias, gamma, beta, narrow, narrow_bias, packed_widen, packed_narrow = weights
+    hidden = linear_gelu(hidden, widen, widen_bias, packed_widen)
     norms = energy(hidden)
     mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
-    scale = norms.div_(mean).mul_(gamma).add_(1).to(hidden.dtype)
+    scale = norms.div_(mean).mul_(gamma).add_(1)
+    if hidden.dtype is not torch.float32:  # even a conversion to what it is takes its time
+        scale = scale.to(hidden.dtype)
     _, height, width, channels = x.shape
     if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
         hidden = torch.addcmul(beta, hidden, scale, out=hidden)
-        return linear_add(hidden, narrow, narrow_bias, x)
+        return linear_add(hidden, narrow, narrow_bias, x, packed_narrow)
     bias = narrow_bias + narrow @ beta.flatten()
     scaled = narrow * scale.flatten(1, 2)  # (b, c, 4c)
     rows = [linear_add(hidden[row : row + 1], scaled[row], bias, x[row : row + 1]) for row in range(len(x))]
@@ -319,6 +325,8 @@ class AttnWeights(NamedTuple):
     project_bias: Tensor
     out: Tensor
     out_bias: Tensor
+    packed_project: Tensor | None
+    packed_out: Tensor | None
 
 
 class AttnBlock(nn.Module):
@@ -359,7 +367,9 @@ class AttnBlock(nn.Module):
         out = weights.out_proj
         if not self.self_attention:
             project, bias = project[: out.in_features], bias[: out.in_features]
-        return AttnWeights(project, bias, out.weight, out.bias)
+        return AttnWeights(
+            project, bias, out.weight, out.bias, packed_linear(project), packed_linear(out.weight)
+        )
 
     def forward(
         self, x: Tensor, condition: Tensor, groups: Groups = (), weights: AttnWeights | None = None
@@ -369,7 +379,7 @@ class AttnBlock(nn.Module):
             weights = self.step_weights()
         b, h, w, channels = x.shape
         normed = layer_norm(x).view(b, h * w, channels)
-        projected = linear(normed, weights.project, weights.project_bias)
+        projected = linear(normed, weights.project, weights.project_bias, weights.packed_project)
         if self.self_attention:
             projected = adapt(projected, normed, weights.project, groups, _IN_PROJ)
             split = self._split_heads(projected, parts=3)
@@ -378,7 +388,7 @@ class AttnBlock(nn.Module):
             projected = adapt_thirds(projected, normed, weights.project, groups, _IN_PROJ, 0, 1)
             split = self._split_heads(projected, parts=1)
         attended = _attend(split[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
-        added = linear_add(attended, weights.out, weights.out_bias, x)
+        added = linear_add(attended, weights.out, weights.out_bias, x, weights.packed_out)
         return adapt(added, attended, weights.out, groups, _OUT_PROJ)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:

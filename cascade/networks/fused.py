@@ -6,18 +6,23 @@ on processors of every make; the library behind PyTorch's own products takes twi
 Everywhere else these are the plain formulas.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 NORM_EPS = 1e-6
 
 _CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
+_SMALL_WEIGHT = 1 << 18  # elements
 _MANY_TOKENS = 256  # of a picture; for fewer, the passes cost more to start than the one operator
+
+# By weight: its values, and what was made of them.
+_packed: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
 
 
 def is_plain_cpu(x: Tensor) -> bool:
@@ -40,26 +45,34 @@ def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Te
     return torch.cat([function(*part) for part in parts])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The linear layer alone; oneDNN adds the bias without a pass of its own, too."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None) -> Tensor:
+    """The linear layer alone; oneDNN adds the bias without a pass of its own, too.
+
+    Here and below, `packed` is what `packed_linear` made of the weight.
+    """
     if _has_fused_kernels(x):
-        product: Tensor = _onednn_linear().default(x, weight, bias, "none", [], "")
+        read = weight if packed is None else packed
+        product: Tensor = _onednn_linear().default(x, read, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None) -> Tensor:
     """GELU(linear(x))."""
     if _has_fused_kernels(x):
-        product: Tensor = _onednn_linear().default(x, weight, bias, "gelu", [], "none")
+        read = weight if packed is None else packed
+        product: Tensor = _onednn_linear().default(x, read, bias, "gelu", [], "none")
         return product
     return F.gelu(F.linear(x, weight, bias))
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def linear_add(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, packed: Tensor | None = None
+) -> Tensor:
     """residual + linear(x); the shapes of the result and of `residual` are equal."""
     if _has_fused_kernels(x):
-        total: Tensor = _onednn_linear().binary(x, residual, weight, bias, "add")
+        read = weight if packed is None else packed
+        total: Tensor = _onednn_linear().binary(x, residual, read, bias, "add")
         return total
     return residual + F.linear(x, weight, bias)
 
@@ -89,7 +102,7 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution of each channel by itself to the same size; (b, h, w, c) with weight (c, 1, k, k).
 
-    The weight may be what `packed` made of it.
+    The weight may be what `packed_depthwise` made of it.
     """
     planes, channels, padding = x.permute(0, 3, 1, 2), x.shape[-1], weight.shape[-1] // 2
     if weight.is_mkldnn:
@@ -100,18 +113,34 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A depthwise weight as oneDNN's kernels read it: otherwise each call reorders it, a quarter of its time.
-
-    It is a copy, so this is for as long as the weights stay as they are.
-    """
+def packed_depthwise(weight: Tensor) -> Tensor:
+    """A depthwise weight as oneDNN's kernels read it: else each call reorders it, a quarter of its time."""
     if not _has_fused_kernels(weight):
         return weight
     channels, _, side, _ = weight.shape
     padding = (side // 2, side // 2)
     reorder = torch.ops.mkldnn._reorder_convolution_weight  # noqa: SLF001
-    reordered: Tensor = reorder(weight, padding, (1, 1), (1, 1), channels, ())
-    return reordered
+    return _kept(weight, lambda values: reorder(values, padding, (1, 1), (1, 1), channels, ()))
+
+
+def packed_linear(weight: Tensor) -> Tensor | None:
+    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies."""
+    if weight.numel() > _SMALL_WEIGHT or not _has_fused_kernels(weight):
+        return None
+    reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
+    return _kept(weight, lambda values: reorder(values, None))
+
+
+def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `pack` makes of a weight, remembered while the weight lives and has the same values.
+
+    To pack those of a network takes longer than a picture gains by it, to compare them a tenth of that.
+    """
+    known = _packed.get(weight)
+    if known is None or known[0].dtype is not weight.dtype or not torch.equal(known[0], weight):
+        values = weight.detach().clone()
+        known = _packed[weight] = values, pack(values)
+    return known[1]
 
 
 def energy(x: Tensor) -> Tensor:
@@ -134,7 +163,8 @@ def energy(x: Tensor) -> Tensor:
 
 
 def _small_sums_of_squares(x: Tensor) -> Tensor:
-    return x.float().square().sum(dim=(1, 2), keepdim=True)
+    exact = x if x.dtype is torch.float32 else x.float()
+    return exact.square().sum(dim=(1, 2), keepdim=True)
 
 
 def _sum_of_squares(row: Tensor) -> Tensor:
