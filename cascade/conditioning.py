@@ -128,26 +128,9 @@ class TextEncoder:
         if weighted or long:
             return self._encode_by_chunks(prompts, adapter, weighted=weighted, long=long)
         if adapter is not None:
-            return self._encode_adapted(prompts, adapter)
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-        hidden, pooled = self._run(tokens.input_ids, tokens.attention_mask)
-        num_tokens = tuple(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
-        return TextEmbeddings(
-            hidden=hidden,
-            pooled=pooled,
-            num_tokens=num_tokens,
-            truncated=tuple(count > self.max_tokens for count in num_tokens),
-        )
-
-    def _encode_adapted(self, prompts: Sequence[str], adapter: Adapter) -> TextEmbeddings:
-        """The same with an adapter."""
-        rows = [self._tokenize(prompt, adapter)[0] for prompt in prompts]
+            rows = [self._tokenize(prompt, adapter)[0] for prompt in prompts]
+        else:
+            rows = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
         ids, mask = self._windows([row[: self.max_tokens - 2] for row in rows])
         hidden, pooled = self._run(ids, mask, adapter)
         num_tokens = tuple(len(row) + 2 for row in rows)

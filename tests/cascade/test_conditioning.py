@@ -1,6 +1,7 @@
 """The CLIP towers as Stage C needs them: padding mask, states before the final norm, first end token."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,23 +73,12 @@ def test_pooling_takes_the_first_end_token_even_with_larger_ids_before_it(
     """Old configurations state 2, which makes transformers take the largest id: an added word instead."""
     model = copy.deepcopy(pipelines.prior.text_encoder)
 
-    class Tokens(dict[str, Tensor]):
-        input_ids = torch.tensor([[512, 514, 5, 513, 513, 513]])
-        attention_mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
-
-        def to(self, _: torch.device) -> "Tokens":
-            return self
-
     class Tokenizer:
         model_max_length = 6
-        eos_token_id = 513
+        bos_token_id, eos_token_id, pad_token_id = 512, 513, 513
 
         def __call__(self, _: list[str], **options: Any) -> Any:
-            return (
-                Tokens()
-                if "return_tensors" in options
-                else type("Ids", (), {"input_ids": [[512, 514, 5, 513]]})
-            )
+            return SimpleNamespace(input_ids=[[514, 5]])
 
     table = torch.cat([model.get_input_embeddings().weight.detach(), torch.ones(1, 96)])
     model.text_model.embeddings.token_embedding = torch.nn.Embedding.from_pretrained(table)
