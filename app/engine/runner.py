@@ -144,7 +144,7 @@ class CascadeRunner:
 
     def expect(self, request: bytes) -> None:
         """Begin a picture of it that is not drawn: what is computed from its texts is remembered."""
-        with _memory_errors():
+        with _memory_errors(), _refusals():
             self._at_work.begin(self._drawing(request, seed=0, inputs={}))
 
     def start(self, run: Run) -> CascadeTrack:

@@ -69,14 +69,15 @@ class Fleet:
     ) -> Submitted:
         """Have a job accepted by `submit`, and with it claim what is next, if there is room for its tenant.
 
+        The engine is told to expect it meanwhile, if it has nothing else to do.
         It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
         database may not answer. Raises what `submit` raises.
         """
         slot = None if self._is_closed else self._roomiest_for(job.tenant)
         if slot is None or not await self._may_board_at_once():
             return await submit()
-        slot.expect(job)
         try:
+            slot.expect(job)
             submitted = await self._submit_and_claim(slot, submit, lease_seconds)
         except BaseException:
             self._boarding.release()

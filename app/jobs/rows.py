@@ -53,7 +53,7 @@ def read(connection: Connection, query: Select[Any], values: Mapping[str, object
     `values` are those of its parameters.
     """
     rows = connection.execute(query, values).all()
-    images = _images(connection, [row.id for row in rows if row.fence])  # else nobody has begun it
+    images = _images(connection, [row.id for row in rows if row.fence])  # else nobody ever claimed it
     return [_job(row, images[row.id]) for row in rows]
 
 

@@ -262,9 +262,10 @@ def _submit(
     if idempotency is not None:
         keys.remember(connection, job, idempotency, now)
     claimed = () if claim is None else claims.claim(connection, claim, now)
-    if claim is not None and not claimed:  # else no more wait than did before
+    submitted = Submitted(job, is_replay=False, claimed=claimed)
+    if claim is not None and not submitted.is_claimed:  # what is in work at once needs no room
         queue.require_bound(connection, max_queue)
-    return Submitted(job, is_replay=False, claimed=claimed)
+    return submitted
 
 
 def _request_cancel(connection: Connection, job_id: str, tenant: str | None, now: float) -> Job | None:

@@ -159,7 +159,10 @@ class _ResponseNorm(torch.autograd.Function):
 
 
 class ResWeights(NamedTuple):
-    """What a ResBlock reads at every step: looked up once, and the kernel packed for the processor."""
+    """What a ResBlock reads at every step: looked up once, and packed for the processor where that pays.
+
+    The plain weights are for where packed ones cannot be read, and for GRN's factors to be multiplied with.
+    """
 
     kernel: Tensor
     kernel_bias: Tensor
@@ -319,7 +322,7 @@ class AttentionWeights(nn.Module):
 
 
 class AttnWeights(NamedTuple):
-    """What an AttnBlock reads at every step, looked up once."""
+    """What an AttnBlock reads at every step: looked up once, and packed for the processor where that pays."""
 
     project: Tensor  # to queries, and to keys and values where the tokens attend to themselves
     project_bias: Tensor
@@ -367,9 +370,8 @@ class AttnBlock(nn.Module):
         out = weights.out_proj
         if not self.self_attention:
             project, bias = project[: out.in_features], bias[: out.in_features]
-        return AttnWeights(
-            project, bias, out.weight, out.bias, packed_linear(project), packed_linear(out.weight)
-        )
+        packed_project = packed_linear(project) if self.self_attention else None  # a part is a new tensor
+        return AttnWeights(project, bias, out.weight, out.bias, packed_project, packed_linear(out.weight))
 
     def forward(
         self, x: Tensor, condition: Tensor, groups: Groups = (), weights: AttnWeights | None = None

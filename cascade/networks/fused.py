@@ -51,8 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None
     Here and below, `packed` is what `packed_linear` made of the weight.
     """
     if _has_fused_kernels(x):
-        read = weight if packed is None else packed
-        product: Tensor = _onednn_linear().default(x, read, bias, "none", [], "")
+        product: Tensor = _onednn_linear().default(x, _either(packed, weight), bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
 
@@ -60,8 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None) -> Tensor:
     """GELU(linear(x))."""
     if _has_fused_kernels(x):
-        read = weight if packed is None else packed
-        product: Tensor = _onednn_linear().default(x, read, bias, "gelu", [], "none")
+        product: Tensor = _onednn_linear().default(x, _either(packed, weight), bias, "gelu", [], "none")
         return product
     return F.gelu(F.linear(x, weight, bias))
 
@@ -71,8 +69,7 @@ def linear_add(
 ) -> Tensor:
     """residual + linear(x); the shapes of the result and of `residual` are equal."""
     if _has_fused_kernels(x):
-        read = weight if packed is None else packed
-        total: Tensor = _onednn_linear().binary(x, residual, read, bias, "add")
+        total: Tensor = _onednn_linear().binary(x, residual, _either(packed, weight), bias, "add")
         return total
     return residual + F.linear(x, weight, bias)
 
@@ -173,6 +170,10 @@ def _sum_of_squares(row: Tensor) -> Tensor:
     for piece in torch.split(row, cached_rows(row.shape[-1])):
         total += piece.float().square().sum(dim=0)
     return total
+
+
+def _either(packed: Tensor | None, weight: Tensor) -> Tensor:
+    return weight if packed is None else packed
 
 
 def _has_fused_kernels(x: Tensor) -> bool:

@@ -154,4 +154,5 @@ async def test_a_write_that_is_interrupted_happened_if_it_was_committed(
 
 def contents(connection: Connection) -> list[Sequence[Row[Any]]]:
     """All rows there are."""
-    return [connection.execute(select(table)).all() for table in metadata.sorted_tables]
+    queries = [select(table).order_by(*table.primary_key) for table in metadata.sorted_tables]
+    return [connection.execute(query).all() for query in queries]

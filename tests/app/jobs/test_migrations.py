@@ -90,8 +90,11 @@ async def test_a_new_file_that_somebody_locks_is_waited_for(
         with pytest.raises(SettingsError, match="locked"):
             await JobStore.open(f"sqlite:///{path}")
     else:
-        asyncio.get_running_loop().call_later(lasts, locking.close)
+        loop = asyncio.get_running_loop()
+        free_at = loop.time() + lasts
+        loop.call_at(free_at, locking.close)
         await (await JobStore.open(f"sqlite:///{path}")).close()
+        assert loop.time() >= free_at
     locking.close()
 
 

@@ -63,6 +63,19 @@ async def test_a_job_that_is_accepted_goes_before_nobody(store: JobStore) -> Non
     assert (await stored(store, late)).status == JobStatus.QUEUED
 
 
+async def test_an_overfull_queue_takes_only_what_need_not_wait(store: JobStore) -> None:
+    """As a crash overfills it, which puts back what was in work."""
+    await add(store, *(new_job() for _ in range(3)))
+    claimed = await claim(store, limit=2)
+    await store.release("one")
+    with pytest.raises(QueueFull):
+        await store.submit(new_job("bob"), max_queue=2, claim=Claim("one", LEASE_SECONDS))
+    assert (await store.counts()).queued == 3
+    assert (await stored(store, claimed[0])).status == JobStatus.QUEUED
+    wanted = Claim("one", LEASE_SECONDS, without=["ann"])
+    assert (await store.submit(new_job("bob"), max_queue=2, claim=wanted)).is_claimed
+
+
 async def test_a_full_queue_keeps_out_nobody_whose_job_is_taken_at_once(store: JobStore) -> None:
     await add(store, new_job(), new_job())
     claim = Claim("one", LEASE_SECONDS, without=["ann"])

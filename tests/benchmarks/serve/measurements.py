@@ -72,7 +72,7 @@ class Overload:
 
 
 async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
-    """A PNG file over HTTP against the same call of the library and the same encoder: what the server adds.
+    """A picture over HTTP against the same call of the library and the same encoder: what the server adds.
 
     Each round has a prompt of its own, which the server has not encoded yet. The client is the plainest there
     is, as what it takes itself is not the server's.

@@ -86,7 +86,7 @@ def verdicts(results: Results) -> list[Verdict]:
         ),
         Verdict(
             "the server adds at most 5 % or 10 ms to a lone picture",
-            f"{1000 * added.median:.1f} ms, {share:.1%}",
+            f"{1000 * added.median:.1f} ms ({1000 * added.low:.1f}..{1000 * added.high:.1f}), {share:.1%}",
             share <= 0.05 or added.median <= 0.010,
         ),
         Verdict(

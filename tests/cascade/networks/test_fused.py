@@ -31,6 +31,7 @@ def test_fused_layers_equal_the_formulas(dtype: torch.dtype) -> None:
         assert close_in_bf16(linear_add(x, weight, bias, residual, packed), residual.double() + exact)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
 @torch.inference_mode()
 def test_only_small_weights_are_packed() -> None:
     assert packed_linear(torch.zeros(512, 512)) is not None

@@ -101,7 +101,7 @@ async def test_a_job_that_kills_its_engine_is_given_up(serve: Serve) -> None:
 async def test_an_engine_in_a_step_is_left_alone_when_the_server_ends(
     folder: Path, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "LEAVE_SECONDS", 0.02)
+    monkeypatch.setattr(fleet, "LEAVE_SECONDS", 0.05)
     runner = FakeRunner()
     server = await Server(folder, store, launch=launcher(runner)).start()
     with closed(runner.gate):
