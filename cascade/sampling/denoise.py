@@ -187,7 +187,8 @@ class Batch(Generic[C]):
             return network(latents, ratio, self._condition).float()
         if len(guided) == len(latents):  # as a rule, and gathering rows takes its time
             noise = network(torch.cat([latents, latents]), torch.cat([ratio, ratio]), self._condition).float()
-            return guide(*noise.chunk(2), self._scale, self._rescale)
+            noise, unguided = noise.chunk(2)
+            return guide(noise, unguided, self._scale, self._rescale)
         rows = torch.cat([latents, latents[guided]])
         noise = network(rows, torch.cat([ratio, ratio[guided]]), self._condition).float()
         noise, unguided = noise[: len(latents)], noise[len(latents) :]
