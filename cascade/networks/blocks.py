@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cascade.networks.adapters import Groups, adapt, adapt_thirds
 from cascade.networks.fused import (
     NORM_EPS,
+    attention,
     cached_rows,
     depthwise,
     energy,
@@ -389,7 +390,7 @@ class AttnBlock(nn.Module):
         else:
             projected = adapt_thirds(projected, normed, weights.project, groups, _IN_PROJ, 0, 1)
             split = self._split_heads(projected, parts=1)
-        attended = _attend(split[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
+        attended = attention(split[:, 0], *condition.unbind(1)).transpose(1, 2).reshape(b, h, w, channels)
         added = linear_add(attended, weights.out, weights.out_bias, x, weights.packed_out)
         return adapt(added, attended, weights.out, groups, _OUT_PROJ)
 
@@ -397,11 +398,3 @@ class AttnBlock(nn.Module):
         """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""
         b, n, _ = projected.shape
         return projected.view(b, n, parts, self.num_heads, -1).permute(0, 2, 3, 1, 4)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention, (b, heads, n, d). The fused kernel's backward pass takes thrice as long on a CPU."""
-    if query.requires_grad and query.device.type == "cpu":
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return cast(Tensor, scores.softmax(dim=-1) @ value)
-    return F.scaled_dot_product_attention(query, key, value)

@@ -24,10 +24,12 @@ _KIND_OF = {
     "mkldnn::_linear_pointwise": MATRIX,  # with the GELU or the addition that it ends with
     "aten::addmm": MATRIX,
     "aten::mm": MATRIX,
-    "aten::bmm": MATRIX,
     "aten::mv": MATRIX,
     "aten::addmv": MATRIX,
     "aten::_scaled_dot_product_flash_attention_for_cpu": ATTENTION,
+    "aten::baddbmm": ATTENTION,  # nothing else multiplies batches
+    "aten::_softmax": ATTENTION,
+    "aten::bmm": ATTENTION,
     "aten::mkldnn_convolution": "depthwise convolution",
     "aten::native_layer_norm": "norms and their sums",
     "aten::linalg_vector_norm": "norms and their sums",

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.networks.blocks import ResBlock
-from cascade.networks.fused import energy, layer_norm, linear, linear_add, linear_gelu, packed_linear
+from cascade.networks.fused import (
+    attention,
+    energy,
+    layer_norm,
+    linear,
+    linear_add,
+    linear_gelu,
+    packed_linear,
+)
 from cascade.networks.stage_b import StageB
 from cascade.networks.unet import Condition
 from tests.cascade.networks.reference import noise, randomized, worst
@@ -110,6 +118,38 @@ def test_fused_layers_give_a_row_the_same_alone_and_in_company(
     for name, layer in layers.items():
         alone = [layer(slice(row, row + 1)) for row in range(len(x))]
         assert torch.equal(torch.cat(alone), layer(slice(None))), name
+
+
+def query_key_value(rows: int, heads: int, n: int, m: int) -> list[Tensor]:
+    """In bf16, laid out as the network's projections leave them."""
+    sizes = {21: n, 22: m, 23: m}
+    return [noise(seed, rows, size, heads, 16).bfloat16().transpose(1, 2) for seed, size in sizes.items()]
+
+
+@pytest.mark.parametrize(
+    ("heads", "n", "m"),
+    [
+        pytest.param(5, 200, 213, id="one piece"),
+        pytest.param(3, 900, 931, id="pieces of some heads"),
+        pytest.param(1, 1500, 1511, id="pieces of some queries"),
+    ],
+)
+@torch.inference_mode()
+def test_attention_in_bf16_equals_the_formula(heads: int, n: int, m: int) -> None:
+    query, key, value = query_key_value(2, heads, n, m)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    error = attention(query, key, value).double() - exact
+    # scores, their exponentials and the result, each rounded to 8 bits, all over again for every key
+    assert error.square().mean().sqrt() <= 2**-7 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("n", [40, 300, 1500])
+@torch.inference_mode()
+def test_attention_in_bf16_gives_a_row_the_same_alone_and_in_company(n: int) -> None:
+    query, key, value = query_key_value(3, 2, n, n + 9)
+    together = attention(query, key, value)
+    for row in range(3):
+        assert torch.equal(attention(query[row, None], key[row, None], value[row, None])[0], together[row])
 
 
 def prepared_step(network: StageB) -> tuple[Tensor, Tensor, Condition]:
