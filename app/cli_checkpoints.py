@@ -81,8 +81,9 @@ def _files(inspection: "Inspection", component: "InspectedComponent") -> str:
 
 
 def _remarks(inspection: "Inspection") -> list[str]:
-    """What the table does not say: everything that stands in the way of pictures."""
-    remarks = [f"problem: {component.problem}" for component in inspection.components if component.problem]
+    """What the table does not say: LoRAs, and everything that stands in the way of pictures."""
+    remarks = [f"LoRAs: {', '.join(inspection.loras)}"] if inspection.loras else []
+    remarks += [f"problem: {component.problem}" for component in inspection.components if component.problem]
     remarks += [f"unknown: {path}" for path in inspection.unknown]
     remarks += [
         f"refused: {path} may run code when loaded; only safetensors are read" for path in inspection.refused

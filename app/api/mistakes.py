@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -35,6 +36,21 @@ CODES = {  # what pydantic calls a mistake -> our code of it; others are "invali
     "unsupported_url": "unsupported_parameter",
 }
 
+INSTEAD = {  # names of other interfaces -> what the native one has
+    "size": "width and height",
+    "n": "num_images_per_prompt",
+    "num_images": "num_images_per_prompt",
+    "steps": "prior_num_inference_steps",
+    "num_inference_steps": "prior_num_inference_steps",
+    "cfg": "prior_guidance_scale",
+    "cfg_scale": "prior_guidance_scale",
+    "guidance_scale": "prior_guidance_scale",
+    "sampler_name": "sampler",
+    "output_compression": "output_quality",
+    "partial_images": "previews",
+    "stream": "the header Accept: text/event-stream",
+}
+
 
 def validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, str]) -> Body:
     """A body of this kind, or the InvalidRequest that says what is wrong with it.
@@ -45,14 +61,16 @@ def validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, 
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise _invalid_request(error, sent_as) from None
+        raise _invalid_request(error, sent_as, kind) from None
 
 
-def _invalid_request(error: ValidationError, sent_as: Mapping[str, str]) -> InvalidRequest:
+def _invalid_request(
+    error: ValidationError, sent_as: Mapping[str, str], kind: type[BaseModel]
+) -> InvalidRequest:
     """The first mistake in words, under the name that the caller used, and the places of all."""
     problems = error.errors(include_url=False, include_input=False)
     places = [
-        (pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as)))
+        (pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as), kind))
         for problem in problems[:MAX_PLACES]
     ]
     first = problems[0]
@@ -72,12 +90,19 @@ def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
     return [printable(name) for name in names]
 
 
-def _words(problem: ErrorDetails, names: list[str]) -> str:
+def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> str:
     name = ".".join(names)
     if problem["type"] == "missing":
         return f"{name} is required"
     if problem["type"] == "extra_forbidden":
-        return f"{name} is no member of this request"
+        instead = _instead(name, kind) if len(names) == 1 else None
+        return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message = re.sub(r"^(?:String|List|Tuple) should", "should", message).replace("should", "must", 1)
     return f"{name} {message}" if problem["loc"] else message
+
+
+def _instead(name: str, kind: type[BaseModel]) -> str | None:
+    """What was meant by a member that a body of this kind does not have, if that can be told."""
+    close = get_close_matches(name, kind.model_fields, n=1, cutoff=0.8)
+    return INSTEAD.get(name) or (close[0] if close else None)

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from cascade.checkpoints.files import (
+    LORA_FOLDER,
     REQUIRED,
     TOKENIZER_FILES,
     Part,
@@ -19,6 +20,7 @@ from cascade.checkpoints.load import build, existing
 from cascade.checkpoints.stored import StoredTensor
 from cascade.checkpoints.sums import check_sums
 from cascade.errors import CheckpointError
+from cascade.lora.library import LoRALibrary
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Inspection:
     missing: tuple[str, ...]  # of a folder: what pictures need and is not there
     unknown: tuple[Path, ...]  # safetensors files of something else
     refused: tuple[Path, ...]  # pickles
+    loras: tuple[str, ...]  # names of those in its folder of LoRAs
 
     @property
     def is_complete(self) -> bool:
@@ -71,6 +74,7 @@ def inspect(path: str | PathLike[str], *, verify: bool = False) -> Inspection:
         missing=() if place.is_file() else _missing(parts),
         unknown=tuple(found.unknown),
         refused=tuple(found.pickles),
+        loras=tuple(LoRALibrary([place / LORA_FOLDER]).names()),
     )
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from app.api.bodies import parse_image_generation, parse_native
+from app.api.bodies import NativeImageBody, parse_image_generation, parse_native
+from app.api.mistakes import INSTEAD
 from app.errors import InvalidRequest
 
 
@@ -63,6 +64,26 @@ def test_a_mistake_is_pointed_at(members: dict[str, Any], pointer: str, code: st
     assert places[0][1] == error.message
     assert "should" not in error.message
     assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("member", "instead"),
+    [
+        ("size", ", use width and height"),
+        ("n", ", use num_images_per_prompt"),
+        ("negativ_prompt", ", use negative_prompt"),
+        ("temperature", ""),
+    ],
+)
+def test_a_member_of_another_interface_is_answered_with_ours(member: str, instead: str) -> None:
+    assert refused({member: 1}).message == f"{member} is no member of this request{instead}"
+
+
+def test_what_is_named_instead_exists() -> None:
+    members = NativeImageBody.model_fields.keys()
+    assert INSTEAD.keys().isdisjoint(members)
+    words = {word for instead in INSTEAD.values() for word in instead.split() if word.isidentifier()}
+    assert words - {"and", "the", "header"} <= members
 
 
 def test_all_mistakes_are_listed_but_no_flood() -> None:

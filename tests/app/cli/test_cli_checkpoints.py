@@ -18,6 +18,11 @@ def test_inspect_lists_components_and_what_is_missing(run: Run, checkpoint: Path
     assert part.out.splitlines()[-1] == "missing: stage_b, stage_a, text_encoder, tokenizer"
 
 
+def test_inspect_lists_the_loras_beside_a_checkpoint(run: Run, checkpoint: Path) -> None:
+    assert "LoRAs: azure, lcm, night" in run("inspect", "tiny").out.splitlines()
+    assert "LoRAs" not in run("inspect", checkpoint).out
+
+
 def test_inspect_names_a_damaged_file(run: Run, tmp_path: Path) -> None:
     damaged = tmp_path / "stage_c.safetensors"
     damaged.write_bytes(b"\xff" * 100)
