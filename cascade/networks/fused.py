@@ -22,6 +22,7 @@ _SMALL_WEIGHT = 1 << 18  # elements
 _MANY_TOKENS = 256  # of a picture; for fewer, the passes cost more to start than the one operator
 _SCORE_BYTES = 4 << 20  # of a piece of attention: it stays in the cache from one operator to the next
 _MANY_SCORES = 1 << 17  # of a picture
+_MANY_QUERIES = 64
 
 # By weight: its values, and what was made of them.
 _packed: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
@@ -99,25 +100,29 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of (b, heads, n, d) to keys and values (b, heads, m, d).
+    """Softmax attention of (b, heads, n, d) to keys and values (b, heads, m, d), of equal b and heads.
 
     PyTorch's fused operator is slow twice on a CPU. Its backward pass takes thrice as long as the plain
-    formula; and in bf16 it multiplies at a fraction of the speed of oneDNN's products, unless there is AMX.
-    So large pictures are taken in pieces, whose scores stay in the cache while they are made, normalised and
-    used. Scores are rounded to bf16 there, as queries and keys were before. How a picture is cut depends on
-    its own size only: the result is the same to the last bit in any company.
+    formula; and in bf16 it multiplies at a fraction of the speed of oneDNN's products. So large pictures are
+    taken in pieces, whose scores stay in the cache while they are made, normalised and used. Not so with AMX,
+    where it is fast, and without instructions for bf16, where the products are not.
     """
     if query.is_cpu and query.requires_grad:
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         return cast(Tensor, scores.softmax(dim=-1) @ value)
-    is_large = query.shape[1] * query.shape[2] * key.shape[2] >= _MANY_SCORES
-    is_half = query.dtype is torch.bfloat16 and _has_fused_kernels(query)
-    if is_large and is_half and not torch.cpu._is_amx_tile_supported():  # noqa: SLF001
-        return _attention_in_pieces(query, key, value)
+    if query.dtype is torch.bfloat16 and _has_fused_kernels(query) and _has_fast_products():
+        _, heads, n, _ = query.shape
+        if n >= _MANY_QUERIES and heads * n * key.shape[2] >= _MANY_SCORES:
+            return _attention_in_pieces(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def _attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Cut by the size of a picture alone, so that the result is the same to the last bit in any company.
+
+    The products are rounded to bf16, which would cost most where scores are largest and count most. So they
+    are made twice, the second time less the largest of their query, which the softmax does not see.
+    """
     b, heads, n, d = query.shape
     row_bytes = key.shape[2] * query.element_size()
     num_queries = max(1, _SCORE_BYTES // row_bytes)
@@ -126,8 +131,10 @@ def _attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     unused = query.new_empty(())
     for picture in zip(query, key, value, attended, strict=True):
         for q, k, v, out in zip(*(tensor.split(num_heads) for tensor in picture), strict=True):
+            keys = k.transpose(1, 2)
             for part, target in zip(q.split(num_queries, dim=1), out.split(num_queries, dim=1), strict=True):
-                scores = torch.baddbmm(unused, part, k.transpose(1, 2), beta=0, alpha=d**-0.5)
+                largest = torch.baddbmm(unused, part, keys, beta=0, alpha=d**-0.5).amax(dim=-1, keepdim=True)
+                scores = torch.baddbmm(largest, part, keys, beta=-1, alpha=d**-0.5)
                 target.copy_(scores.softmax(dim=-1) @ v)
     return attended
 
@@ -223,6 +230,12 @@ def _fused_dtypes() -> tuple[torch.dtype, ...]:
         return ()
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
     return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
+
+
+@cache
+def _has_fast_products() -> bool:
+    """In bf16, of batches of matrices, where PyTorch's own attention has none."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
 @cache

@@ -1,12 +1,17 @@
 """The fused CPU operators against the plain formulas, and their block against its training path."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cascade.networks import fused
 from cascade.networks.blocks import ResBlock
 from cascade.networks.fused import (
+    _attention_in_pieces,
+    _packed,
     attention,
     energy,
     layer_norm,
@@ -44,6 +49,17 @@ def test_fused_layers_equal_the_formulas(dtype: torch.dtype) -> None:
 def test_only_small_weights_are_packed() -> None:
     assert packed_linear(torch.zeros(512, 512)) is not None
     assert packed_linear(torch.zeros(512, 513)) is None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+@torch.inference_mode()
+def test_packed_weights_are_kept_as_long_as_the_weight() -> None:
+    gc.collect()
+    before, weight = len(_packed), torch.ones(8, 8)
+    assert packed_linear(weight) is packed_linear(weight)
+    assert len(_packed) == before + 1
+    del weight
+    assert len(_packed) == before
 
 
 @torch.inference_mode()
@@ -134,13 +150,44 @@ def query_key_value(rows: int, heads: int, n: int, m: int) -> list[Tensor]:
         pytest.param(1, 1500, 1511, id="pieces of some queries"),
     ],
 )
+@pytest.mark.parametrize("offset", [0, 8])  # a share of all keys, whose scores the softmax does not see
+@pytest.mark.parametrize("factor", [1, 16])
 @torch.inference_mode()
-def test_attention_in_bf16_equals_the_formula(heads: int, n: int, m: int) -> None:
+def test_attention_in_pieces_is_as_exact_as_the_fused_operator(
+    heads: int, n: int, m: int, offset: float, factor: float
+) -> None:
     query, key, value = query_key_value(2, heads, n, m)
+    common = noise(24, heads, 1, 16)
+    query, key = ((query + common) * factor).bfloat16(), (key + offset * common).bfloat16()
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    error = attention(query, key, value).double() - exact
-    # scores, their exponentials and the result, each rounded to 8 bits, all over again for every key
-    assert error.square().mean().sqrt() <= 2**-7 * exact.square().mean().sqrt()
+
+    def error(attended: Tensor) -> float:
+        return float((attended.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    fused = error(F.scaled_dot_product_attention(query, key, value))
+    # twice a rounding to 8 bits: of the weights of the values, and of the difference of each from the largest
+    assert error(_attention_in_pieces(query, key, value)) <= fused + 2**-9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "m", "is_in_pieces"),
+    [
+        (torch.bfloat16, 300, 309, True),
+        (torch.float32, 300, 309, False),
+        (torch.bfloat16, 40, 49, False),
+        (torch.bfloat16, 40, 4000, False),
+    ],
+)
+@torch.inference_mode()
+def test_only_large_pictures_in_bf16_are_attended_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, m: int, is_in_pieces: bool
+) -> None:
+    monkeypatch.setattr(fused, "_has_fast_products", lambda: True)
+    monkeypatch.setattr(fused, "_fused_dtypes", lambda: (torch.float32, torch.bfloat16))
+    in_pieces = torch.zeros(())
+    monkeypatch.setattr(fused, "_attention_in_pieces", lambda *_: in_pieces)
+    query, key, value = (tensor.to(dtype) for tensor in query_key_value(1, 4, n, m))
+    assert (attention(query, key, value) is in_pieces) is is_in_pieces
 
 
 @pytest.mark.parametrize("n", [40, 300, 1500])
