@@ -236,7 +236,8 @@ def check_size(width: int, height: int, *, max_pixels: int, param: str) -> None:
         try:
             _check_side(side)
         except ValueError as error:
-            raise InvalidRequest(f"{name} {error}".replace("should", "must"), param=param) from None
+            named = f"the {name} of size" if param == "size" else name
+            raise InvalidRequest(f"{named} {error}".replace("should", "must"), param=param) from None
     if width * height > max_pixels:
         raise InvalidRequest(
             f"width times height must be at most {max_pixels}, not {width * height}", param=param

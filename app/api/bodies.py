@@ -168,7 +168,10 @@ class ImageGenerationBody(GenerationMembers):
 class ImageEditBody(ImageGenerationBody):
     """Body of `POST /v1/images/edits`: that of a generation, and the picture that is edited."""
 
-    size: str = Field("auto", description="`WIDTHxHEIGHT`, or `auto`: that of the first picture")
+    size: str = Field(
+        "auto",
+        description="`WIDTHxHEIGHT`, which pictures are scaled and cut to, or `auto`: that of the first",
+    )
     image: Picture = Field(description="The picture to edit; further ones are image prompts")
 
 
@@ -260,6 +263,8 @@ def parse_image_variation(members: Mapping[str, Any]) -> ImageVariationBody:
 
 def _given_pictures(members: Mapping[str, Any], most: int) -> list[Source]:
     """What came as `image`, once or several times, or as `images` in JSON."""
+    if members.get("image") not in _EMPTY and members.get("images") not in _EMPTY:
+        raise InvalidRequest("give image or images, not both", param="images")
     name = "image" if members.get("image") not in _EMPTY else "images"
     given = members.get(name)
     if given in _EMPTY:

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def refuse_compressed(request: Request) -> None:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        members = parse_json(body)
+        members = parse_json(body.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(members, dict):

@@ -85,7 +85,10 @@ def install_handlers(app: FastAPI) -> None:
     """Make every error of a route an answer of its family; what is not listed here the gateway catches."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return respond(as_app_error(error, request), request.url.path, request.state.exchange.request_id)
+        path = request.url.path
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            path = _meant(request) or path
+        return respond(as_app_error(error, request), path, request.state.exchange.request_id)
 
     for kind in (AppError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
@@ -101,6 +104,16 @@ def allowed_methods(server: FastAPI, scope: Scope) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
+def _meant(request: Request) -> str | None:
+    """Where a client of OpenAI wanted to go whose base URL lacks `/v1`."""
+    path = f"/v1{request.url.path}"
+    scope = {**request.scope, "path": path}
+    is_there = any(
+        route.matches(scope)[0] is Match.FULL for route in iter_route_contexts(request.app.router.routes)
+    )
+    return path if is_there else None
+
+
 def as_app_error(error: Exception, request: Request) -> AppError:
     """Our own error for one of the framework."""
     if isinstance(error, AppError):
@@ -112,7 +125,8 @@ def as_app_error(error: Exception, request: Request) -> AppError:
     assert isinstance(error, HTTPException), "handlers are installed for three kinds of errors"
     method, path = request.method, request.url.path
     if error.status_code == 404:
-        return NotFound(f"there is nothing at {path}", code="unknown_url")
+        hint = f"; did you mean {meant}?" if (meant := _meant(request)) else ""
+        return NotFound(f"there is nothing at {path}{hint}", code="unknown_url")
     if error.status_code == 405:
         allowed = ", ".join(allowed_methods(request.app, request.scope))
         return MethodNotAllowed(f"{path} takes {allowed}, not {method}", headers={"Allow": allowed})

@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_compressed
 from app.api.sources import Source
-from app.api.values import LONG_BYTES, parse_json, require_few
+from app.api.values import LONG_BYTES, parse_json, printable, require_few
 from app.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_FILES = 32
@@ -23,11 +23,22 @@ MAX_FIELDS = 200
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of those that Python knows take minutes for a megabyte
 
 STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
+LISTS = ("image_prompts", "loras", "seeds", "guidance_interval")  # a list, too, when there is one of them
+REPEATED = (*LISTS, "image", "images")  # what may come in several parts
 WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
 TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
 
 Texts = dict[str, list[str]]
 Files = dict[str, list[Source]]
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's, which takes a body that breaks off for one without its last part."""
+
+    is_complete = False
+
+    def on_end(self) -> None:
+        self.is_complete = True
 
 
 async def read_members(request: Request, services: TheServices) -> dict[str, Any]:
@@ -58,7 +69,7 @@ async def parse_form(
     request: Request, stream: AsyncGenerator[bytes, None], max_field_bytes: int
 ) -> tuple[Texts, Files]:
     """The parts of a body that is read from `stream`, by their names. Raises InvalidRequest."""
-    parser = MultiPartParser(
+    parser = _FormParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_field_bytes
     )
     try:
@@ -68,6 +79,10 @@ async def parse_form(
     texts: Texts = {}
     files: Files = {}
     try:
+        if not parser.is_complete:
+            raise InvalidRequest(
+                "the body is not valid multipart/form-data: it ends without the closing boundary"
+            )
         for part, value in form.multi_items():
             name = part.removesuffix("[]")
             if isinstance(value, UploadFile):
@@ -84,15 +99,28 @@ def _members(texts: Texts, files: Files) -> dict[str, Any]:
     members = _params(texts.pop("params", []))
     for name, values in texts.items():
         read = [_structured(name, value) for value in values if value or name in TEXTS]
-        if read:
-            members[name] = read[0] if len(read) == 1 else read
+        if len(read) > 1:
+            _require_repeated(name, len(read))
+        if len(read) > 1 or (read and name in LISTS and not isinstance(read[0], list)):
+            members[name] = read
+        elif read:
+            members[name] = read[0]
     require_few(members)
     for name, sources in files.items():
+        if len(sources) > 1:
+            _require_repeated(name, len(sources))
         if name in WITH_PICTURE:
             members[name] = _with_pictures(name, members.get(name), sources)
         else:
             members[name] = sources[0] if len(sources) == 1 else sources
     return members
+
+
+def _require_repeated(name: str, number: int) -> None:
+    if name not in REPEATED:
+        raise InvalidRequest(
+            f"{printable(name)} must be given once, not {number} times", param=printable(name)
+        )
 
 
 def _params(values: list[str]) -> dict[str, Any]:

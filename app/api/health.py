@@ -22,6 +22,7 @@ async def index(services: TheServices) -> dict[str, str]:
 
 
 @router.get("/healthz", operation_id="healthz", summary="Is the process up?")
+@router.head("/healthz", include_in_schema=False)
 async def healthz() -> dict[str, str]:
     """Always 200: the process answers, whatever the engine does."""
     return {"status": "ok"}
@@ -30,6 +31,7 @@ async def healthz() -> dict[str, str]:
 @router.get(
     "/readyz", operation_id="readyz", summary="Would a request be accepted now?", responses=problems(500, 503)
 )
+@router.head("/readyz", include_in_schema=False)
 async def readyz(services: TheServices) -> dict[str, str]:
     """200 when the model is loaded, the queue has room and the database answers.
 
@@ -50,6 +52,7 @@ async def readyz(services: TheServices) -> dict[str, str]:
 
 
 @router.get("/version", operation_id="version", summary="Version of server and model")
+@router.head("/version", include_in_schema=False)
 async def version(services: TheServices) -> dict[str, str]:
     """The version of this program and the checkpoint it was given."""
     return {"version": services.version, "model": services.settings.model_name}
@@ -64,6 +67,7 @@ async def version(services: TheServices) -> dict[str, str]:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(401)},
     openapi_extra=NEEDS_KEY,
 )
+@router.head("/metrics", dependencies=[Depends(authenticate)], include_in_schema=False)
 async def metrics(services: TheServices) -> Response:
     """Prometheus text format."""
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -15,6 +15,7 @@ from app.api.deps import Services
 from app.api.failures import openai_error
 from app.api.generation import outcome_error, read_images
 from app.api.streams import sse
+from app.api.views import size_text
 from app.errors import AppError, ShuttingDown
 from app.jobs.events import News, Preview
 from app.jobs.job import Job, Progress, StoredImage
@@ -75,8 +76,8 @@ class ImageStream:
         if self._previews[index] >= self.num_previews or index in self._completed:
             return []
         loop = asyncio.get_running_loop()
-        content = await loop.run_in_executor(self.services.encoders, _converted, preview.content, job.request)
-        return [await self._partial(job, index, content)]
+        converted = loop.run_in_executor(self.services.encoders, _converted, preview.content, job.request)
+        return [await self._partial(job, index, *await converted)]
 
     async def _picture(self, job: Job, image: StoredImage) -> list[bytes]:
         if image.index in self._completed:
@@ -85,14 +86,15 @@ class ImageStream:
         [content] = await read_images(self.services, (image,))
         told = []
         if self.num_previews and not self._previews[image.index]:
-            told.append(await self._partial(job, image.index, content))
+            told.append(await self._partial(job, image.index, content, (image.width, image.height)))
         more = {"usage": usage(image.prompt_tokens), "seed": image.seed}
         return [*told, await self._told("completed", job, image.index, content, more)]
 
-    async def _partial(self, job: Job, index: int, content: bytes) -> bytes:
+    async def _partial(self, job: Job, index: int, content: bytes, size: tuple[int, int]) -> bytes:
         number = self._previews[index]
         self._previews[index] += 1
-        return await self._told("partial_image", job, index, content, {"partial_image_index": number})
+        more = {"partial_image_index": number, "size": size_text(size)}
+        return await self._told("partial_image", job, index, content, more)
 
     async def _told(self, name: str, job: Job, index: int, content: bytes, more: dict[str, Any]) -> bytes:
         generation, kind = job.request, f"{self.family}.{name}"
@@ -121,7 +123,7 @@ def _error(ended: Job | None) -> AppError | None:
     return outcome_error(ended)
 
 
-def _converted(preview: bytes, generation: GenerationRequest) -> bytes:
-    """A preview in the format of the pictures, with their mark."""
+def _converted(preview: bytes, generation: GenerationRequest) -> tuple[bytes, tuple[int, int]]:
+    """A preview in the format of the pictures, with their mark; and its size, which is smaller."""
     with Image.open(BytesIO(preview)) as image:
-        return encode(image.convert("RGB"), generation.output_format, generation.output_quality)
+        return encode(image.convert("RGB"), generation.output_format, generation.output_quality), image.size

@@ -8,7 +8,7 @@ largest picture that can be asked for. For threads: large pictures take a second
 from contextlib import suppress
 from io import BytesIO
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageMath, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 PNG_LEVEL = 1
@@ -126,16 +126,22 @@ def _within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 def _true_colour(file: Image.Image) -> Image.Image:
     """Eight bits of L, RGB, RGBA or CMYK."""
     if file.mode in _DEEP:
-        return _eight_bits(file)
+        return _eight_bits(file, file.info.get("transparency"))
     if file.mode in ("LA", "La", "PA", "RGBa") or file.has_transparency_data:
         return file.convert("RGBA")
     return file if file.mode in (*_TRUE_COLOUR, "CMYK") else file.convert("RGB")
 
 
-def _eight_bits(file: Image.Image) -> Image.Image:
-    """Sixteen bits of grey to eight; Pillow's own conversion cuts off at 255."""
+def _eight_bits(file: Image.Image, transparent: int | None) -> Image.Image:
+    """Sixteen bits of grey to eight, of which one value may be transparent; Pillow's own cuts off at 255."""
     grey = file.convert("I")
-    return grey.point(_scale_down).convert("L")
+    plain = grey.point(_scale_down).convert("L")
+    if transparent is None:
+        return plain
+    alpha = ImageMath.lambda_eval(
+        lambda of: of["convert"]((of["grey"] != transparent) * OPAQUE, "L"), grey=grey
+    )
+    return Image.merge("RGBA", (plain, plain, plain, alpha))
 
 
 def _scale_down(value: float) -> float:

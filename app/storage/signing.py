@@ -33,10 +33,12 @@ class Signer:
         """Seconds that the signature is still good for; raises Forbidden or Gone."""
         genuine = self._signature(name, expires).encode()
         if not hmac.compare_digest(genuine, signature.encode("utf-8", "replace")):
-            raise Forbidden("the signature of this URL is wrong; ask for the picture again to get a new URL")
+            raise Forbidden(
+                "the signature of this URL is wrong; ask for the picture or job again to get a new one"
+            )
         left = int(expires) - self._clock()
         if left <= 0:
-            raise Gone("this URL has expired; ask for the picture again to get a new one")
+            raise Gone("this URL has expired; ask for the picture or job again to get a new one")
         return int(left)
 
     def _signature(self, name: str, expires: str) -> str:

@@ -43,6 +43,14 @@ async def test_errors_of_the_openai_family(client: httpx2.AsyncClient) -> None:
     assert (await client.get(PATH)).headers["allow"] == "POST, OPTIONS"
 
 
+async def test_a_base_url_without_v1_is_told(client: httpx2.AsyncClient) -> None:
+    answer = await client.post("/images/generations", json={})
+    assert answer.status_code == 404
+    message = "there is nothing at /images/generations; did you mean /v1/images/generations?"
+    assert answer.json()["error"]["message"] == message
+    assert "did you mean" not in (await client.post("/images/generation")).json()["detail"]
+
+
 async def test_errors_elsewhere_are_problems(client: httpx2.AsyncClient) -> None:
     for method, path, status, code in [
         ("GET", "/nothing", 404, "unknown_url"),

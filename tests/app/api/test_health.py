@@ -29,6 +29,12 @@ async def test_the_root_says_what_this_is(serve: Serve) -> None:
         assert (await client.get("/docs")).status_code == 200
 
 
+async def test_monitors_may_ask_for_the_head(client: httpx2.AsyncClient) -> None:
+    for path in ("/healthz", "/readyz", "/version", "/metrics"):
+        answer = await client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
 async def test_up_at_once_and_ready_when_loaded(serve: Serve, runner: FakeRunner) -> None:
     runner.loading.clear()
     async with serve(wait=False) as client:

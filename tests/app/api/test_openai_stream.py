@@ -53,6 +53,7 @@ async def test_partial_pictures_come_first_in_the_same_format(
         assert event.data["partial_image_index"] == number
     for event in (*partial, last):
         image = opened(event)
+        assert f"{image.width}x{image.height}" == event.data["size"]
         assert image.format == event.data["output_format"].upper() == output_format.upper()
         assert b"trainedAlgorithmicMedia" in image.info["xmp"]
 

@@ -304,6 +304,16 @@ async def test_an_edit_takes_several_pictures(client: httpx2.AsyncClient, runner
         ({"files": {"image": ("a", b"x")}, "data": {"prompt": "x"}}, "image", "invalid_image"),
         ({"json": {"prompt": "x", "image": 3}}, "image", "invalid_image"),
         ({"json": {"prompt": "x", "images": [{"file_id": "f"}]}}, "images", "invalid_image"),
+        ({"json": {"prompt": "x", "image": "AAAA", "images": ["AAAA"]}}, "images", "invalid_value"),
+        (
+            {
+                "files": [("image", ("a", PICTURE)), ("mask", ("a", PICTURE)), ("mask", ("b", PICTURE))],
+                "data": {"prompt": "x"},
+            },
+            "mask",
+            "invalid_value",
+        ),
+        ({"files": {"image": ("a", PICTURE)}, "data": {"prompt": ["x", "y"]}}, "prompt", "invalid_value"),
         ({"json": {"prompt": "x", "image": "https://a/b.png"}}, "image", "unsupported_parameter"),
         ({"json": {"prompt": "x", "image": [data_uri(PICTURE)] * 6}}, "image", "invalid_value"),
         ({"json": {"prompt": "x", "image": [data_uri(PICTURE), "AAAA"]}}, "image", "invalid_image"),
@@ -321,6 +331,25 @@ async def test_an_edit_that_is_wrong(
         form = {**form, "files": {"unknown": ("a", b"x")}}
     answer = await client.post(EDITS, **form)
     assert first_error(answer) == (400, param, code)
+
+
+async def test_a_form_that_breaks_off_is_refused(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
+    parts = [("prompt", b"x"), ("num_images_per_prompt", b"3")]
+    head = b'--b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+    body = b"".join(head % (name.encode(), value) for name, value in parts)
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert (await client.post(NATIVE, content=body + b"--b--", headers=kind)).status_code == 200
+    answer = await client.post(NATIVE, content=body, headers=kind)
+    assert answer.status_code == 400
+    assert "ends without the closing boundary" in answer.json()["detail"]
+    assert len(runner.started) == 3
+
+
+async def test_a_list_of_one_may_be_a_single_part(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
+    for name, value in [("seeds[]", "7"), ("seeds", "7"), ("seeds", "[7]")]:
+        form = {"prompt": (None, "x"), name: (None, value)}
+        assert (await client.post(NATIVE, files=form)).status_code == 200
+        assert last(runner).seeds == (7,)
 
 
 async def test_a_variation_is_an_image_prompt(client: httpx2.AsyncClient, runner: FakeRunner) -> None:

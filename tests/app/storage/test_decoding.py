@@ -59,6 +59,16 @@ def test_sixteen_bits_become_eight() -> None:
     assert np.abs(red - np.arange(256)).max() <= 1
 
 
+def test_one_value_of_sixteen_bits_may_be_transparent() -> None:
+    values = np.full((4, 6), 30_000, dtype=np.uint16)
+    values[:, :2] = 65_535
+    image = decode_picture(file(Image.fromarray(values), transparency=65_535), MAX_PIXELS)
+    assert image.mode == "RGBA"
+    pixels = np.asarray(image)
+    assert pixels[0, :, 3].tolist() == [0, 0, 255, 255, 255, 255]
+    assert pixels[3, 5].tolist() == [116, 116, 116, 255]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_orientation_is_applied(orientation: int) -> None:
     """Stored pixels and tag come out as a viewer shows them."""

@@ -13,9 +13,9 @@ from typing import Any
 import httpx2
 
 from app.jobs.flights import LEAST_PLENTY
-from app.storage.encoding import encode
 from tests.benchmarks.measure import Comparison, compare
 from tests.benchmarks.serve.contestants import OURS, PEER, Contestants
+from tests.benchmarks.serve.library import library
 from tests.benchmarks.serve.load import PATH, Load, Pulse, closed_loop, feel_pulse, open_loop
 from tests.benchmarks.serve.ticks import Ticks, read_ticks
 from tests.benchmarks.serve.workload import mean_images, orders, usual_orders
@@ -75,42 +75,28 @@ async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
     """A picture over HTTP against the same call of the library and the same encoder: what the server adds.
 
     Each round has a prompt of its own, which the server has not encoded yet. The client is the plainest there
-    is, as what it takes itself is not the server's.
+    is, as what it takes itself is not the server's. The library's process is given what an engine is given.
     """
-    from cascade import Cascade
-    from cascade.cpu import keep_freed_memory, suit_threads
-
-    keep_freed_memory()
-    cascade = Cascade.from_pretrained(contestants.model, device="cpu", dtype="float32")
-    suit_threads(cascade)
     over_http, in_library = usual_orders(), usual_orders()
-    async with contestants.running(OURS) as running:
-        url = running.base_url
-        with closing(HTTPConnection(url.host, url.port, timeout=60)) as client:
+    with library(contestants.model) as ours:
+        async with contestants.running(OURS) as running:
+            url = running.base_url
+            with closing(HTTPConnection(url.host, url.port, timeout=60)) as client:
 
-            def served() -> object:
-                content = json.dumps(next(over_http).body)
-                client.request("POST", PATH, content, {"Content-Type": "application/json"})
-                response = client.getresponse()
-                assert response.status == HTTPStatus.OK
-                return response.read()
+                def served() -> object:
+                    content = json.dumps(next(over_http).body)
+                    client.request("POST", PATH, content, {"Content-Type": "application/json"})
+                    response = client.getresponse()
+                    assert response.status == HTTPStatus.OK
+                    return response.read()
 
-            def library() -> object:
-                order = next(in_library)
-                [made] = cascade.text_to_image(
-                    order.prompt,
-                    seed=order.seed,
-                    width=order.width,
-                    height=order.height,
-                    steps=order.steps,
-                    guidance_scale=4.0,
-                    decoder_steps=order.decoder_steps,
+                return await asyncio.to_thread(
+                    compare,
+                    "a lone picture, over HTTP and in the library",
+                    served,
+                    lambda: ours.draw(next(in_library)),
+                    rounds=rounds,
                 )
-                return encode(made.image, "png", quality=100)
-
-            return await asyncio.to_thread(
-                compare, "a lone picture, over HTTP and in the library", served, library, rounds=rounds
-            )
 
 
 async def closed(contestants: Contestants, server: str, extent: Extent, seed: int) -> Loaded:
