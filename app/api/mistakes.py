@@ -40,11 +40,13 @@ INSTEAD = {  # names of other interfaces -> what the native one has
     "size": "width and height",
     "n": "num_images_per_prompt",
     "num_images": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt",
     "steps": "prior_num_inference_steps",
     "num_inference_steps": "prior_num_inference_steps",
     "cfg": "prior_guidance_scale",
     "cfg_scale": "prior_guidance_scale",
     "guidance_scale": "prior_guidance_scale",
+    "denoising_strength": "strength",
     "sampler_name": "sampler",
     "output_compression": "output_quality",
     "partial_images": "previews",
@@ -104,5 +106,6 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
 
 def _instead(name: str, kind: type[BaseModel]) -> str | None:
     """What was meant by a member that a body of this kind does not have, if that can be told."""
+    name = name.lower()
     close = get_close_matches(name, kind.model_fields, n=1, cutoff=0.8)
     return INSTEAD.get(name) or (close[0] if close else None)

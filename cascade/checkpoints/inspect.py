@@ -46,7 +46,7 @@ class Inspection:
     missing: tuple[str, ...]  # of a folder: what pictures need and is not there
     unknown: tuple[Path, ...]  # safetensors files of something else
     refused: tuple[Path, ...]  # pickles
-    loras: tuple[str, ...]  # names of those in its folder of LoRAs
+    loras: tuple[str, ...]  # names of the files in its folder of LoRAs, which are read only when asked for
 
     @property
     def is_complete(self) -> bool:

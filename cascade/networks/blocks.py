@@ -260,7 +260,7 @@ def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
     norms = energy(hidden)
     mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
     scale = norms.div_(mean).mul_(gamma).add_(1)
-    if hidden.dtype is not torch.float32:  # even a conversion to what it is takes its time
+    if hidden.dtype is not torch.float32:  # `to` takes its time even where it does nothing
         scale = scale.to(hidden.dtype)
     _, height, width, channels = x.shape
     if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:

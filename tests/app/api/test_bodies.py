@@ -72,6 +72,7 @@ def test_a_mistake_is_pointed_at(members: dict[str, Any], pointer: str, code: st
         ("size", ", use width and height"),
         ("n", ", use num_images_per_prompt"),
         ("negativ_prompt", ", use negative_prompt"),
+        ("WIDTH", ", use width"),
         ("temperature", ""),
     ],
 )

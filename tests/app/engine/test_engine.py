@@ -12,6 +12,7 @@ from app.engine.picture import Picture
 from app.engine.protocol import (
     Cancel,
     Expect,
+    Heartbeat,
     Latents,
     Pixels,
     Previewed,
@@ -61,6 +62,19 @@ def test_only_idle_time_is_spent_on_what_may_come(bench: Bench, runner: FakeRunn
     bench.work(expected[0], run("a"))
     assert runner.expected == [asked("a")]
     assert list(bench.made) == [("a", 0)]
+
+
+def test_what_may_come_is_seen_to_hang(
+    bench: Bench, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(_: bytes) -> None:
+        bench.now += 60
+        bench.pulse.beat()
+
+    monkeypatch.setattr(runner, "expect", hang)
+    bench.work(Expect(b""))
+    [beat] = bench.of(Heartbeat)
+    assert (beat.busy_seconds, beat.predicted_seconds) == (60, 0)
 
 
 def test_a_large_job_delays_another_tenant_by_two_steps_at_most(bench: Bench, runner: FakeRunner) -> None:

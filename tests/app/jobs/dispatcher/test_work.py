@@ -2,6 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -23,7 +24,7 @@ from app.jobs.events import News, Preview
 from app.jobs.faults import Point
 from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY
 from app.jobs.job import JobStatus, Progress
-from app.jobs.store import JobStore
+from app.jobs.store import JobStore, Submitted
 from app.storage.encoding import AI_MADE
 from tests.app.jobs.dispatcher.conftest import Serve
 from tests.app.jobs.servers import pixels_of, until
@@ -58,9 +59,18 @@ async def test_a_job_becomes_pictures(serve: Serve) -> None:
 
 
 @pytest.mark.usefixtures("no_rounds")
-async def test_an_idle_engine_makes_ready_while_a_job_is_accepted(serve: Serve) -> None:
+async def test_an_idle_engine_makes_ready_while_a_job_is_accepted(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = await serve()
     await server.at_rest()
+    submit, told_before = store.submit, []
+
+    async def watched(*arguments: Any, **details: Any) -> Submitted:
+        told_before.append([type(message) for message in server.engine.sent])
+        return await submit(*arguments, **details)
+
+    monkeypatch.setattr(store, "submit", watched)
     accepted = await server.submit(5)
     await server.at_rest()
     await server.submit(6)
@@ -69,6 +79,7 @@ async def test_an_idle_engine_makes_ready_while_a_job_is_accepted(serve: Serve) 
     assert isinstance(expected, Expect)
     assert expected.request == accepted.request.model_dump_json().encode()
     assert all(isinstance(message, Run) for message in others)
+    assert told_before[0] == [Configure, Expect]
 
 
 async def test_its_events_tell_the_story(serve: Serve) -> None:
