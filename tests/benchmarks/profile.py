@@ -28,6 +28,7 @@ _KIND_OF = {
     "aten::addmv": MATRIX,
     "aten::_scaled_dot_product_flash_attention_for_cpu": ATTENTION,
     "aten::baddbmm": ATTENTION,  # nothing else multiplies batches
+    "aten::amax": ATTENTION,
     "aten::_softmax": ATTENTION,
     "aten::bmm": ATTENTION,
     "aten::mkldnn_convolution": "depthwise convolution",
