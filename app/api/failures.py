@@ -121,7 +121,7 @@ def as_app_error(error: Exception, request: Request) -> AppError:
     if isinstance(error, RequestValidationError):
         problem = error.errors()[0]
         name = str(problem["loc"][-1])
-        return InvalidRequest(f"{name}: {problem['msg']}", param=name)
+        return InvalidRequest(f"{name} {problem['msg'].replace('Input should', 'must')}", param=name)
     assert isinstance(error, HTTPException), "handlers are installed for three kinds of errors"
     method, path = request.method, request.url.path
     if error.status_code == 404:

@@ -100,6 +100,7 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
         instead = _instead(name, kind) if len(names) == 1 else None
         return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = message.replace("a valid tuple", "a list")
     message = re.sub(r"^(?:String|List|Tuple) should", "should", message).replace("should", "must", 1)
     return f"{name} {message}" if problem["loc"] else message
 

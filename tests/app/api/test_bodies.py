@@ -54,6 +54,7 @@ def refused(members: dict[str, Any]) -> InvalidRequest:
         ({"loras": [{"name": "a", "scale": 3}]}, "/loras/0/scale", "invalid_value"),
         ({"loras": [{"name": ""}]}, "/loras/0/name", "invalid_value"),
         ({"guidance_interval": [0.6, 0.2]}, "/guidance_interval", "invalid_value"),
+        ({"guidance_interval": 0.6}, "/guidance_interval", "invalid_type"),
         ({"webhook": {"url": "http://x"}}, "/webhook", "unsupported_parameter"),
     ],
 )
@@ -63,6 +64,7 @@ def test_a_mistake_is_pointed_at(members: dict[str, Any], pointer: str, code: st
     assert (places[0][0], error.code) == (pointer, code)
     assert places[0][1] == error.message
     assert "should" not in error.message
+    assert "tuple" not in error.message
     assert "\n" not in error.message
 
 

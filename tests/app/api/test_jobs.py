@@ -49,14 +49,19 @@ async def test_jobs_are_listed_newest_first_in_pages(client: httpx2.AsyncClient)
 
 
 @pytest.mark.parametrize(
-    ("query", "name"),
-    [("limit=0", "limit"), ("limit=101", "limit"), ("status=done", "status"), ("cursor=%00", "cursor")],
+    ("query", "words"),
+    [
+        ("limit=0", "limit must be greater than or equal to 1"),
+        ("limit=101", "limit must be less than or equal to 100"),
+        ("status=done", "status must be"),
+        ("cursor=%00", "cursor"),
+    ],
 )
-async def test_wrong_queries_are_problems(client: httpx2.AsyncClient, query: str, name: str) -> None:
+async def test_wrong_queries_are_problems(client: httpx2.AsyncClient, query: str, words: str) -> None:
     answer = await client.get(f"{JOBS}?{query}")
     assert answer.status_code == 400
     assert answer.headers["content-type"] == "application/problem+json"
-    assert name in answer.json()["detail"]
+    assert words in answer.json()["detail"]
 
 
 async def test_a_job_from_waiting_to_done(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
