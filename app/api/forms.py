@@ -13,9 +13,10 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api.bodies import ALIASES, ImageEditBody, NativeImageBody
 from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_compressed
 from app.api.sources import Source
-from app.api.values import LONG_BYTES, parse_json, printable, require_few
+from app.api.values import LONG_BYTES, parse_json, require_few
 from app.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_FILES = 32
@@ -24,7 +25,7 @@ CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of those that Python knows t
 
 STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
 LISTS = ("image_prompts", "loras", "seeds", "guidance_interval")  # a list, too, when there is one of them
-REPEATED = (*LISTS, "image", "images")  # what may come in several parts
+ONCE = {*NativeImageBody.model_fields, *ImageEditBody.model_fields, *ALIASES} - {*LISTS, "image"}
 WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
 TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
 
@@ -100,7 +101,7 @@ def _members(texts: Texts, files: Files) -> dict[str, Any]:
     for name, values in texts.items():
         read = [_structured(name, value) for value in values if value or name in TEXTS]
         if len(read) > 1:
-            _require_repeated(name, len(read))
+            _refuse_repeated(name, len(read))
         if len(read) > 1 or (read and name in LISTS and not isinstance(read[0], list)):
             members[name] = read
         elif read:
@@ -108,7 +109,7 @@ def _members(texts: Texts, files: Files) -> dict[str, Any]:
     require_few(members)
     for name, sources in files.items():
         if len(sources) > 1:
-            _require_repeated(name, len(sources))
+            _refuse_repeated(name, len(sources))
         if name in WITH_PICTURE:
             members[name] = _with_pictures(name, members.get(name), sources)
         else:
@@ -116,11 +117,10 @@ def _members(texts: Texts, files: Files) -> dict[str, Any]:
     return members
 
 
-def _require_repeated(name: str, number: int) -> None:
-    if name not in REPEATED:
-        raise InvalidRequest(
-            f"{printable(name)} must be given once, not {number} times", param=printable(name)
-        )
+def _refuse_repeated(name: str, number: int) -> None:
+    """What means nothing here is ignored, however often it comes."""
+    if name in ONCE:
+        raise InvalidRequest(f"{name} must be given once, not {number} times", param=name)
 
 
 def _params(values: list[str]) -> dict[str, Any]:

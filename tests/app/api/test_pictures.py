@@ -352,6 +352,13 @@ async def test_a_list_of_one_may_be_a_single_part(client: httpx2.AsyncClient, ru
         assert last(runner).seeds == (7,)
 
 
+async def test_what_means_nothing_may_come_often(client: httpx2.AsyncClient) -> None:
+    texts = {"prompt": "x", "tags[]": ["a", "b"]}
+    answer = await client.post(OPENAI, data=texts, files=[("extra", PICTURE), ("extra", PICTURE)])
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-ignored-params"] == "extra, tags"
+
+
 async def test_a_variation_is_an_image_prompt(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
     answer = await client.post(VARIATIONS, files={"image": ("blob", PICTURE)}, data={"n": "2", "user": "u"})
     assert answer.status_code == 200, answer.text
