@@ -7,8 +7,10 @@ is constant during a request (condition keys and values, terms of unused time co
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -73,49 +75,90 @@ class ChannelNorm(nn.Module):
         return layer_norm(x)
 
 
-class Pointwise(nn.Module):
-    """A 1x1 convolution: a linear layer whose weight keeps the published shape (out, in, 1, 1)."""
+class ProductWeights(NamedTuple):
+    """What a `Product` reads at every step: put in order once, and packed where that pays."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    matrix: Tensor  # (outputs, inputs)
+    bias: Tensor
+    packed: Tensor | None
+
+
+# Of the products of a network, for steps without gradients
+Products = Mapping[nn.Module, ProductWeights]
+NO_PRODUCTS: Products = MappingProxyType({})  # each puts its weight in order itself
+
+
+class Product(nn.Module):
+    """A convolution that is a matrix product of tokens or patches; its weight keeps the published shape."""
+
+    def __init__(self, shape: tuple[int, int, int, int], out_channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.flatten(1), self.bias)
+    def step_weights(self) -> ProductWeights:
+        """For `forward` without gradients; to be made anew when a weight has changed."""
+        matrix, bias = self._in_order()
+        return ProductWeights(matrix, bias, packed_linear(matrix, keep=False))
+
+    def _in_order(self) -> tuple[Tensor, Tensor]:
+        """The weight as a matrix (outputs, inputs), and the bias."""
+        return self.weight.flatten(1), self.bias
+
+    def _multiply(self, x: Tensor, products: Products) -> Tensor:
+        weights = None if torch.is_grad_enabled() else products.get(self)
+        return linear(x, *self._in_order()) if weights is None else linear(x, *weights)
 
 
-class Downsample(nn.Module):
-    """A 2x2 convolution of stride 2, as one matrix product; an odd last row or column is dropped."""
+class Pointwise(Product):
+    """A 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 2, 2))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.xavier_uniform_(self.weight)
+        super().__init__((out_channels, in_channels, 1, 1), out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
+        return self._multiply(x, products)
+
+
+class Downsample(Product):
+    """A 2x2 convolution of stride 2; an odd last row or column is dropped."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__((out_channels, in_channels, 2, 2), out_channels)
+
+    def _in_order(self) -> tuple[Tensor, Tensor]:
+        return self.weight.permute(0, 2, 3, 1).flatten(1), self.bias
+
+    def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         b, h, w, c = x.shape
         patches = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).transpose(2, 3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(patches.reshape(b, h // 2, w // 2, 4 * c), weight, self.bias)
+        return self._multiply(patches.reshape(b, h // 2, w // 2, 4 * c), products)
 
 
-class Upsample(nn.Module):
-    """A 2x2 transposed convolution of stride 2, as one matrix product followed by an interleaving copy."""
+class Upsample(Product):
+    """A 2x2 transposed convolution of stride 2; an interleaving copy follows the product."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_channels, out_channels, 2, 2))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.xavier_uniform_(self.weight)
+        super().__init__((in_channels, out_channels, 2, 2), out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _in_order(self) -> tuple[Tensor, Tensor]:
+        return self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4)
+
+    def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         b, h, w, _ = x.shape
-        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        patches = linear(x, weight, self.bias.repeat(4)).view(b, h, w, 2, 2, -1)
+        patches = self._multiply(x, products).view(b, h, w, 2, 2, -1)
         return patches.transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
+
+
+class Rescaling(nn.Sequential):
+    """Between two levels: a norm, and what changes width and size. Empty where nothing is in between."""
+
+    def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
+        if not len(self):
+            return x
+        norm, change = self
+        return cast(Tensor, change(norm(x), products))
 
 
 class GlobalResponseNorm(nn.Module):
@@ -169,10 +212,9 @@ class ResWeights(NamedTuple):
     kernel_bias: Tensor
     widen: Tensor
     widen_bias: Tensor
-    gamma: Tensor
-    beta: Tensor
+    gain: Tensor  # GRN's gamma times the number of channels
     narrow: Tensor
-    narrow_bias: Tensor
+    narrow_bias: Tensor  # with what GRN's beta adds
     packed_widen: Tensor | None
     packed_narrow: Tensor | None
 
@@ -196,10 +238,17 @@ class ResBlock(nn.Module):
     def step_weights(self) -> ResWeights:
         """For `forward` without gradients; to be made anew when a weight has changed."""
         widen, _, norm, _, narrow = self._mlp
-        bias = cast(Tensor, self.depthwise.bias)
-        mlp = (widen.weight, widen.bias, norm.gamma, norm.beta, narrow.weight, narrow.bias)
-        linears = packed_linear(widen.weight), packed_linear(narrow.weight)
-        return ResWeights(packed_depthwise(self.depthwise.weight), bias, *mlp, *linears)
+        return ResWeights(
+            kernel=packed_depthwise(self.depthwise.weight),
+            kernel_bias=cast(Tensor, self.depthwise.bias),
+            widen=widen.weight,
+            widen_bias=widen.bias,
+            gain=norm.gamma * norm.gamma.numel(),
+            narrow=narrow.weight,
+            narrow_bias=torch.addmv(narrow.bias, narrow.weight, norm.beta.flatten()),
+            packed_widen=packed_linear(widen.weight),
+            packed_narrow=packed_linear(narrow.weight),
+        )
 
     def forward(
         self, x: Tensor, skip: Tensor | None = None, groups: Groups = (), weights: ResWeights | None = None
@@ -255,18 +304,16 @@ class ResBlock(nn.Module):
 
 def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
     """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
-    _, _, widen, widen_bias, gamma, beta, narrow, narrow_bias, packed_widen, packed_narrow = weights
+    _, _, widen, widen_bias, gain, narrow, bias, packed_widen, packed_narrow = weights
     hidden = linear_gelu(hidden, widen, widen_bias, packed_widen)
     norms = energy(hidden)
-    mean = norms.mean(dim=-1, keepdim=True).add_(NORM_EPS)
-    scale = norms.div_(mean).mul_(gamma).add_(1)
+    total = norms.sum(dim=-1, keepdim=True).add_(norms.shape[-1] * NORM_EPS)
+    scale = torch.addcmul(total, norms, gain).div_(total)  # 1 + gamma * norms / mean
     if hidden.dtype is not torch.float32:  # `to` takes its time even where it does nothing
         scale = scale.to(hidden.dtype)
     _, height, width, channels = x.shape
     if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
-        hidden = torch.addcmul(beta, hidden, scale, out=hidden)
-        return linear_add(hidden, narrow, narrow_bias, x, packed_narrow)
-    bias = narrow_bias + narrow @ beta.flatten()
+        return linear_add(hidden.mul_(scale), narrow, bias, x, packed_narrow)
     scaled = narrow * scale.flatten(1, 2)  # (b, c, 4c)
     rows = [linear_add(hidden[row : row + 1], scaled[row], bias, x[row : row + 1]) for row in range(len(x))]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -85,13 +85,14 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
     of the two it is depends on the picture, not on its company.
     """
     rows, *_, channels = x.shape
-    is_large = is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * rows
-    if not is_large:
+    is_large = x.numel() >= _MANY_TOKENS * channels * rows
+    if not is_large or x.dtype is not torch.float32 or not is_plain_cpu(x):
         gain = None if gain is None else gain.expand(channels)
         bias = None if bias is None else bias.expand(channels)
         return torch.layer_norm(x, (channels,), gain, bias, NORM_EPS)
     centered = x - x.mean(dim=-1, keepdim=True)
-    scale = centered.square().mean(dim=-1, keepdim=True).add_(NORM_EPS).rsqrt_()
+    norms = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
+    scale = norms.square_().div_(channels).add_(NORM_EPS).rsqrt_()
     if gain is not None:
         scale *= gain
     if bias is None:
@@ -163,12 +164,19 @@ def packed_depthwise(weight: Tensor) -> Tensor:
     return _kept(weight, lambda values: reorder(values, padding, (1, 1), (1, 1), channels, ()))
 
 
-def packed_linear(weight: Tensor) -> Tensor | None:
-    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies."""
+def packed_linear(weight: Tensor, *, keep: bool = True) -> Tensor | None:
+    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies.
+
+    It is remembered with the weight, unless that is a tensor made for the occasion.
+    """
     if weight.numel() > _SMALL_WEIGHT or not _has_fused_kernels(weight):
         return None
-    reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
-    return _kept(weight, lambda values: reorder(values, None))
+
+    def pack(values: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(values, None)  # noqa: SLF001
+        return packed
+
+    return _kept(weight, pack) if keep else pack(weight.detach())
 
 
 def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
@@ -193,7 +201,7 @@ def energy(x: Tensor) -> Tensor:
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
     size, rows = x.numel(), x.shape[0]
-    if size > rows * _CACHED_ELEMENTS:
+    if size > rows * 2 * _CACHED_ELEMENTS:  # the square alone need not stay in the cache
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
     elif size > _CACHED_ELEMENTS:
         total = in_parts(_small_sums_of_squares, cached_rows(size // rows), x)

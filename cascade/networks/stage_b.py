@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import StageBConfig
-from cascade.networks.blocks import ChannelNorm, Downsample, Pointwise, Upsample, resize
+from cascade.networks.blocks import ChannelNorm, Downsample, Pointwise, Rescaling, Upsample, resize
 from cascade.networks.fused import layer_norm
 from cascade.networks.unet import Condition, Constants, UNet, to_channels_first, to_channels_last
 
@@ -29,13 +29,11 @@ class StageB(UNet):
             nn.Identity(), Pointwise(config.in_channels * patch, widths[0]), ChannelNorm()
         )
         for level in range(len(widths)):
-            down = (
-                nn.Sequential(ChannelNorm(), Downsample(widths[level - 1], widths[level])) if level else None
-            )
-            self.down_downscalers.append(down or nn.Identity())
+            down = (ChannelNorm(), Downsample(widths[level - 1], widths[level])) if level else ()
+            self.down_downscalers.append(Rescaling(*down))
         for level in reversed(range(len(widths))):
-            up = nn.Sequential(ChannelNorm(), Upsample(widths[level], widths[level - 1])) if level else None
-            self.up_upscalers.append(up or nn.Identity())
+            up = (ChannelNorm(), Upsample(widths[level], widths[level - 1])) if level else ()
+            self.up_upscalers.append(Rescaling(*up))
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
     def prepare(

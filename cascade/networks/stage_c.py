@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cascade.config import StageCConfig
 from cascade.networks.adapters import Adapter, Groups, adapt, groups_of, in_block
-from cascade.networks.blocks import ChannelNorm, Pointwise, resize
+from cascade.networks.blocks import NO_PRODUCTS, ChannelNorm, Pointwise, Products, Rescaling, resize
 from cascade.networks.fused import layer_norm
 from cascade.networks.unet import Condition, Constants, UNet, to_channels_first, to_channels_last
 
@@ -31,20 +31,17 @@ class StageC(UNet):
             nn.Identity(), Pointwise(config.in_channels * patch, widths[0]), ChannelNorm()
         )
         for level in range(len(widths)):
-            scale = (
-                _Rescale(widths[level - 1], widths[level], config.switch_level[level - 1], "down")
-                if level
-                else None
-            )
-            self.down_downscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
+            self.down_downscalers.append(Rescaling(*self._between(level - 1, level, "down")))
         for level in reversed(range(len(widths))):
-            scale = (
-                _Rescale(widths[level], widths[level - 1], config.switch_level[level - 1], "up")
-                if level
-                else None
-            )
-            self.up_upscalers.append(nn.Sequential(ChannelNorm(), scale) if scale else nn.Identity())
+            self.up_upscalers.append(Rescaling(*self._between(level, level - 1, "up")))
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
+
+    def _between(self, here: int, there: int, direction: str) -> tuple[nn.Module, ...]:
+        """What leads from one level to its neighbour; nothing above the first."""
+        if min(here, there) < 0:
+            return ()
+        widths, is_switched = self.config.block_out_channels, self.config.switch_level[min(here, there)]
+        return ChannelNorm(), _Rescale(widths[here], widths[there], is_switched, direction)
 
     def prepare(
         self,
@@ -132,9 +129,9 @@ class _Rescale(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.direction = direction
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         pointwise = self.blocks[0 if self.direction == "down" else 1]
         height, width = (int(side * self.factor) for side in x.shape[1:3])
         if self.direction == "down":
-            return resize(cast(Tensor, pointwise(x)), height, width)
-        return cast(Tensor, pointwise(resize(x, height, width)))
+            return resize(cast(Tensor, pointwise(x, products)), height, width)
+        return cast(Tensor, pointwise(resize(x, height, width), products))

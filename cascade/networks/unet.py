@@ -6,6 +6,7 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count, repeat
 from typing import TypeVar, cast
 
@@ -19,6 +20,9 @@ from cascade.networks.blocks import (
     AttnBlock,
     AttnWeights,
     Pointwise,
+    Product,
+    Products,
+    ProductWeights,
     ResBlock,
     ResWeights,
     TimestepBlock,
@@ -42,6 +46,7 @@ class Constants:
     time_bias: Tensor  # and their biases in fp32, (sum of 2c,)
     res_weights: tuple[ResWeights, ...]  # one per ResBlock
     attn_weights: tuple[AttnWeights, ...]  # one per AttnBlock
+    product_weights: tuple[ProductWeights, ...]  # one per product between levels and repeats
 
     def embedding(self, ratio: Tensor) -> Tensor:
         """(b,) -> (b, ratio channels) in fp32."""
@@ -185,6 +190,7 @@ class UNet(nn.Module):
             torch.cat([block.prepare(zero) for block in self._time_blocks]),
             tuple(block.step_weights() for block in self._res_blocks),
             tuple(block.step_weights() for block in self._attention_blocks),
+            tuple(product.step_weights() for product in self._products),
         )
 
     def _prepare(
@@ -212,7 +218,7 @@ class UNet(nn.Module):
         for downscale, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = _level(blocks, mappers, downscale(x), None, given)
+            x = _level(blocks, mappers, downscale(x, given.products), None, given)
             skips.append(x)
         for index, (blocks, mappers, upscale) in enumerate(
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
@@ -223,7 +229,7 @@ class UNet(nn.Module):
                 x = resize(x, *skip.shape[1:3])
             else:
                 skip = None
-            x = upscale(_level(blocks, mappers, x, skip, given))
+            x = upscale(_level(blocks, mappers, x, skip, given), given.products)
         return x
 
     def _given(self, ratio: Tensor, condition: Condition) -> "_Given":
@@ -248,6 +254,7 @@ class UNet(nn.Module):
         return _Given(
             res_weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
             attn_weights=dict(zip(self._attention_blocks, constants.attn_weights, strict=True)),
+            products=dict(zip(self._products, constants.product_weights, strict=True)),
             times=dict(zip(self._time_blocks, zip(times, times, strict=True), strict=True)),
             keys_values=dict(zip(self._attention_blocks, condition.keys_values, strict=True)),
             groups=groups,
@@ -256,9 +263,9 @@ class UNet(nn.Module):
 
     def _groups(self, adapters: Sequence[Adapter | None] | None) -> dict[nn.Module, Groups]:
         """What adapters of the rows change in each block; blocks that they leave alone are absent."""
-        rows = groups_of(adapters, self.device)
-        if not rows:
+        if adapters is None:
             return {}
+        rows = groups_of(adapters, self.device)
         concerned = {
             block: in_block(rows, f"{part}.{level}.{index}")
             for part, levels in (("down_blocks", self.down_blocks), ("up_blocks", self.up_blocks))
@@ -266,6 +273,12 @@ class UNet(nn.Module):
             for index, block in enumerate(cast(nn.ModuleList, blocks))
         }
         return {block: groups for block, groups in concerned.items() if groups}
+
+    @cached_property
+    def _products(self) -> tuple[Product, ...]:
+        """Between levels and repeats; not before or after all of them."""
+        between = self.down_downscalers, self.up_upscalers, self.down_repeat_mappers, self.up_repeat_mappers
+        return tuple(each for part in between for each in part.modules() if isinstance(each, Product))
 
     def _blocks(self, kind: type[Block]) -> Iterator[Block]:
         for level in (*self.down_blocks, *self.up_blocks):
@@ -317,6 +330,7 @@ class _Given:
 
     res_weights: Mapping[nn.Module, ResWeights]
     attn_weights: Mapping[nn.Module, AttnWeights]
+    products: Products
     times: Mapping[nn.Module, tuple[Tensor, Tensor]]  # factors and shifts, (b, 1, 1, c)
     keys_values: Mapping[nn.Module, Tensor]
     groups: Mapping[nn.Module, Groups]
@@ -337,7 +351,7 @@ def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None
             else:
                 x = block(x, *given.times[block])
         if mapper is not None:
-            x = mapper(x)
+            x = mapper(x, given.products)
     return x
 
 
