@@ -278,10 +278,10 @@ class ResBlock(nn.Module):
     def _with_mlp(self, x: Tensor, hidden: Tensor, weights: ResWeights | None) -> Tensor:
         if weights is None:
             return x + cast(Tensor, self.channelwise(hidden))
-        if x.shape[0] == 1:
-            return _add_mlp(weights, x, hidden)
         # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
         rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
+        if rows >= len(x):
+            return _add_mlp(weights, x, hidden)
         return in_parts(partial(_add_mlp, weights), rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups, weights: ResWeights | None) -> Tensor:

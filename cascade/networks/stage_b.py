@@ -68,7 +68,8 @@ class StageB(UNet):
 
     def forward(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise in `latents` (b, 4, h, w) at noise levels `ratio` (b,), 0 clean to 1 noise."""
-        x = self.embedding(to_channels_last(latents.to(self.dtype), self.config.patch_size))
+        latents = latents.to(condition.constants.dtype)
+        x = self.embedding(to_channels_last(latents, self.config.patch_size))
         x = self.clf(self._run(x + condition.features, ratio, condition))
         return to_channels_first(x, self.config.patch_size)
 

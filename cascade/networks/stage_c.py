@@ -110,7 +110,8 @@ class StageC(UNet):
 
     def forward(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise in `latents` (b, 16, h, w) at noise levels `ratio` (b,), 0 clean to 1 noise."""
-        x = self.embedding(to_channels_last(latents.to(self.dtype), self.config.patch_size))
+        latents = latents.to(condition.constants.dtype)
+        x = self.embedding(to_channels_last(latents, self.config.patch_size))
         x = self.clf(self._run(x, ratio, condition))
         return to_channels_first(x, self.config.patch_size)
 

@@ -48,6 +48,11 @@ class Constants:
     attn_weights: tuple[AttnWeights, ...]  # one per AttnBlock
     product_weights: tuple[ProductWeights, ...]  # one per product between levels and repeats
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's. To ask the network takes longer than many an operator of a step."""
+        return self.time_weight.dtype
+
     def embedding(self, ratio: Tensor) -> Tensor:
         """(b,) -> (b, ratio channels) in fp32."""
         return ratio_embedding(ratio, self.time_weight.shape[1], self.frequencies)
@@ -250,7 +255,7 @@ class UNet(nn.Module):
                 dim=-1,
             )
         halves = [size // 2 for size in sizes for _ in range(2)]
-        times = iter(torch.split(mapped.to(self.dtype)[:, None, None], halves, dim=-1))
+        times = iter(torch.split(mapped.to(constants.dtype)[:, None, None], halves, dim=-1))
         return _Given(
             res_weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
             attn_weights=dict(zip(self._attention_blocks, constants.attn_weights, strict=True)),

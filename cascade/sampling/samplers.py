@@ -62,10 +62,10 @@ def clean_latents(latents: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
 def without_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The same by the scales of the level, (b,) each."""
     alpha, sigma = (scale.view(-1, 1, 1, 1).to(latents) for scale in (alpha, sigma))
-    return (latents - sigma * noise) / alpha
+    return torch.addcmul(latents, sigma, noise, value=-1) / alpha
 
 
 def next_latents(clean: Tensor, noise: Tensor, fresh: Tensor, weights: Weights) -> Tensor:
     """Latents at the next level, (b, c, h, w); each of the `weights` is (b,)."""
     shares = [weight.view(-1, 1, 1, 1).to(clean) for weight in weights]
-    return shares[0] * clean + shares[1] * noise + shares[2] * fresh
+    return torch.addcmul(torch.addcmul(shares[0] * clean, shares[1], noise), shares[2], fresh)
