@@ -212,7 +212,7 @@ class ResWeights(NamedTuple):
     kernel_bias: Tensor
     widen: Tensor
     widen_bias: Tensor
-    gain: Tensor  # GRN's gamma times the number of channels
+    gain: Tensor  # GRN's gamma times the number of channels, in fp32
     narrow: Tensor
     narrow_bias: Tensor  # with what GRN's beta adds
     packed_widen: Tensor | None
@@ -243,7 +243,7 @@ class ResBlock(nn.Module):
             kernel_bias=cast(Tensor, self.depthwise.bias),
             widen=widen.weight,
             widen_bias=widen.bias,
-            gain=norm.gamma * norm.gamma.numel(),
+            gain=norm.gamma.float() * norm.gamma.numel(),
             narrow=narrow.weight,
             narrow_bias=torch.addmv(narrow.bias, narrow.weight, norm.beta.flatten()),
             packed_widen=packed_linear(widen.weight),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.networks import fused
-from cascade.networks.blocks import ResBlock
+from cascade.networks.blocks import Downsample, ResBlock, Upsample
 from cascade.networks.fused import (
     _attention_in_pieces,
     _packed,
@@ -60,6 +60,17 @@ def test_packed_weights_are_kept_as_long_as_the_weight() -> None:
     assert len(_packed) == before + 1
     del weight
     assert len(_packed) == before
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+@torch.inference_mode()
+def test_what_is_made_of_a_matrix_for_the_occasion_is_not_kept() -> None:
+    gc.collect()
+    before, x, weight, bias = len(_packed), noise(1, 5, 24), noise(2, 40, 24), noise(3, 40)
+    packed = packed_linear(weight, keep=False)
+    assert packed is not None
+    assert len(_packed) == before
+    assert worst(linear(x, weight, bias, packed), F.linear(x, weight, bias)) <= 1e-5
 
 
 @torch.inference_mode()
@@ -209,9 +220,10 @@ def test_gradients_reach_all_weights_of_what_was_prepared_without_them() -> None
     with torch.no_grad():
         given = prepared_step(network)
     network(*given).square().mean().backward()
-    for block in network.modules():
-        if isinstance(block, ResBlock):
-            assert all(parameter.grad is not None for parameter in block.parameters())
+    blocks = [block for block in network.modules() if isinstance(block, ResBlock | Downsample | Upsample)]
+    assert {type(block) for block in blocks} == {ResBlock, Downsample, Upsample}
+    for block in blocks:
+        assert all(parameter.grad is not None for parameter in block.parameters())
 
 
 @pytest.mark.parametrize(
@@ -222,6 +234,11 @@ def test_gradients_reach_all_weights_of_what_was_prepared_without_them() -> None
         "up_blocks.0.0.channelwise.4.weight",
         "down_blocks.1.2.attention.attn.in_proj_weight",
         "down_blocks.1.2.attention.attn.out_proj.weight",
+        "down_downscalers.1.1.weight",
+        "up_upscalers.0.1.weight",
+        "up_upscalers.0.1.bias",
+        "down_blocks.0.0.channelwise.2.gamma",
+        "down_blocks.0.0.channelwise.2.beta",
     ],
 )
 @torch.no_grad()
