@@ -1,11 +1,12 @@
 """The fused CPU operators against the plain formulas, and their block against its training path."""
 
 import gc
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.networks import fused
 from cascade.networks.blocks import Downsample, ResBlock, Upsample
@@ -124,6 +125,14 @@ def test_a_block_gives_the_same_with_and_without_gradients(
         quick = block(x, skip)
     assert recorded.requires_grad
     assert worst(quick, recorded) <= 1e-5 * recorded.abs().max().item()
+
+
+@torch.inference_mode()
+def test_a_map_without_any_energy_gives_finite_numbers() -> None:
+    block = randomized(ResBlock(20), seed=6)
+    for parameter in cast(nn.Linear, block.channelwise[0]).parameters():
+        parameter.zero_()
+    assert block(noise(7, 2, 5, 5, 20)).isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [9, 36, 64, 250, 1024])
