@@ -29,13 +29,12 @@ RUN /opt/cascade/bin/pip install --no-cache-dir --constraint constraints.txt ".[
 
 FROM python:${PYTHON}
 ARG ACCELERATOR=cpu
-# CASCADE_COMPILE=full has a C compiler build the launchers of its kernels.
-# hadolint ignore=DL3008
-RUN if [ "${ACCELERATOR}" = cuda ]; then \
-        apt-get update && \
-        apt-get install -y --no-install-recommends gcc libc6-dev && \
-        rm -rf /var/lib/apt/lists/*; \
-    fi
+# Engines find tcmalloc by themselves. CASCADE_COMPILE=full has a C compiler build the launchers of its kernels.
+# hadolint ignore=DL3008,SC2086
+RUN if [ "${ACCELERATOR}" = cuda ]; then compiler="gcc libc6-dev"; fi && \
+    apt-get update && \
+    apt-get install -y --no-install-recommends libtcmalloc-minimal4 ${compiler:-} && \
+    rm -rf /var/lib/apt/lists/*
 RUN groupadd --system --gid 10001 cascade && \
     useradd --system --uid 10001 --gid cascade --home-dir /data --no-create-home cascade && \
     install -d -o cascade -g cascade -m 0700 /data

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from app.errors import SettingsError
 PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
 DEFAULT_PORT = 8000
+_LIBRARIES = Path("/usr/lib")
 ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one, in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -280,11 +282,26 @@ class Settings(BaseSettings):
 
 
 def engine_environment() -> dict[str, str]:
-    """What an engine process is started with: ours, and memory in huge pages where the system has some.
+    """What an engine process is started with: ours, and what makes memory quick where the system has it.
 
-    They make a CPU some 5 to 10 % faster, and only the start of a process can choose them.
+    Huge pages make a CPU some 5 to 10 % faster, tcmalloc as much again: glibc cuts a block to size twice for
+    each tensor. Only the start of a process can choose them.
     """
-    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+    chosen = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    if (allocator := _tcmalloc()) is not None:
+        chosen["LD_PRELOAD"] = str(allocator)
+    return {**chosen, **os.environ}
+
+
+def _tcmalloc() -> Path | None:
+    """Where distributions put the library, if it is installed."""
+    folders = (
+        _LIBRARIES / str(sysconfig.get_config_var("MULTIARCH")),
+        _LIBRARIES.with_name("lib64"),
+        _LIBRARIES,
+    )
+    names = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def service_environment() -> dict[str, str]:

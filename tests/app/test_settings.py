@@ -169,6 +169,22 @@ def test_engines_get_huge_pages_unless_the_operator_tunes_the_allocator(
     assert engine_environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
+@pytest.mark.parametrize("folder", ["lib/x-linux", "lib64", "lib"])
+@pytest.mark.parametrize("name", ["libtcmalloc_minimal.so.4", "libtcmalloc.so.4"])
+def test_engines_get_tcmalloc_where_it_is_installed(
+    folder: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr("app.settings._LIBRARIES", tmp_path / "lib")
+    monkeypatch.setattr("sysconfig.get_config_var", {"MULTIARCH": "x-linux"}.get)
+    assert "LD_PRELOAD" not in engine_environment()
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / name).touch()
+    assert engine_environment()["LD_PRELOAD"] == str(tmp_path / folder / name)
+    monkeypatch.setenv("LD_PRELOAD", "")  # the operator wants none
+    assert engine_environment()["LD_PRELOAD"] == ""
+
+
 def test_every_setting_says_what_it_is() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
