@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from app.settings import engine_environment
 from tests.benchmarks.report import PAGE, keep
 from tests.benchmarks.serve.measurements import Loaded
 from tests.benchmarks.serve.plots import plot_closed, plot_open
@@ -15,10 +16,11 @@ from tests.benchmarks.serve.results import DEADLINE_SECONDS, Results, verdicts
 BEGIN, END = "<!-- serve: begin -->", "<!-- serve: end -->"
 _SETUP = (
     "The peer is FastAPI with diffusers' pipelines behind one lock (threads of torch: {threads}), ours has "
-    "CASCADE_DEVICES={devices}; each was the faster choice in a trial beforehand. Both get the same "
-    "requests. What the server adds to a lone picture is the time of a request, by a plain client that does "
-    "not decode the answer's base64, less that of the same call of the library and the same PNG encoder in a "
-    "process that is started as our engines are, round by round: median and quartiles."
+    "CASCADE_DEVICES={devices}; each was the faster choice in a trial beforehand. Our engines allocate with "
+    "{allocator}, the peer with glibc, as they come. Both get the same requests. What the server adds to a "
+    "lone picture is the time of a request, by a plain client that does not decode the answer's base64, less "
+    "that of the same call of the library and the same PNG encoder in a process that is started as our "
+    "engines are, round by round: median and quartiles."
 )
 
 
@@ -102,7 +104,11 @@ def _section(results: Results) -> str:
     lines += [f"| {' | '.join(_cells(one))} |" for one in results.loads]
     lines += [
         "",
-        _SETUP.format(threads=results.choices.peer_threads or "all", devices=results.choices.devices),
+        _SETUP.format(
+            threads=results.choices.peer_threads or "all",
+            devices=results.choices.devices,
+            allocator="tcmalloc" if "tcmalloc" in engine_environment().get("LD_PRELOAD", "") else "glibc",
+        ),
         "",
         "![throughput](plots/serve-closed.png)",
         "",
