@@ -29,6 +29,7 @@ from cascade.networks.fused import (
     layer_norm,
     linear,
     linear_add,
+    linear_add_each,
     linear_gelu,
     packed_depthwise,
     packed_linear,
@@ -314,9 +315,7 @@ def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
     _, height, width, channels = x.shape
     if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
         return linear_add(hidden.mul_(scale), narrow, bias, x, packed_narrow)
-    scaled = narrow * scale.flatten(1, 2)  # (b, c, 4c)
-    rows = [linear_add(hidden[row : row + 1], scaled[row], bias, x[row : row + 1]) for row in range(len(x))]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return linear_add_each(hidden, narrow * scale.flatten(1, 2), bias, x)
 
 
 class TimestepBlock(nn.Module):

@@ -18,6 +18,7 @@ from cascade.networks.fused import (
     layer_norm,
     linear,
     linear_add,
+    linear_add_each,
     linear_gelu,
     packed_linear,
 )
@@ -154,6 +155,29 @@ def test_fused_layers_give_a_row_the_same_alone_and_in_company(
     for name, layer in layers.items():
         alone = [layer(slice(row, row + 1)) for row in range(len(x))]
         assert torch.equal(torch.cat(alone), layer(slice(None))), name
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@torch.inference_mode()
+def test_pictures_with_weights_of_their_own(is_compiled: bool) -> None:
+    """As one by one, and compiled, where that is not for the number of pictures that came first."""
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        traced.append(module)
+        return module
+
+    layer = torch.compile(linear_add_each, backend=backend, dynamic=True)
+    x, weights = noise(1, 5, 6, 7, 24), noise(2, 5, 40, 24) / 5
+    bias, residual = noise(3, 40), noise(4, 5, 6, 7, 40)
+    for rows in (2, 3, 5):
+        given = x[:rows], weights[:rows], bias, residual[:rows]
+        alone = [linear_add(x[n][None], weights[n], bias, residual[n][None]) for n in range(rows)]
+        if is_compiled:
+            assert (layer(*given) - torch.cat(alone)).abs().max() <= 1e-5
+        else:
+            assert torch.equal(linear_add_each(*given), torch.cat(alone))
+    assert len(traced) == int(is_compiled)
 
 
 def query_key_value(rows: int, heads: int, n: int, m: int) -> list[Tensor]:
