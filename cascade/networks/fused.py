@@ -86,8 +86,8 @@ def linear_add_each(x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor) 
     if residual.is_cpu and not torch.compiler.is_compiling():
         rows = [linear_add(x[n : n + 1], weights[n], bias, residual[n : n + 1]) for n in range(len(x))]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
-    total = torch.baddbmm((residual + bias).flatten(1, 2), x.flatten(1, 2), weights.transpose(1, 2))
-    return total.view_as(residual)
+    total = (residual + bias).flatten(1, 2)
+    return total.baddbmm_(x.flatten(1, 2), weights.transpose(1, 2)).view_as(residual)
 
 
 def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
