@@ -23,7 +23,7 @@ help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (HOST=, PORT= change it)
-	@$(CASCADE) serve $(call given,HOST,--host) $(call given,PORT,--port) || [ $$? -eq 130 ]
+	@exec $(CASCADE) serve $(call given,HOST,--host) $(call given,PORT,--port)
 
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)

@@ -24,7 +24,7 @@ LatentsOutput = Annotated[
 ]
 Side = Annotated[
     int | None,
-    typer.Option(metavar="PIXELS", help="A multiple of 8 from 64 to 4096.", show_default="the picture's"),
+    typer.Option(metavar="PIXELS", help="64 to 4096.", show_default="the picture's"),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the noise of Stage B, 0 to 4294967295.")]
 Caption = Annotated[

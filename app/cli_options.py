@@ -26,7 +26,7 @@ NumImages = Annotated[
 NegativePrompt = Annotated[str, Option(metavar="TEXT", help="What the picture must not show.")]
 Side = Annotated[
     int | None,
-    Option(metavar="PIXELS", help="A multiple of 8 from 64 to 4096.", show_default="native"),
+    Option(metavar="PIXELS", help="64 to 4096.", show_default="native"),
 ]
 Seed = Annotated[
     int | None,

@@ -14,7 +14,7 @@ AppError
 ├── PayloadTooLarge         413
 ├── UnsupportedMediaType    415
 ├── RangeNotSatisfiable     416
-├── KeyReused               422  the only use of this status
+├── KeyReused               422  and TooManyPictures, which AUTOMATIC1111's clients know so; nothing else
 ├── RateLimited             429  too many requests of this key
 ├── ClientGone              499  nobody reads the answer; it is for the log
 ├── GenerationFailed        500  OutOfMemory, ModelUnusable
@@ -194,6 +194,13 @@ class KeyReused(AppError):
     code = "idempotency_key_reused"
 
 
+class TooManyPictures(InvalidRequest):
+    """More pictures than the operator allows, in the layer whose clients read this status."""
+
+    status = 422
+    code = "integer_out_of_range"
+
+
 class RateLimited(AppError):
     """This key asks too often."""
 
@@ -252,7 +259,8 @@ class QueueFull(Exception):
     """The store took no job, because `num_queued` wait already."""
 
     def __init__(self, num_queued: int) -> None:
-        super().__init__(f"{num_queued} jobs are waiting already")
+        jobs = "job is" if num_queued == 1 else "jobs are"
+        super().__init__(f"{num_queued} {jobs} waiting already")
         self.num_queued = num_queued
 
 

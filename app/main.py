@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.api import docs, files, health, jobs, models, native, openai
+from app.api import a1111, a1111_surroundings, docs, files, health, huggingface, jobs, models, native, openai
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
@@ -101,7 +101,7 @@ def create_app(
         redirect_slashes=False,
         telemetry=parts.tracing.config,
     )
-    for part in (openai, native, models, jobs, files, health, docs):
+    for part in (openai, native, models, jobs, a1111, a1111_surroundings, huggingface, files, health, docs):
         app.include_router(part.router)
     install_handlers(app)
     describe(app)

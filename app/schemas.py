@@ -36,9 +36,10 @@ def _refuse_boolean(value: object) -> object:
     return value
 
 
-def _check_side(side: int) -> int:
-    if not MIN_SIDE <= side <= MAX_SIDE or side % SIDE_STEP:
-        raise ValueError(f"should be a multiple of {SIDE_STEP} from {MIN_SIDE} to {MAX_SIDE}, not {side}")
+def _check_side(side: int, step: int = SIDE_STEP) -> int:
+    if not MIN_SIDE <= side <= MAX_SIDE or side % step:
+        kind = "a whole number" if step == 1 else f"a multiple of {step}"
+        raise ValueError(f"should be {kind} from {MIN_SIDE} to {MAX_SIDE}, not {side}")
     return side
 
 
@@ -52,6 +53,7 @@ Side = Annotated[
     AfterValidator(_check_side),
     Number,
 ]
+AnySide = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), Number]  # what is drawn is cut to any size
 PriorSteps = Annotated[int, Field(ge=1, le=100), Number]
 PriorGuidance = Annotated[float, Field(ge=0.0, le=20.0), Number]
 DecoderSteps = Annotated[int, Field(ge=1, le=60), Number]
@@ -123,8 +125,8 @@ class GenerationRequest(BaseModel):
 
     prompt: Prompt
     negative_prompt: Prompt = ""
-    width: Side
-    height: Side
+    width: AnySide
+    height: AnySide
     seeds: tuple[int, ...]
     prior_num_inference_steps: PriorSteps = 20
     prior_guidance_scale: PriorGuidance = 4.0
@@ -230,11 +232,11 @@ def parse_size(size: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def check_size(width: int, height: int, *, max_pixels: int, param: str) -> None:
+def check_size(width: int, height: int, *, max_pixels: int, param: str, step: int = SIDE_STEP) -> None:
     """Refuse what no model may be asked for. The product is checked before anything is allocated."""
     for name, side in (("width", width), ("height", height)):
         try:
-            _check_side(side)
+            _check_side(side, step)
         except ValueError as error:
             named = f"the {name} of size" if param == "size" else name
             raise InvalidRequest(f"{named} {error}".replace("should", "must"), param=param) from None
@@ -248,27 +250,27 @@ def check_size(width: int, height: int, *, max_pixels: int, param: str) -> None:
         )
 
 
-def fit_size(width: int, height: int, *, max_pixels: int) -> tuple[int, int]:
+def fit_size(width: int, height: int, *, max_pixels: int, step: int = SIDE_STEP) -> tuple[int, int]:
     """The allowed size that is nearest to a picture's, with its proportions as far as they are allowed."""
     ratio = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
     area = min(width * height, max_pixels)
     tall, wide = (area / ratio) ** 0.5, (area * ratio) ** 0.5
     factor = max(MIN_SIDE / min(tall, wide), 1.0)
     factor = min(factor, MAX_SIDE / max(tall, wide))
-    sides = [_near_side(side * factor) for side in (wide, tall)]
+    sides = [_near_side(side * factor, step) for side in (wide, tall)]
     longer = sides.index(max(sides))
     while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # by the rounding
-        sides[longer] -= SIDE_STEP
+        sides[longer] -= step
     return sides[0], sides[1]
 
 
-def other_side(side: int, ratio: float) -> int:
+def other_side(side: int, ratio: float, step: int = SIDE_STEP) -> int:
     """The allowed side nearest to `side` times `ratio`."""
-    return _near_side(side * ratio)
+    return _near_side(side * ratio, step)
 
 
-def _near_side(side: float) -> int:
-    return min(max(round(side / SIDE_STEP) * SIDE_STEP, MIN_SIDE), MAX_SIDE)
+def _near_side(side: float, step: int) -> int:
+    return min(max(round(side / step) * step, MIN_SIDE), MAX_SIDE)
 
 
 def choose_seeds(seed: int | None, num_images: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from cascade.errors import InvalidSetting
 
-MULTIPLE = 8
+DRAWN_MULTIPLE = 8  # Stage B joins 2x2 latents, each of 4x4 pixels; what is asked for is cut out of it
 MIN_SIDE = 64
 MAX_SIDE = 4096
 MAX_PIXELS = 4_194_304
@@ -89,10 +89,8 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 def check_side(field: str, side: int) -> None:
     """Raise `InvalidSetting` unless a picture can have this width or height."""
-    if type(side) is not int or not MIN_SIDE <= side <= MAX_SIDE or side % MULTIPLE:
-        raise InvalidSetting(
-            field, f"must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}"
-        )
+    if type(side) is not int or not MIN_SIDE <= side <= MAX_SIDE:
+        raise InvalidSetting(field, f"must be a whole number from {MIN_SIDE} to {MAX_SIDE}, but is {side!r}")
 
 
 def cover(
@@ -159,9 +157,9 @@ def nearest_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple
     width, height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     scale = min(1, MAX_SIDE / max(width, height), math.sqrt(max_pixels / (width * height)))
     scale = max(scale, MIN_SIDE / min(width, height))
-    sides = [MULTIPLE * round(scale * side / MULTIPLE) for side in (width, height)]
+    sides = [round(scale * side) for side in (width, height)]
     while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):
-        sides[sides.index(max(sides))] -= MULTIPLE  # rounding went beyond a limit
+        sides[sides.index(max(sides))] -= 1  # rounding went beyond a limit
     return sides[0], sides[1]
 
 

@@ -51,7 +51,7 @@ async def answer_when_ended(
     told = picture_headers(ended) | told
     if call.preference.may_outlive_the_call:
         told["Preference-Applied"] = call.preference.applied
-    return await (tell(ended, told) if call.raw is None else _raw_picture(call.services, ended, told))
+    return await (tell(ended, told) if call.raw is None else raw_picture(call.services, ended, told))
 
 
 def file_url(image: StoredImage, services: Services, base: str) -> str:
@@ -131,7 +131,7 @@ async def _accepted(call: Call, job: Job, headers: Mapping[str, str]) -> Respons
     )
 
 
-async def _raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
+async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
     """The bytes of the one picture of an ended job."""
     [image] = job.images
     [content] = await read_images(services, job.images)

@@ -273,10 +273,11 @@ def _given_pictures(members: Mapping[str, Any], most: int) -> list[Source]:
     if len(pictures) > most:
         allowed = "one picture" if most == 1 else f"1 to {most} pictures"
         raise InvalidRequest(f"image must be {allowed}, not {len(pictures)}", param="image")
-    return [_picture(picture, name) for picture in pictures]
+    return [given_picture(picture, name) for picture in pictures]
 
 
-def _picture(given: object, name: str) -> Source:
+def given_picture(given: object, name: str) -> Source:
+    """The picture in a member of that name. Raises InvalidRequest for what cannot be one."""
     if isinstance(given, Mapping) and "image_url" in given:
         given = given["image_url"]
     try:
@@ -316,7 +317,8 @@ def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
 
 def _allow_no_prompt(given: dict[str, Any]) -> None:
     """Where a picture takes its place it may be absent as well as empty."""
-    if given.get("image_prompts"):
+    is_kept = given.get("image") is not None and str(given.get("strength")) in ("0", "0.0")
+    if given.get("image_prompts") or is_kept:
         given.setdefault("prompt", "")
 
 

@@ -119,14 +119,33 @@ def _offered_keys(request: Request) -> Iterator[bytes]:
 
 async def read_json_object(request: Request, services: TheServices) -> dict[str, Any]:
     """The body as a JSON object, read no further than the limit."""
+    _require_json(request)
+    return await parse_object(await read_body(request, services, services.settings.max_body_bytes), services)
+
+
+async def read_json_or_null(request: Request, services: TheServices) -> dict[str, Any] | None:
+    """The same, but for those who send `null`, or nothing, for an object without members."""
+    body = await read_body(request, services, services.settings.max_body_bytes)
+    return None if body.strip() in (b"", b"null") else await parse_object(body, services)
+
+
+def _require_json(request: Request) -> None:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
         raise UnsupportedMediaType(
             "the body must be JSON or a form: send Content-Type: application/json or multipart/form-data"
         )
+
+
+async def read_body(request: Request, services: Services, limit_bytes: int) -> bytes:
+    """The body as it is, read no further than the limit."""
     refuse_compressed(request)
     async with services.uploads.reading(services.settings.body_timeout):
-        body = b"".join([chunk async for chunk in bounded_stream(request, services.settings.max_body_bytes)])
+        return b"".join([chunk async for chunk in bounded_stream(request, limit_bytes)])
+
+
+async def parse_object(body: bytes, services: Services) -> dict[str, Any]:
+    """The JSON object that a body is. Raises InvalidRequest."""
     if len(body) <= LONG_BYTES:
         return _parse_object(body)
     return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from app.api.bodies import (
     GenerationMembers,
@@ -12,7 +13,7 @@ from app.api.bodies import (
     ImageVariationBody,
     NativeImageBody,
 )
-from app.api.failures import OpenAIError, Problem
+from app.api.failures import A1111Error, HuggingFaceError, OpenAIError, Problem
 from app.api.forms import STRUCTURED, WITH_PICTURE
 from app.api.views import JobView
 from app.schemas import MAX_IMAGE_PROMPTS
@@ -100,6 +101,16 @@ _ANSWER_SCHEMA = {
 def openai_errors(*statuses: int) -> Responses:
     """Errors of a route in OpenAI's family, for the description."""
     return {status: {"model": OpenAIError, "description": MEANINGS[status]} for status in statuses}
+
+
+def a1111_errors(*statuses: int) -> Responses:
+    """Errors of a route in AUTOMATIC1111's family, for the description."""
+    return {status: {"model": A1111Error, "description": MEANINGS[status]} for status in statuses}
+
+
+def hugging_face_errors(*statuses: int) -> Responses:
+    """Errors of a route in Hugging Face's family, for the description."""
+    return {status: {"model": HuggingFaceError, "description": MEANINGS[status]} for status in statuses}
 
 
 def problems(*statuses: int) -> Responses:
@@ -301,6 +312,84 @@ NATIVE_RESPONSES: Responses = {
     202: _ACCEPTED,
     **problems(*_ERRORS),
 }
+
+
+_LAYER_ERRORS = (400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, 507)
+_A1111_ANSWER = {
+    "type": "object",
+    "properties": {
+        "images": {"type": "array", "items": {"type": "string", "description": "A PNG file in base64"}},
+        "parameters": {"type": "object", "description": "The request"},
+        "info": {"type": "string", "contentMediaType": "application/json", "description": "JSON as a text"},
+    },
+    "required": ["images", "parameters", "info"],
+}
+A1111_RESPONSES: Responses = {
+    200: {"description": "The pictures", "content": {"application/json": {"schema": _A1111_ANSWER}}},
+    **a1111_errors(*_LAYER_ERRORS),
+}
+HF_RESPONSES: Responses = {
+    200: {"description": "The picture", "content": PICTURE_CONTENT},
+    **hugging_face_errors(*_LAYER_ERRORS, 406),
+}
+
+
+def _layer(content: dict[str, Any], *headers: dict[str, Any]) -> dict[str, Any]:
+    body = {"required": True, "content": content}
+    return {**NEEDS_KEY, "parameters": [*headers, _KEY], "requestBody": body}
+
+
+def a1111_body(body: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI is told of a route that makes pictures for AUTOMATIC1111's clients."""
+    schema = body.model_json_schema(ref_template=_REFERENCE)
+    return _layer({"application/json": {"schema": schema, "examples": {"simple": {"value": example}}}})
+
+
+def _task(inputs: str, parameters: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {
+            "inputs": {"type": "string", "description": inputs},
+            "parameters": {
+                "type": "object",
+                "properties": parameters,
+                "additionalProperties": True,
+                "description": "Native members count, too; unknown ones are ignored",
+            },
+        },
+        "required": ["inputs"],
+    }
+    return {"application/json": {"schema": schema, "examples": {"simple": {"value": example}}}}
+
+
+_WHOLE, _TEXT, _FRACTION = {"type": "integer"}, {"type": "string"}, {"type": "number"}
+_ACCEPT = _header("Accept", "`image/jpeg`, `image/webp`: that format, and else PNG")
+_STEPS = {"num_inference_steps": _WHOLE, "guidance_scale": _FRACTION, "seed": _WHOLE}
+HF_TEXT_TO_IMAGE = _layer(
+    _task(
+        "The prompt",
+        {"negative_prompt": _TEXT, "width": _WHOLE, "height": _WHOLE, **_STEPS},
+        {"inputs": "a red circle on a blue background", "parameters": {"seed": 7}},
+    ),
+    _ACCEPT,
+)
+HF_IMAGE_TO_IMAGE = _layer(
+    {
+        **_task(
+            "The picture in base64",
+            {
+                "prompt": _TEXT,
+                "negative_prompt": _TEXT,
+                "strength": _FRACTION,
+                "target_size": {"type": "object", "properties": {"width": _WHOLE, "height": _WHOLE}},
+                **_STEPS,
+            },
+            {"inputs": "iVBORw0KGgo…", "parameters": {"prompt": "the same at night", "strength": 0.6}},
+        ),
+        **PICTURE_CONTENT,
+    },
+    _ACCEPT,
+)
 
 
 def describe(app: FastAPI) -> None:

@@ -1,5 +1,7 @@
-"""Errors as answers. The path chooses the family: OpenAI's shape under /v1, RFC 9457 problems elsewhere."""
+"""Errors as answers. The path chooses the family, as clients of a contract read errors of no other one."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from app.errors import AppError, InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge
+from app.errors import AppError, InvalidRequest, MethodNotAllowed, ModelLoading, NotFound, PayloadTooLarge
 
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
@@ -51,9 +53,22 @@ class Problem(BaseModel):
     errors: list[ProblemPointer] = []
 
 
-def is_openai(path: str) -> bool:
-    """Whether the path belongs to the OpenAI family."""
-    return path == "/v1" or path.startswith("/v1/")
+class A1111Error(BaseModel):
+    """An error as AUTOMATIC1111's server tells it."""
+
+    error: str
+    detail: str = Field(description="What was wrong and what is allowed, in one sentence")
+    body: str
+    errors: str
+
+
+class HuggingFaceError(BaseModel):
+    """An error as Hugging Face's inference servers tell it."""
+
+    error: str = Field(description="What was wrong and what is allowed, in one sentence")
+    estimated_time: float | None = Field(
+        None, exclude_if=lambda seconds: seconds is None, description="Seconds until the model is loaded"
+    )
 
 
 def openai_error(error: AppError) -> dict[str, Any]:
@@ -64,8 +79,9 @@ def openai_error(error: AppError) -> dict[str, Any]:
 
 def respond(error: AppError, path: str, request_id: str) -> Response:
     """The answer that says `error` in the family of `path`."""
-    if is_openai(path):
-        return JSONResponse(openai_error(error), error.status, error.headers)
+    family = _FAMILIES.get(path.split("/")[1] if path.startswith("/") else "")
+    if family is not None:
+        return family(error)
     problem: dict[str, Any] = {
         "type": "about:blank",
         "title": error.title,
@@ -79,6 +95,32 @@ def respond(error: AppError, path: str, request_id: str) -> Response:
     if places:
         problem["errors"] = [{"pointer": pointer, "detail": detail} for pointer, detail in places]
     return JSONResponse(problem, error.status, error.headers, media_type="application/problem+json")
+
+
+def _openai(error: AppError) -> Response:
+    return JSONResponse(openai_error(error), error.status, error.headers)
+
+
+def _a1111(error: AppError) -> Response:
+    """Its clients send keys as passwords, so they are asked for one."""
+    told = A1111Error(error="HTTPException", detail=error.message, body="", errors=error.message)
+    headers = dict(error.headers)
+    if error.status == 401:
+        headers["WWW-Authenticate"] += ', Basic realm="images"'
+    return JSONResponse(told.model_dump(), error.status, headers)
+
+
+def _hugging_face(error: AppError) -> Response:
+    told = HuggingFaceError(error=error.message)
+    if isinstance(error, ModelLoading):
+        told.estimated_time = float(error.headers["Retry-After"])
+    return JSONResponse(told.model_dump(), error.status, error.headers)
+
+
+# By the first part of the path; everywhere else errors are RFC 9457 problems.
+_FAMILIES: Mapping[str, Callable[[AppError], Response]] = MappingProxyType(
+    {"v1": _openai, "sdapi": _a1111, "hf": _hugging_face}
+)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -5,6 +5,7 @@ hold a whole JSON object, in which the single fields win.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -28,6 +29,8 @@ LISTS = ("image_prompts", "loras", "seeds", "guidance_interval")  # a list, too,
 ONCE = {*NativeImageBody.model_fields, *ImageEditBody.model_fields, *ALIASES} - {*LISTS, "image"}
 WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
 TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
+
+_INDEX = re.compile(r"\[[0-9]*\]$")  # of one of several parts: `image[]`, or `image[0]` as PHP's curl has it
 
 Texts = dict[str, list[str]]
 Files = dict[str, list[Source]]
@@ -85,7 +88,7 @@ async def parse_form(
                 "the body is not valid multipart/form-data: it ends without the closing boundary"
             )
         for part, value in form.multi_items():
-            name = part.removesuffix("[]")
+            name = _INDEX.sub("", part)
             if isinstance(value, UploadFile):
                 files.setdefault(name, []).append(Source(await value.read()))
             else:

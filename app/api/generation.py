@@ -30,7 +30,16 @@ from app.errors import (
 from app.jobs.job import Job, JobStatus, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.store import Submitted
-from app.schemas import GenerationRequest, LoRA, PictureRef, check_size, choose_seeds, fit_size, other_side
+from app.schemas import (
+    SIDE_STEP,
+    GenerationRequest,
+    LoRA,
+    PictureRef,
+    check_size,
+    choose_seeds,
+    fit_size,
+    other_side,
+)
 
 MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
 SUPER_RESOLUTION = 2  # times the sides of the picture, unless another size is asked for
@@ -82,23 +91,27 @@ def size_for(
     *,
     param: str,
     like: tuple[int, int] | None = None,
+    step: int = SIDE_STEP,
 ) -> tuple[int, int]:
     """The sides asked for, all within the limits.
 
     Those that are absent are those of the native size, or of a picture `like` that fits into the limits; one
-    absent side keeps its proportions.
+    absent side keeps its proportions. They must be multiples of `step`.
     """
     model, most = services.dispatcher.model, services.settings.max_pixels
     if like is None:
-        size = (width or model.native_width, height or model.native_height)
-    elif width or height:
         size = (
-            width or other_side(height or 0, like[0] / like[1]),
-            height or other_side(width or 0, like[1] / like[0]),
+            model.native_width if width is None else width,
+            model.native_height if height is None else height,
         )
+    elif width is None and height is None:
+        size = fit_size(*like, max_pixels=most, step=step)
     else:
-        size = fit_size(*like, max_pixels=most)
-    check_size(*size, max_pixels=most, param=param)
+        size = (
+            other_side(height or 0, like[0] / like[1], step) if width is None else width,
+            other_side(width or 0, like[1] / like[0], step) if height is None else height,
+        )
+    check_size(*size, max_pixels=most, param=param, step=step)
     return size
 
 
@@ -110,6 +123,12 @@ def picture_size(received: Received) -> tuple[int, int] | None:
         return None
     factor = SUPER_RESOLUTION if received.control.type == "super_resolution" else 1
     return received.control.image.width * factor, received.control.image.height * factor
+
+
+def variation_size(received: Received) -> tuple[int, int] | None:
+    """The size of the first picture that is a prompt."""
+    first = next(iter(received.image_prompts), None)
+    return None if first is None else (first.image.width, first.image.height)
 
 
 async def check_abilities(generation: GenerationRequest, services: Services) -> None:

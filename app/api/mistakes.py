@@ -101,7 +101,10 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
         return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message = message.replace("a valid tuple", "a list")
-    message = re.sub(r"^(?:String|List|Tuple) should", "should", message).replace("should", "must", 1)
+    message = re.sub(r"^(?:String|List|Tuple|Dictionary) should", "should", message)
+    message = message.replace("should", "must", 1).replace(" after validation, not more", "")
+    if problem["type"] == "company":
+        message = message.replace(problem["ctx"]["member"], names[0], 1)
     return f"{name} {message}" if problem["loc"] else message
 
 

@@ -37,6 +37,7 @@ from app.api.generation import (
     shared_members,
     size_for,
     submit,
+    variation_size,
     wait_for_model,
 )
 from app.api.idempotency import idempotency_of, read_key
@@ -246,9 +247,7 @@ def _size(body: ImageGenerationBody, received: Received, services: Services) -> 
         size_for(*sized, services, param="size")
     width, height = sized or (None, None)
     param = "width" if body.width else "height" if body.height else "size"
-    like = picture_size(received)
-    if isinstance(body, ImageVariationBody):
-        like = received.image_prompts[0].image.width, received.image_prompts[0].image.height
+    like = variation_size(received) if isinstance(body, ImageVariationBody) else picture_size(received)
     return size_for(body.width or width, body.height or height, services, param=param, like=like)
 
 

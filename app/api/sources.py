@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
@@ -194,6 +194,30 @@ def _decoded(body: "GenerationMembers", inputs: InputStore) -> Received:
         control=None if body.control is None else _control(body.control, pictures["/control/image"], kept),
         files=files,
     )
+
+
+def mask_like(image: Source, mask: Source, inputs: InputStore, *, is_inverted: bool) -> Source:
+    """A mask at the size of its picture, as other programs send it at any. For the reader's thread."""
+    size = _open("/image", image, inputs).size
+    marked = mask_of(_open("/mask", mask, inputs))
+    if is_inverted:
+        marked = ImageOps.invert(marked)
+    if marked.size != size:
+        marked = marked.resize(size, Image.Resampling.NEAREST)
+    return Source(encode_picture(marked), place=mask.place)
+
+
+def content_of(source: Source) -> bytes:
+    """The file that a source brings. Raises InvalidRequest."""
+    try:
+        return _content(source.content)
+    except BrokenPicture as error:
+        raise _invalid("/image", source, str(error)) from None
+
+
+def invalid_picture(name: str, message: str) -> InvalidRequest:
+    """What is wrong with the picture in a member."""
+    return _invalid(f"/{name}", Source(), message)
 
 
 def _control(given: ControlBody, picture: Image.Image, kept: Any) -> Control:

@@ -58,9 +58,11 @@ async def _kept_alive(
     """`events`, with comments while there are none. The first bytes leave at once."""
     ahead: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
     pump = asyncio.create_task(_pump(events, ahead))
+    # Not in a block of its own: some clients take that for an event.
+    head = b"retry: %d\n" % RETRY_MILLISECONDS if retry else b""
     with metrics.streaming():
         try:
-            yield format_sse_event(retry=RETRY_MILLISECONDS) if retry else KEEPALIVE_COMMENT
+            yield KEEPALIVE_COMMENT
             while True:
                 try:
                     async with asyncio.timeout(QUIET_SECONDS):
@@ -71,6 +73,8 @@ async def _kept_alive(
                     return
                 if isinstance(event, Exception):
                     raise event
+                if event is not KEEPALIVE_COMMENT:
+                    event, head = head + event, b""
                 yield event
         finally:
             pump.cancel()

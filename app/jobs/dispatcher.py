@@ -340,7 +340,7 @@ class Dispatcher:
         reason = None if job.failure is None else job.failure.code
         self._metrics.ended(job.status, reason, phases)
         self._logger.info(
-            "job ended", job=job.id, status=job.status, reason=reason, seconds=round(seconds, 3)
+            "job ended", job=job.id, status=job.status.value, reason=reason, seconds=round(seconds, 3)
         )
 
     def _look_up(self) -> None:

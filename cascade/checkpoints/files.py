@@ -27,7 +27,7 @@ from cascade.checkpoints.stored import (
 )
 from cascade.config import ControlNetConfig
 from cascade.errors import CheckpointError, InvalidSetting
-from cascade.sizes import check_size
+from cascade.sizes import DRAWN_MULTIPLE, check_size
 
 REQUIRED = (Component.STAGE_C, Component.STAGE_B, Component.STAGE_A, Component.TEXT_ENCODER)
 MAX_DEPTH = 2
@@ -263,6 +263,8 @@ def stated_native_sizes(part: Part) -> list[list[int]]:
             check_size(*size)
         except InvalidSetting as error:
             raise CheckpointError(f"{path}: native_sizes has {size!r}: {error}") from error
+        if size[0] % DRAWN_MULTIPLE or size[1] % DRAWN_MULTIPLE:
+            raise CheckpointError(f"{path}: native_sizes has {size!r}: no multiples of {DRAWN_MULTIPLE}")
     return cast(list[list[int]], sizes)
 
 

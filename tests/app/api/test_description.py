@@ -76,7 +76,8 @@ async def test_references_lead_somewhere_and_422_means_one_thing(
         if any("422" in op["responses"] for op in path.values())
     ]
     assert sorted(reused) == [
-        "/api/v1/images", "/v1/images/edits", "/v1/images/generations", "/v1/images/variations",
+        "/api/v1/images", "/hf/image-to-image", "/hf/text-to-image", "/sdapi/v1/img2img", "/sdapi/v1/txt2img",
+        "/v1/images/edits", "/v1/images/generations", "/v1/images/variations",
     ]  # fmt: skip
     for reference in _references(description):
         assert reference.removeprefix("#/components/schemas/") in description["components"]["schemas"]

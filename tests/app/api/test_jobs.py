@@ -91,7 +91,7 @@ async def test_the_events_of_a_running_job_and_where_they_go_on(
     answer = await client.get(job["urls"]["events"], headers={"last-event-id": str(seen)})
     assert answer.status_code == 200
     assert [event.event for event in told(answer.text)][-1] == "job.succeeded"
-    assert answer.text.startswith("retry: 2000\n")
+    assert "\n\nretry: 2000\nevent: job." in answer.text
     last = told(answer.text)[-1].id
     again = await client.get(job["urls"]["events"], headers={"last-event-id": str(last)})
     assert again.status_code == 204

@@ -49,7 +49,7 @@ async def test_events_leave_in_order(source: Source) -> None:
     for event in (b"1", b"2", b""):
         source.queue.put_nowait(event)
     response = respond_with_events(source.events(), {"x": "y"}, Metrics(), retry=True)
-    assert [chunk async for chunk in response.body_iterator] == [b"retry: 2000\n\n", b"1", b"2"]
+    assert [chunk async for chunk in response.body_iterator] == [b": ping\n\n", b"retry: 2000\n1", b"2"]
     assert response.headers["content-type"].startswith("text/event-stream")
     assert (response.headers["cache-control"], response.headers["x-accel-buffering"]) == ("no-cache", "no")
     assert response.headers["x"] == "y"

@@ -49,7 +49,7 @@ def test_generate_embeds_settings_on_request(run: Run, checkpoint: Path, tmp_pat
         (("--steps", 0), "--steps: must be a whole number from 1 to 100, but is 0"),
         (("--decoder-steps", 61), "--decoder-steps: must be a whole number from 1 to 60"),
         (("--guidance-scale", "nan"), "--guidance-scale: must be a number from 0 to 20"),
-        (("--width", 100, "--height", 128), "--width: must be a multiple of 8"),
+        (("--width", 60, "--height", 128), "--width: must be a whole number from 64 to 4096"),
         (("--width", 64), "64x1024 is beyond the aspect ratios"),
         (("--width", 4096, "--height", 4096), "more than 4194304 pixels"),
         (("--seed", -1), "--seed: must be a whole number from 0 to 4294967295"),

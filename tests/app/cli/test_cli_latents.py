@@ -53,7 +53,7 @@ def test_the_size_may_be_another(run: Run, picture: Path, tmp_path: Path) -> Non
         (("encode", "text.png"), "picture: text.png is no picture that can be read"),
         (("encode", "in.png", "-o", "a.bin"), "--output: must end in .safetensors, not '.bin'"),
         (("encode", "in.png", "-o", "nowhere/a.safetensors"), "--output: the folder nowhere does not exist"),
-        (("encode", "in.png", "--width", 100), "--width: must be a multiple of 8"),
+        (("encode", "in.png", "--width", 60), "--width: must be a whole number from 64"),
         (("encode", "in.png", "--preset", "best"), "--preset: must be one of official, diffusers"),
         (("decode", "nowhere.safetensors"), "nowhere.safetensors: cannot be read"),
         (("decode", "text.png"), "text.png: not a safetensors file"),

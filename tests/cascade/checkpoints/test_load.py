@@ -159,7 +159,10 @@ def test_malformed_native_sizes_are_refused(sizes: object, folder: Path) -> None
 @pytest.mark.parametrize("size", [["256", 256], [0, 256], [100, 100], [True, 8], [64, 512], [1e3, 1e3]])
 def test_native_sizes_that_cannot_be_drawn_are_refused(size: object, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"native_sizes": [[256, 256], size]}))
-    with pytest.raises(CheckpointError, match=r"model_index\.json: native_sizes has .*(width|height|size): "):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model_index\.json: native_sizes has .*(width: |height: |size: |no multiples of 8)",
+    ):
         load_cascade(folder)
 
 

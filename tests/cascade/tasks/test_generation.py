@@ -278,7 +278,7 @@ def test_pixels_become_8_bit_pictures() -> None:
         ({"prompt": "x" * 100_000}, "prompt", "32000"),
         ({"prompt": None}, "prompt", "text"),
         ({"negative_prompt": "x" * 32_001}, "negative_prompt", "32000"),
-        ({"width": 100}, "width", "multiple of 8 from 64 to 4096"),
+        ({"width": 60}, "width", "whole number from 64 to 4096"),
         ({"width": 4096, "height": 4096}, "size", "4194304"),
         ({"num_images": 0}, "num_images", "1 to 10"),
         ({"num_images": 11}, "num_images", "1 to 10"),
@@ -316,10 +316,10 @@ def test_half_a_character_is_refused_and_a_whole_one_is_not(field: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["width", "height"])
-@pytest.mark.parametrize("side", [63, 100, 5000, True])
+@pytest.mark.parametrize("side", [63, 5000, True])
 def test_one_side_alone_is_checked_without_a_checkpoint(field: str, side: int) -> None:
     sides: dict[str, Any] = {"width": None, "height": None, field: side}
-    with pytest.raises(InvalidSetting, match=f"^{field}: must be a multiple of 8 from 64 to 4096"):
+    with pytest.raises(InvalidSetting, match=f"^{field}: must be a whole number from 64 to 4096"):
         request(**sides)
 
 

@@ -1,0 +1,119 @@
+"""Hugging Face's task contract, `/hf/text-to-image` and `/hf/image-to-image`: the answer is the picture.
+
+Its clients post to the URL that they are given and add nothing, so each task has a URL of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from app.api.accept import raw_format
+from app.api.answers import picture_headers, raw_picture, replayed
+from app.api.bodies import ALIASES, given_picture
+from app.api.deps import (
+    Services,
+    TheExchange,
+    TheServices,
+    authenticate,
+    count_request,
+    parse_object,
+    read_body,
+    read_json_object,
+)
+from app.api.description import HF_IMAGE_TO_IMAGE, HF_RESPONSES, HF_TEXT_TO_IMAGE
+from app.api.gateway import Exchange
+from app.api.generation import require_success
+from app.api.layers import Asked, LayerBody, draw, in_native_members
+from app.api.sources import Source
+from app.errors import InvalidRequest
+
+router = APIRouter(
+    prefix="/hf", tags=["Hugging Face"], dependencies=[Depends(authenticate), Depends(count_request)]
+)
+
+NOT_HERE = ("image", "num_images", "seeds")  # members that a call for one picture has under other names
+
+
+@router.post(
+    "/text-to-image",
+    operation_id="textToImage",
+    summary="Make a picture from a prompt",
+    response_class=Response,
+    responses=HF_RESPONSES,
+    openapi_extra=HF_TEXT_TO_IMAGE,
+)
+async def text_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
+    """`inputs` is the prompt; `parameters` may have native members, too. Unknown ones are ignored."""
+    members = await read_json_object(request, services)
+    body = _body({"prompt": members.get("inputs")}, _parameters(members), {"prompt": "inputs"})
+    return await _respond(request, services, exchange, members, body)
+
+
+@router.post(
+    "/image-to-image",
+    operation_id="imageToImage",
+    summary="Make a picture from a picture",
+    response_class=Response,
+    responses=HF_RESPONSES,
+    openapi_extra=HF_IMAGE_TO_IMAGE,
+)
+async def image_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
+    """`inputs` is the picture in base64, or the body is the picture itself.
+
+    With a prompt the picture is drawn anew by it, the more freely the higher `strength` is; without one the
+    answer is a variation, of what the picture shows.
+    """
+    members = await _members(request, services)
+    parameters = _parameters(members)
+    if members.get("inputs") is None:
+        message = "inputs is required: a picture in base64"
+        raise InvalidRequest(message, param="inputs", code="missing_required_parameter")
+    picture = given_picture(members["inputs"], "inputs")
+    size = parameters.pop("target_size", None)
+    if isinstance(size, Mapping):
+        parameters = {"width": size.get("width"), "height": size.get("height"), **parameters}
+    if parameters.get("prompt"):
+        body = _body({"image": picture}, parameters, {"image": "inputs"})
+    else:
+        given = {"prompt": "", "strength": None, "image_prompts": [{"image": picture}]}
+        body = _body(given, parameters, {"image_prompts": "inputs"})
+    return await _respond(request, services, exchange, members, body)
+
+
+async def _members(request: Request, services: Services) -> dict[str, Any]:
+    """JSON, or a picture, told by what comes first in it: clients name its type wrongly, or not at all."""
+    content = await read_body(request, services, services.settings.max_body_bytes)
+    if content.lstrip()[:1] == b"{":
+        return await parse_object(content, services)
+    return {"inputs": Source(content, place="inputs")} if content else {}
+
+
+def _parameters(members: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = members.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, Mapping):
+        raise InvalidRequest("parameters must be an object", param="parameters", code="invalid_type")
+    return {name: value for name, value in parameters.items() if name not in NOT_HERE}
+
+
+def _body(given: Mapping[str, Any], parameters: Mapping[str, Any], sent_as: Mapping[str, str]) -> LayerBody:
+    """The native members of a task. What is given wins over parameters of that name."""
+    named, names = {**parameters, **given}, dict(sent_as)
+    for alias in ("num_inference_steps", "guidance_scale"):
+        if named.get(ALIASES[alias]) is None and named.get(alias) is not None:
+            named[ALIASES[alias]] = named[alias]
+            names[ALIASES[alias]] = alias
+    return in_native_members(named, names)
+
+
+async def _respond(
+    request: Request, services: Services, exchange: Exchange, members: Mapping[str, Any], body: LayerBody
+) -> Response:
+    accepted = raw_format(request.headers.get("accept", ""), body.output_format)
+    asked = Asked(members, body, accepted or body.output_format)
+    drawn = await draw(request, services, exchange, asked)
+    require_success(drawn.job)
+    headers = picture_headers(drawn.job) | replayed(drawn.is_replay)
+    return await raw_picture(services, drawn.job, headers)

@@ -1,0 +1,116 @@
+"""What the layers for other programs share: from their members to an ended job, the way of all contracts.
+
+A layer renames what comes in and shapes what goes out. It waits for its pictures, as its clients know nothing
+of jobs, and ignores what it does not know, as they send what means something elsewhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from pydantic import ConfigDict
+
+from app.api.bodies import GenerationMembers
+from app.api.deps import Services
+from app.api.gateway import Exchange
+from app.api.generation import (
+    Order,
+    picture_size,
+    seeds_for,
+    shared_members,
+    size_for,
+    submit,
+    variation_size,
+    wait_for_end,
+    wait_for_model,
+)
+from app.api.idempotency import idempotency_of, read_key
+from app.api.mistakes import validated
+from app.api.prefer import Preference
+from app.api.sources import receive
+from app.jobs.job import Job
+from app.schemas import (
+    AnySide,
+    DecoderSteps,
+    GenerationRequest,
+    NumImages,
+    OutputFormat,
+    PriorSteps,
+    Quality100,
+)
+
+
+class LayerBody(GenerationMembers):
+    """The native members of a request that came in other words. Sides may be any whole numbers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    width: AnySide | None = None
+    height: AnySide | None = None
+    num_images: NumImages = 1
+    prior_num_inference_steps: PriorSteps = 20
+    decoder_num_inference_steps: DecoderSteps = 10
+    output_quality: Quality100 = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request to a layer: its body as it came, and in native members."""
+
+    members: Mapping[str, Any]
+    body: LayerBody
+    output_format: OutputFormat
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What became of it."""
+
+    job: Job  # ended, with pictures or without
+    is_replay: bool
+
+
+def in_native_members(given: Mapping[str, Any], sent_as: Mapping[str, str]) -> LayerBody:
+    """Check members that a layer has renamed; `sent_as` are the caller's own names of them.
+
+    None counts as absent. Raises InvalidRequest.
+    """
+    present = {name: value for name, value in given.items() if value is not None}
+    return validated(LayerBody, present, sent_as)
+
+
+async def draw(request: Request, services: Services, exchange: Exchange, asked: Asked) -> Drawn:
+    """Have the pictures made while the caller waits, and drop the work when it leaves.
+
+    Raises what submitting a job does; how the job ended is for the layer to tell.
+    """
+    body = asked.body
+    await wait_for_model(services)
+    may_replay = read_key(request) is not None
+    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
+    like = picture_size(received) or variation_size(received)
+    width, height = size_for(body.width, body.height, services, param="width", like=like, step=1)
+    generation = GenerationRequest(
+        width=width,
+        height=height,
+        seeds=seeds_for(body.seed, None, body.num_images, services, param="num_images"),
+        prior_num_inference_steps=body.prior_num_inference_steps,
+        decoder_num_inference_steps=body.decoder_num_inference_steps,
+        output_format=asked.output_format,
+        output_quality=body.output_quality,
+        **shared_members(body, received),
+    )
+    order = Order(
+        generation=generation,
+        body=body,
+        preference=Preference(),
+        received=received,
+        idempotency=idempotency_of(request, asked.members, generation, services.settings.idempotency_ttl),
+        metadata=asked.metadata,
+    )
+    submitted = await submit(services, exchange, order)
+    ended = await wait_for_end(request, services, submitted.now, Preference())
+    assert ended is not None, "only a caller that prefers so is answered before the end"
+    return Drawn(ended, submitted.is_replay)
