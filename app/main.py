@@ -104,7 +104,7 @@ def create_app(
     for part in (openai, native, models, jobs, a1111, a1111_surroundings, huggingface, files, health, docs):
         app.include_router(part.router)
     install_handlers(app)
-    describe(app)
+    describe(app, needs_key=bool(settings.api_keys))
     app.add_middleware(
         Gateway,
         server=app,

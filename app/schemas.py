@@ -46,6 +46,7 @@ def _check_side(side: int, step: int = SIDE_STEP) -> int:
 Number = BeforeValidator(_refuse_boolean)  # pydantic would read `true` as 1
 
 NumImages = Annotated[int, Field(ge=1, le=10), Number]
+NumPreviews = Annotated[int, Field(ge=0, le=3), Number]
 Seed = Annotated[int, Field(ge=-1, le=MAX_SEED), Number]
 Side = Annotated[
     int,
@@ -148,6 +149,7 @@ class GenerationRequest(BaseModel):
     guidance_interval: Interval = (0.0, 1.0)
     weighted_prompt: bool = False
     long_prompt: bool = False
+    previews: NumPreviews = 0  # of each picture, for those who follow its job
 
     @property
     def num_images(self) -> int:

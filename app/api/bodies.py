@@ -21,6 +21,7 @@ from app.schemas import (
     LoRA,
     Number,
     NumImages,
+    NumPreviews,
     OutputFormat,
     Preset,
     PriorGuidance,
@@ -37,7 +38,6 @@ from app.schemas import (
 OpenAIBody = TypeVar("OpenAIBody", bound="ImageGenerationBody")
 
 ResponseFormat = Literal["url", "b64_json"]
-NumPreviews = Annotated[int, Field(ge=0, le=3), Number]
 Priority = Annotated[int, Field(ge=-10, le=10), Number]
 DeadlineSeconds = Annotated[int, Field(ge=1, le=86_400), Number]
 MetadataText = Annotated[str, Field(max_length=512)]
@@ -196,7 +196,7 @@ class NativeImageBody(GenerationMembers):
     response_format: ResponseFormat | None = Field(
         None, description="When absent: `b64_json` for callers that wait, else `url`"
     )
-    previews: NumPreviews = Field(0, description="Previews in a stream, at most")
+    previews: NumPreviews = Field(0, description="Previews in its events, at most")
     user: Annotated[str, Field(max_length=256)] = Field("", description="Not used")
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], MetadataText], Field(max_length=16)] = (
         Field({}, description="Given back with the job")

@@ -1,7 +1,8 @@
 """uvicorn, made patient with the work and impatient with its callers.
 
-It waits for ever for the head of a request; here a connection that dawdles is closed. And when it is told to
-stop, it refuses connections at once; here it goes on answering while the work in hand is finished.
+It waits for ever for the head of a request, and for the rest of a body that was answered already; here a
+connection that dawdles is closed. And when it is told to stop, it refuses connections at once; here it goes
+on answering while the work in hand is finished.
 """
 
 import asyncio
@@ -21,13 +22,19 @@ from app.settings import Settings
 
 DEFAULT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection: else they send into its end
+REST_SECONDS = 30.0  # for a body that nobody wants: most clients read an answer only when all is sent
 ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
 
 
 class HastyProtocol(H11Protocol):
-    """HTTP/1.1 in which the head of a request must come within a time, or the connection is closed."""
+    """HTTP/1.1 in which the head of a request must come within a time, or the connection is closed.
+
+    So must what is left of a body after the answer.
+    """
 
     header_seconds = DEFAULT_SECONDS
+    rest_seconds = REST_SECONDS
+    _awaited_seconds: float | None = None
     _closing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -46,13 +53,19 @@ class HastyProtocol(H11Protocol):
         self._stop_watching()
 
     def _watch(self) -> None:
-        is_awaited = self.conn.their_state is h11.IDLE
-        if not is_awaited:
+        awaited_seconds = None
+        if self.conn.their_state is h11.IDLE:
+            awaited_seconds = self.header_seconds
+        elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
+            awaited_seconds = self.rest_seconds
+        if awaited_seconds != self._awaited_seconds:
             self._stop_watching()
-        elif self._closing is None:
-            self._closing = self.loop.call_later(self.header_seconds, self.transport.close)
+            self._awaited_seconds = awaited_seconds
+            if awaited_seconds is not None:
+                self._closing = self.loop.call_later(awaited_seconds, self.transport.close)
 
     def _stop_watching(self) -> None:
+        self._awaited_seconds = None
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
@@ -72,9 +85,10 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def protocol(header_seconds: float) -> type[HastyProtocol]:
+def protocol(header_seconds: float, rest_seconds: float = REST_SECONDS) -> type[HastyProtocol]:
     """The protocol with that patience, as uvicorn wants it: a class."""
-    return type("Protocol", (HastyProtocol,), {"header_seconds": header_seconds})
+    patience = {"header_seconds": header_seconds, "rest_seconds": rest_seconds}
+    return type("Protocol", (HastyProtocol,), patience)
 
 
 class DrainingServer(uvicorn.Server):

@@ -161,7 +161,8 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         members = parse_json(body.removeprefix(BOM_UTF8))
     except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        hint = "; a character is cut in half there" if "escape" in str(error) else ""
+        raise InvalidRequest(f"the body is not valid JSON: {error}{hint}", code="invalid_json") from None
     if not isinstance(members, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
     require_few(members)
@@ -170,9 +171,7 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 async def bounded_stream(request: Request, limit_bytes: int) -> AsyncGenerator[bytes, None]:
     """The body, no further than the limit. Raises PayloadTooLarge and ClientGone."""
-    too_large = PayloadTooLarge(
-        f"the body must be at most {limit_bytes} bytes", headers={"Connection": "close"}
-    )
+    too_large = PayloadTooLarge(f"the body must be at most {limit_bytes} bytes")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit_bytes:
         raise too_large

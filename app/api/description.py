@@ -126,6 +126,8 @@ def _body_schema(body: type[GenerationMembers]) -> dict[str, Any]:
     for name, member in schema["properties"].items():
         if name not in schema.get("required", ()) and "anyOf" not in member:
             texts = {key: member.pop(key) for key in ("title", "description", "default") if key in member}
+            if texts.get("default") == {}:  # some generators of clients trip over it
+                del texts["default"]
             schema["properties"][name] = {"anyOf": [member, {"type": "null"}], **texts}
     return schema
 
@@ -392,8 +394,8 @@ HF_IMAGE_TO_IMAGE = _layer(
 )
 
 
-def describe(app: FastAPI) -> None:
-    """Make `app` describe itself with the parts of this module."""
+def describe(app: FastAPI, *, needs_key: bool) -> None:
+    """Make `app` describe itself with the parts of this module; without keys it `needs_key` of nobody."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -409,10 +411,19 @@ def describe(app: FastAPI) -> None:
                 schemas[model.__name__] = own
             schemas.update(NativeImageBody.model_json_schema(ref_template=_REFERENCE)["$defs"])
             _remove_framework_errors(schema)
+            if not needs_key:
+                _make_keys_optional(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI documents this way of extending
+
+
+def _make_keys_optional(schema: dict[str, Any]) -> None:
+    for path in schema["paths"].values():
+        for operation in path.values():
+            if "security" in operation:
+                operation["security"] = [{}, *operation["security"]]
 
 
 def _remove_framework_errors(schema: dict[str, Any]) -> None:

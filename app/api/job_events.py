@@ -29,7 +29,6 @@ class JobStream:
     exchange: Exchange
     base: str  # of URLs
     as_base64: bool = False  # pictures themselves instead of their URLs
-    num_previews: int = 0  # of each picture at most
 
     async def events(self, job: Job, last_id: int = 0) -> AsyncGenerator[bytes, None]:
         """What happened to `job` after `last_id`, what happens, how it ends. Of an ended one the end only.
@@ -41,8 +40,8 @@ class JobStream:
             return
         async with aclosing(self.services.dispatcher.follow(job.id, last_id)) as news:
             async for event in news:
-                if self.num_previews and event.kind == "progress":  # an engine has it
-                    self.services.dispatcher.want_previews(job.id, self.num_previews)
+                if job.request.previews and event.kind == "progress":  # an engine has it
+                    self.services.dispatcher.want_previews(job.id, job.request.previews)
                 yield await self._told(event)
 
     async def _told(self, event: Event) -> bytes:

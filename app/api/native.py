@@ -66,7 +66,7 @@ async def generate_images(
     submitted = await submit(services, exchange, order)
     if is_stream:
         job, as_base64 = submitted.job, body.response_format != "url"
-        stream = JobStream(services, exchange, base, as_base64, body.previews)
+        stream = JobStream(services, exchange, base, as_base64)
         headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay)}
         waiting = services.dispatcher.waiting(job)
         return respond_with_events(stream.events(job), headers, services.metrics, retry=True, within=waiting)
@@ -110,6 +110,7 @@ def _order(call: Call, body: NativeImageBody, members: Mapping[str, Any], receiv
         decoder_num_inference_steps=body.decoder_num_inference_steps,
         output_format=call.raw or body.output_format,
         output_quality=body.output_quality,
+        previews=body.previews,
         **shared_members(body, received),
     )
     return Order(

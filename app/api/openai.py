@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from app.api.accept import raw_format
 from app.api.answers import VARY, Call, answer_when_ended, file_url, replayed, require_one
 from app.api.bodies import (
+    ImageEditBody,
     ImageGenerationBody,
     ImageVariationBody,
     parse_image_edit,
@@ -145,7 +146,7 @@ async def _respond(
         return _stream(call, submitted, body, event)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
-        write = partial(_answer, _quality(body), job, services, base)
+        write = partial(_answer, body, job, services, base)
         content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
         return Response(content, media_type="application/json", headers=headers)
 
@@ -267,22 +268,31 @@ def _ignored(body: ImageGenerationBody) -> dict[str, str]:
     return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
-def _data(image: StoredImage, services: Services, base: str | None) -> dict[str, Any]:
-    """A picture in the answer: as a signed URL under `base`, or as base64 when there is none."""
+def _wants_base64(body: ImageGenerationBody) -> bool:
+    """Unless it is to be a URL. Of an edit that does not say, some clients read this and some that."""
+    is_edited = isinstance(body, ImageEditBody | ImageVariationBody)
+    return not _wants_url(body) or (is_edited and body.response_format is None)
+
+
+def _data(image: StoredImage, services: Services, base: str | None, *, as_base64: bool) -> dict[str, Any]:
+    """A picture in the answer: as a signed URL under `base`, where there is one, and as base64."""
+    data: dict[str, Any] = {"seed": image.seed}
     if base is not None:
-        return {"url": file_url(image, services, base), "seed": image.seed}
-    return {"b64_json": base64.b64encode(services.images.read(image.name)).decode(), "seed": image.seed}
+        data["url"] = file_url(image, services, base)
+    if as_base64:
+        data["b64_json"] = base64.b64encode(services.images.read(image.name)).decode()
+    return data
 
 
-def _answer(quality: str, job: Job, services: Services, base: str | None) -> bytes:
+def _answer(body: ImageGenerationBody, job: Job, services: Services, base: str | None) -> bytes:
     """The whole answer as JSON. For a thread: it reads the files, and base64 of megabytes takes its time."""
     generation, first = job.request, job.images[0]
     answer: dict[str, Any] = {
         "created": int(job.completed_at or job.created_at),
-        "data": [_data(image, services, base) for image in job.images],
+        "data": [_data(image, services, base, as_base64=_wants_base64(body)) for image in job.images],
         "background": "opaque",
         "output_format": generation.output_format,
-        "quality": quality,
+        "quality": _quality(body),
         "size": f"{generation.width}x{generation.height}",
         "usage": usage(first.prompt_tokens),
     }

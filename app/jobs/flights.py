@@ -31,6 +31,7 @@ class Flight:
     expires_at: float | None = None
     fraction: float = 0.0  # said last
     num_previews: int = 0  # wanted of each picture
+    last_preview: dict[int, int] = field(default_factory=dict)  # shown of each picture, by its index
     is_over: bool = False  # the job has ended, or is not ours any more
     missing: set[int] = field(init=False)  # pictures whose pixels have not come
     sent: set[int] = field(default_factory=set)

@@ -177,7 +177,11 @@ class Keeper:
             content = await loop.run_in_executor(self._means.encoders, encode_preview, message)
         except (OSError, ValueError) as error:
             self._logger.warning("a preview could not be encoded", job=flight.job.id, exc_info=error)
-        else:
+            return
+        if message.preview > flight.last_preview.get(
+            message.index, -1
+        ):  # else a newer one was encoded faster
+            flight.last_preview[message.index] = message.preview
             self._events.publish(flight.job.id, Preview(message.index, message.preview, content))
 
     async def _keep_latents(self, flight: Flight, message: Latents) -> None:

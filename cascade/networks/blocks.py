@@ -77,11 +77,13 @@ class ChannelNorm(nn.Module):
 
 
 class ProductWeights(NamedTuple):
-    """What a `Product` reads at every step: put in order once, and packed where that pays."""
+    """What a `Product` reads at every step, put in order once.
+
+    Not packed: that takes longer than a picture gains by it, and it cannot be kept with the parameter.
+    """
 
     matrix: Tensor  # (outputs, inputs)
     bias: Tensor
-    packed: Tensor | None
 
 
 # Of the products of a network, for steps without gradients
@@ -100,16 +102,11 @@ class Product(nn.Module):
 
     def step_weights(self) -> ProductWeights:
         """For `forward` without gradients; to be made anew when a weight has changed."""
-        matrix, bias = self._in_order()
-        return ProductWeights(matrix, bias, packed_linear(matrix, keep=False))
-
-    def _in_order(self) -> tuple[Tensor, Tensor]:
-        """The weight as a matrix (outputs, inputs), and the bias."""
-        return self.weight.flatten(1), self.bias
+        return ProductWeights(self.weight.flatten(1), self.bias)
 
     def _multiply(self, x: Tensor, products: Products) -> Tensor:
         weights = None if torch.is_grad_enabled() else products.get(self)
-        return linear(x, *self._in_order()) if weights is None else linear(x, *weights)
+        return linear(x, *(self.step_weights() if weights is None else weights))
 
 
 class Pointwise(Product):
@@ -128,8 +125,9 @@ class Downsample(Product):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__((out_channels, in_channels, 2, 2), out_channels)
 
-    def _in_order(self) -> tuple[Tensor, Tensor]:
-        return self.weight.permute(0, 2, 3, 1).flatten(1), self.bias
+    def step_weights(self) -> ProductWeights:
+        """Inputs in the order of a patch."""
+        return ProductWeights(self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
     def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         b, h, w, c = x.shape
@@ -143,8 +141,9 @@ class Upsample(Product):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__((in_channels, out_channels, 2, 2), out_channels)
 
-    def _in_order(self) -> tuple[Tensor, Tensor]:
-        return self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4)
+    def step_weights(self) -> ProductWeights:
+        """Outputs in the order of a patch."""
+        return ProductWeights(self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4))
 
     def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         b, h, w, _ = x.shape

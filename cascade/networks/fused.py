@@ -87,7 +87,7 @@ def linear_add_each(x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor) 
         rows = [linear_add(x[n : n + 1], weights[n], bias, residual[n : n + 1]) for n in range(len(x))]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
     total = (residual + bias).flatten(1, 2)
-    return total.baddbmm_(x.flatten(1, 2), weights.transpose(1, 2)).view_as(residual)
+    return torch.baddbmm(total, x.flatten(1, 2), weights.transpose(1, 2)).view_as(residual)
 
 
 def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -98,8 +98,8 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
     of the two it is depends on the picture, not on its company.
     """
     rows, *_, channels = x.shape
-    is_large = x.numel() >= _MANY_TOKENS * channels * rows
-    if not is_large or x.dtype is not torch.float32 or not is_plain_cpu(x):
+    # The size is asked last: in a trace it would be a condition on it.
+    if not (is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * rows):
         gain = None if gain is None else gain.expand(channels)
         bias = None if bias is None else bias.expand(channels)
         return torch.layer_norm(x, (channels,), gain, bias, NORM_EPS)
@@ -177,19 +177,12 @@ def packed_depthwise(weight: Tensor) -> Tensor:
     return _kept(weight, lambda values: reorder(values, padding, (1, 1), (1, 1), channels, ()))
 
 
-def packed_linear(weight: Tensor, *, keep: bool = True) -> Tensor | None:
-    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies.
-
-    It is remembered with the weight, unless that is a tensor made for the occasion.
-    """
+def packed_linear(weight: Tensor) -> Tensor | None:
+    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies."""
     if weight.numel() > _SMALL_WEIGHT or not _has_fused_kernels(weight):
         return None
-
-    def pack(values: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(values, None)  # noqa: SLF001
-        return packed
-
-    return _kept(weight, pack) if keep else pack(weight.detach())
+    reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
+    return _kept(weight, lambda values: reorder(values, None))
 
 
 def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
@@ -214,7 +207,7 @@ def energy(x: Tensor) -> Tensor:
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
     size, rows = x.numel(), x.shape[0]
-    if size > rows * 2 * _CACHED_ELEMENTS:  # the square alone need not stay in the cache
+    if size > rows * 2 * _CACHED_ELEMENTS:  # up to there, what a copy costs is less than that of many pieces
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
     elif size > _CACHED_ELEMENTS:
         total = in_parts(_small_sums_of_squares, cached_rows(size // rows), x)

@@ -206,7 +206,7 @@ def colour(request: GenerationRequest, seed: int) -> tuple[int, int, int]:
 def digest(request: GenerationRequest, seed: int) -> bytes:
     """Tells apart requests that must give different pictures."""
     settings = request.model_dump(
-        exclude={"seeds", "output_format", "output_quality", "embed_metadata"}, mode="json"
+        exclude={"seeds", "output_format", "output_quality", "embed_metadata", "previews"}, mode="json"
     )
     return hashlib.sha256(f"{settings} {seed}".encode()).digest()
 

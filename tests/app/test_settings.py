@@ -178,8 +178,11 @@ def test_engines_get_tcmalloc_where_it_is_installed(
     monkeypatch.setattr("app.settings._LIBRARIES", tmp_path / "lib")
     monkeypatch.setattr("sysconfig.get_config_var", {"MULTIARCH": "x-linux"}.get)
     assert "LD_PRELOAD" not in engine_environment()
-    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     (tmp_path / folder / name).touch()
+    assert engine_environment()["LD_PRELOAD"] == str(tmp_path / folder / name)
+    (tmp_path / "lib" / "libtcmalloc.so.4").touch()  # larger, and in the last folder: the least of all
     assert engine_environment()["LD_PRELOAD"] == str(tmp_path / folder / name)
     monkeypatch.setenv("LD_PRELOAD", "")  # the operator wants none
     assert engine_environment()["LD_PRELOAD"] == ""

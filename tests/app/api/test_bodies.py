@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from app.api.bodies import NativeImageBody, parse_image_generation, parse_native
+from app.api.bodies import NativeImageBody, parse_image_edit, parse_image_generation, parse_native
 from app.api.mistakes import INSTEAD
+from app.api.sources import Source
 from app.errors import InvalidRequest
 
 
@@ -13,6 +14,15 @@ def refused(members: dict[str, Any]) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse_native({"prompt": "x", **members})
     return caught.value
+
+
+@pytest.mark.parametrize("strength", [0, 0.0, "0"])
+def test_no_prompt_is_needed_for_a_picture_that_is_kept(strength: object) -> None:
+    picture = Source(b"a file")
+    assert parse_native({"image": picture, "strength": strength}).prompt == ""
+    assert parse_image_edit({"image": picture, "strength": strength}).prompt == ""
+    with pytest.raises(InvalidRequest, match="prompt is required"):
+        parse_native({"image": picture, "strength": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ HEAD_SECONDS = 0.05
 async def hello(scope: dict[str, object], receive: object, send: object) -> None:
     if scope["path"] == "/slow":
         await asyncio.sleep(4 * HEAD_SECONDS)
+    if scope["path"] == "/refused":
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})  # type: ignore[operator]
+        await send({"type": "http.response.body"})  # type: ignore[operator]
+        return
     await send({"type": "http.response.start", "status": 204, "headers": []})  # type: ignore[operator]
     await send({"type": "http.response.body"})  # type: ignore[operator]
 
@@ -27,8 +31,11 @@ async def hello(scope: dict[str, object], receive: object, send: object) -> None
 @asynccontextmanager
 async def connected(
     header_seconds: float,
+    rest_seconds: float = 30.0,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(hello, http=protocol(header_seconds), lifespan="off", log_config=None, port=0)
+    config = uvicorn.Config(
+        hello, http=protocol(header_seconds, rest_seconds), lifespan="off", log_config=None, port=0
+    )
     server = uvicorn.Server(config)
     config.load()
     server.lifespan = config.lifespan_class(config)
@@ -66,6 +73,37 @@ async def test_once_the_head_is_there_the_rest_may_take_its_time() -> None:
         writer.write(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
         async with asyncio.timeout(5):
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+
+
+async def test_a_body_that_was_refused_may_be_sent_to_its_end() -> None:
+    """To close before would be a reset, in which most clients lose the answer."""
+    async with connected(1.0) as (reader, writer):
+        for _ in range(2):
+            writer.write(b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n")
+            for _ in range(50):
+                writer.write(b"x" * 100_000)
+                await writer.drain()
+            async with asyncio.timeout(5):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413")
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+
+
+async def test_but_not_for_ever() -> None:
+    async with connected(1.0, rest_seconds=0.2) as (reader, writer):
+        writer.write(b"POST /refused HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413")
+        async with asyncio.timeout(5):
+            with pytest.raises(ConnectionError):
+                await send_for_ever(writer)
+
+
+async def send_for_ever(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"1\r\nx\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)
 
 
 def test_an_idle_connection_outlives_the_patience_of_those_who_reuse_it() -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.app.conftest import Serve
+
 pytestmark = pytest.mark.anyio
 
 STATUSES = {
@@ -45,9 +47,23 @@ async def test_the_generation_is_described_whole(description: dict[str, Any]) ->
         assert status[0] == "2" or schema == {"$ref": "#/components/schemas/OpenAIError"}
     assert set(operation["responses"]["200"]["content"]) == FORMS
     assert operation["responses"]["202"]["content"]["application/json"]["schema"] == JOB
-    assert {next(iter(entry)) for entry in operation["security"]} == set(
-        description["components"]["securitySchemes"]
-    )
+    schemes = description["components"]["securitySchemes"]
+    assert operation["security"] == [{}, *({name: []} for name in schemes)]
+
+
+async def test_keys_are_needed_where_there_are_any(serve: Serve) -> None:
+    async with serve(api_keys="k") as client:
+        description = (await client.get("/openapi.json")).json()
+    schemes = description["components"]["securitySchemes"]
+    operation = description["paths"]["/v1/images/generations"]["post"]
+    assert operation["security"] == [{name: []} for name in schemes]
+
+
+async def test_no_default_is_an_object(description: dict[str, Any]) -> None:
+    """Generators of clients leave out a body that has one."""
+    for path in ("/api/v1/images", "/v1/images/generations"):
+        body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert {} not in [member.get("default") for member in body["schema"]["properties"].values()]
 
 
 async def test_the_native_contract_is_described_whole(description: dict[str, Any]) -> None:

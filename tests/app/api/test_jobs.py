@@ -1,6 +1,7 @@
 """`/api/v1/jobs`: lists, one job, its events, cancelling, forgetting; and that keys see only their own."""
 
 import asyncio
+import time
 from typing import Any
 
 import httpx2
@@ -97,6 +98,22 @@ async def test_the_events_of_a_running_job_and_where_they_go_on(
     assert again.status_code == 204
     for odd in ("x", "-1", "9" * 5000):
         assert (await client.get(job["urls"]["events"], headers={"last-event-id": odd})).status_code == 200
+
+
+async def test_who_follows_a_job_sees_the_previews_it_asked_for(serve: Serve) -> None:
+    runner = FakeRunner(steps=8)
+    runner.on_step = lambda tracks: time.sleep(0.02)  # a picture that is finished before needs no preview
+    async with serve(use=runner) as client:
+        watcher = Watcher(client)
+        with closed(runner.gate):
+            job = await submit(client, previews=2)
+            watching = watcher.watching("GET", job["urls"]["events"])
+            await watching.__aenter__()
+            await watcher.until("job.progress")
+        await watcher.until("job.succeeded")
+        await watching.__aexit__(None, None, None)
+    previews = [told.data["preview"] for told in watcher.events if told.event == "job.preview"]
+    assert previews in ([1, 2], [2])  # a newer one may overtake
 
 
 async def test_who_waits_in_the_queue_is_told_the_place(serve: Serve, runner: FakeRunner) -> None:

@@ -273,6 +273,10 @@ async def test_an_edit_takes_several_pictures(client: httpx2.AsyncClient, runner
             "data": {"prompt": "x", "seed": "1"},
         },
         {"files": [("image", ("a", PICTURE)), ("image", ("b", other))], "data": {"prompt": "x", "seed": "1"}},
+        {
+            "files": [("image[0]", ("a", PICTURE)), ("image[1]", ("b", other))],
+            "data": {"prompt": "x", "seed": "1"},
+        },
         {"json": {"prompt": "x", "seed": 1, "image": [data_uri(PICTURE), data_uri(other)]}},
         {
             "json": {
@@ -386,10 +390,27 @@ async def test_an_edit_is_streamed_under_its_own_names(client: httpx2.AsyncClien
     ]
 
 
-async def test_dall_e_edits_answer_with_urls_and_png_is_given_raw(client: httpx2.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("form", "members"),
+    [
+        ({}, {"url", "b64_json"}),
+        ({"response_format": "url"}, {"url"}),
+        ({"response_format": "b64_json"}, {"b64_json"}),
+    ],
+)
+async def test_dall_e_edits_are_what_their_clients_read(
+    client: httpx2.AsyncClient, form: dict[str, str], members: set[str]
+) -> None:
+    """LangChain's and OpenAI's own read a URL, the AI SDK base64, and neither asks for it."""
+    data = {"prompt": "x", "model": "dall-e-2", **form}
+    answer = await client.post(EDITS, data=data, files={"image": ("a", PICTURE)})
+    [item] = answer.json()["data"]
+    assert set(item) == {*members, "seed"}
+    assert item.get("url", "http://server.test/files/").startswith("http://server.test/files/")
+
+
+async def test_a_variation_is_given_raw(client: httpx2.AsyncClient) -> None:
     form: dict[str, Any] = {"files": {"image": ("a", PICTURE)}}
-    answer = await client.post(EDITS, data={"prompt": "x", "model": "dall-e-2"}, **form)
-    assert answer.json()["data"][0]["url"].startswith("http://server.test/files/")
     raw = await client.post(VARIATIONS, headers={"accept": "image/png"}, **form)
     assert Image.open(BytesIO(raw.content)).size == SIZE
 

@@ -37,6 +37,8 @@ async def generate(client: httpx2.AsyncClient, **members: Any) -> httpx2.Respons
         ({"n": True}, "n", "invalid_type"),
         ({"size": "big"}, "size", "invalid_value"),
         ({"size": "100x100"}, "size", "invalid_value"),
+        ({"size": "0x0"}, "size", "invalid_value"),
+        ({"size": "0x512"}, "size", "invalid_value"),
         ({"size": "4096x4096"}, "size", "invalid_value"),
         ({"size": "2048x256"}, "size", "invalid_value"),
         ({"size": 512}, "size", "invalid_type"),

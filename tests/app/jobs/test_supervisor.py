@@ -27,7 +27,7 @@ from app.jobs.links import Link, ProcessLauncher
 from app.jobs.supervisor import EngineState, Patience, Supervisor
 from app.logs import make_logger
 from app.metrics import Metrics
-from app.settings import Settings
+from app.settings import Settings, engine_environment
 from tests.app.jobs.links import IDLE, FakeLink
 from tests.app.jobs.servers import usual_settings
 from tests.app.jobs.virtual_time import BACKEND
@@ -399,6 +399,10 @@ def num_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def environment_of(pid: int) -> set[bytes]:
+    return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
 @pytest.fixture
 def launcher(tmp_path: Path) -> ProcessLauncher:
     program = tmp_path / "engine.py"
@@ -421,6 +425,15 @@ class TestProcesses:
         assert await link.receive() is None
         assert await link.ended() == 0
         link.kill()
+
+    async def test_it_has_the_environment_of_an_engine(self, launcher: ProcessLauncher) -> None:
+        link = await launcher()
+        link.send(CONFIGURE)
+        await link.receive()
+        wanted = {f"{name}={value}".encode() for name, value in engine_environment().items()}
+        assert wanted <= environment_of(link.pid)
+        link.kill()
+        await link.ended()
 
     async def test_a_stopped_process_can_be_killed(self, launcher: ProcessLauncher) -> None:
         link = await launcher()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from app.storage.decoding import BrokenPicture, decode_picture, encode_picture, mask_of, opaque, transparency
 from tests.app.pictures import SIZE, bomb, file, sample
@@ -133,6 +134,24 @@ def test_a_cut_off_file_is_refused(kind: str) -> None:
     for share in (0.1, 0.5, 0.9):
         with pytest.raises(BrokenPicture):
             decode_picture(content[: int(share * len(content))], MAX_PIXELS)
+
+
+def test_pixels_of_which_any_byte_is_wrong_are_named() -> None:
+    """Although many of them could be drawn."""
+    content = file(sample(size=(64, 64)))
+    start = content.index(b"IDAT")
+    for place in range(start, content.index(b"IEND") - 4):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        with pytest.raises(BrokenPicture, match="is damaged"):
+            decode_picture(bytes(damaged), MAX_PIXELS)
+
+
+def test_texts_of_any_length_are_left_out() -> None:
+    texts = PngInfo()
+    texts.add_text("long", "x" * 3_000_000, zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    assert decode_picture(file(sample(), pnginfo=texts), MAX_PIXELS).tobytes() == sample().tobytes()
 
 
 def test_a_claim_is_checked_before_pixels_are_made() -> None:
