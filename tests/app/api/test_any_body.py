@@ -1,6 +1,7 @@
 """Whatever is sent, the answer is a picture or a client error in the right shape, and never a 5xx."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.api.a1111 import ImageToImage
 from app.api.bodies import ALIASES, ImageGenerationBody, NativeImageBody
+from app.api.layers import LayerBody
 from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
+from tests.app.pictures import file, sample
 
 NAMES = [*ImageGenerationBody.model_fields, *ALIASES, "image", "mask", "loras", "control", "style"]
 NATIVE_NAMES = [*NativeImageBody.model_fields, "image", "webhook", "n"]
@@ -128,3 +132,67 @@ def test_any_value_of_a_native_member(post: Any, name: str, value: Any) -> None:
 def test_any_value_of_a_known_member(post: Any, name: str, value: Any) -> None:
     members = {"prompt": "x", name: value}
     check(post(json.dumps(members).encode(), {"content-type": "application/json"}))
+
+
+def check_layer(answer: httpx2.Response) -> str | None:
+    """A picture or a mistake in the family of the layer; returns what is said of the mistake."""
+    if answer.status_code == 200:
+        is_picture = answer.headers["content-type"].startswith("image/")
+        assert is_picture or set(answer.json()) == {"images", "parameters", "info"}
+        return None
+    assert 400 <= answer.status_code < 500
+    body = answer.json()
+    message = body["detail"] if body["error"] == "HTTPException" else body["error"]
+    assert message
+    assert "\n" not in message
+    return str(message)
+
+
+PICTURE = base64.b64encode(file(sample())).decode()
+
+
+@SLOWLY
+@given(
+    name=st.sampled_from([*ImageToImage.model_fields, "x"]),
+    value=ANYTHING,
+    path=st.sampled_from(["txt2img", "img2img"]),
+)
+def test_any_value_of_a_member_of_a1111(post: Any, name: str, value: Any, path: str) -> None:
+    members = {"prompt": "x", "width": 64, "height": 64, "init_images": [PICTURE], name: value}
+    answer = post(json.dumps(members).encode(), {"content-type": "application/json"}, f"/sdapi/v1/{path}")
+    check_layer(answer)
+
+
+@SLOWLY
+@given(
+    name=st.sampled_from([*LayerBody.model_fields, "num_inference_steps", "target_size", "x"]), value=ANYTHING
+)
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image"])
+def test_any_parameter_of_hugging_face(post: Any, task: str, name: str, value: Any) -> None:
+    members = {"inputs": PICTURE if task == "image-to-image" else "x", "parameters": {name: value}}
+    check_layer(post(json.dumps(members).encode(), {"content-type": "application/json"}, f"/hf/{task}"))
+
+
+@SLOWLY
+@given(value=ANYTHING | st.binary())
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/sdapi/v1/txt2img",
+        "/sdapi/v1/img2img",
+        "/sdapi/v1/png-info",
+        "/hf/text-to-image",
+        "/hf/image-to-image",
+    ],
+)
+def test_any_value_and_any_bytes_of_the_layers(post: Any, path: str, value: Any) -> None:
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    assert check_layer(post(content, {"content-type": "application/json"}, path))
+
+
+@SLOWLY
+@given(value=ANYTHING | st.binary())
+def test_any_options(post: Any, value: Any) -> None:
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    answer = post(content, {"content-type": "application/json"}, "/sdapi/v1/options")
+    assert answer.json() == {} or check_layer(answer)
