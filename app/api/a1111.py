@@ -22,7 +22,7 @@ from app.api.answers import picture_headers, replayed
 from app.api.deps import Services, TheExchange, TheServices, authenticate, count_request, read_json_object
 from app.api.description import A1111_RESPONSES, a1111_body
 from app.api.gateway import Exchange
-from app.api.generation import require_success
+from app.api.generation import require_success, wait_for_model
 from app.api.layers import Asked, Drawn, draw, in_native_members
 from app.api.mistakes import validated
 from app.api.sources import Picture, Source, mask_like
@@ -190,6 +190,7 @@ async def _loras(prompt: str, services: Services) -> dict[str, Any]:
     named = {name.strip(): float(scale or 1) for name, scale in _LORA.findall(prompt)}
     if not named:
         return {}
+    await wait_for_model(services)
     folders = services.dispatcher.model.lora_dirs
     loop = asyncio.get_running_loop()
     installed = await loop.run_in_executor(services.encoders, services.loras.names, folders)

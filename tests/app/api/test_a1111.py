@@ -118,6 +118,16 @@ async def test_loras_are_named_in_the_prompt(serve: Serve, runner: FakeRunner, t
     assert str(folder) not in json.dumps(listed)
 
 
+async def test_a_model_that_is_loading_is_waited_for(serve: Serve, runner: FakeRunner) -> None:
+    with closed(runner.loading):
+        async with serve(wait=False) as client:
+            waiting = asyncio.create_task(draw(client, prompt="a cat <lora:absent:1>"))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            runner.loading.set()
+            assert (await waiting).status_code == 200
+
+
 async def test_a_picture_is_redrawn(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
     answer = await redraw(client, denoising_strength=0.4)
     assert answer.json()["parameters"]["init_images"] is None
