@@ -6,8 +6,9 @@ their forms hold.
 
 import asyncio
 import base64
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
@@ -18,14 +19,16 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from app.api.answers import picture_headers, replayed
+from app.api.answers import ignored_params, picture_headers, replayed
 from app.api.deps import Services, TheExchange, TheServices, authenticate, count_request, read_json_object
 from app.api.description import A1111_RESPONSES, a1111_body
 from app.api.gateway import Exchange
 from app.api.generation import require_success, wait_for_model
+from app.api.idempotency import read_key
 from app.api.layers import Asked, Drawn, draw, in_native_members
 from app.api.mistakes import validated
 from app.api.sources import Picture, Source, mask_like
+from app.api.values import printable
 from app.api.views import MODEL_ID
 from app.errors import InvalidRequest, TooManyPictures
 from app.jobs.job import Job, JobStatus
@@ -37,7 +40,8 @@ LAYER = "sdapi"  # what jobs of this layer have under `api` in their metadata
 MOST_STEPS, MOST_GUIDANCE = 100, 20.0  # its forms go further
 SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim"}
 
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)))?(?::[^<>]*)?>")
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?(?::[^<>]*)?>")
+_MANY = 1000  # more are a mistake, and no number to be told back
 
 
 class TextToImage(BaseModel):
@@ -45,7 +49,9 @@ class TextToImage(BaseModel):
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
 
-    prompt: Prompt = Field("", description="`<lora:NAME:0.8>` uses an installed LoRA")
+    prompt: Prompt = Field(
+        "", description="Not blank, but for `img2img`; `<lora:NAME:0.8>` uses an installed LoRA"
+    )
     negative_prompt: Prompt = ""
     width: AnySide = 512
     height: AnySide = 512
@@ -54,8 +60,10 @@ class TextToImage(BaseModel):
     cfg_scale: Annotated[float, Field(ge=0), Number] = Field(
         4.0, description="Guidance of the prior; more than 20 is 20"
     )
-    batch_size: Annotated[int, Field(ge=1), Number] = 1
-    n_iter: Annotated[int, Field(ge=1), Number] = Field(1, description="`batch_size` times as many pictures")
+    batch_size: Annotated[int, Field(ge=1, le=_MANY), Number] = 1
+    n_iter: Annotated[int, Field(ge=1, le=_MANY), Number] = Field(
+        1, description="`batch_size` times as many pictures"
+    )
     sampler_name: str = Field("DDPM", description="Those that are not among `samplers` mean DDPM")
     override_settings: dict[str, Any] = Field(
         {}, description="`decoder_steps` and `decoder_guidance_scale` count, others are ignored"
@@ -111,7 +119,8 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
     picture = _sent(body.init_images[0], "init_images")
     mask = None if body.mask is None else _sent(body.mask, "mask")
     if mask is not None:
-        await services.dispatcher.require_room(exchange.tenant)  # before it is decoded
+        if read_key(request) is None:
+            await services.dispatcher.require_room(exchange.tenant)  # before it is decoded
         remake = partial(mask_like, picture, mask, services.inputs, is_inverted=body.inpainting_mask_invert)
         mask = await asyncio.get_running_loop().run_in_executor(services.reader, remake)
     guides: dict[str, Any] = {
@@ -120,7 +129,7 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
         "mask": mask,
         "feather": body.mask_blur if mask is not None else 0,
     }
-    if not body.prompt.strip():
+    if not _words(body.prompt).strip():
         guides["image_prompts"] = [{"image": picture}]
     return await _respond(request, services, exchange, members, body, guides)
 
@@ -161,7 +170,8 @@ async def _respond(
         require_success(drawn.job)
     write = partial(_answer, drawn.job, services, members, body)
     content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
-    return Response(content, media_type="application/json", headers=_headers(drawn))
+    ignored = _present(members).keys() - type(body).model_fields.keys()
+    return Response(content, media_type="application/json", headers=_headers(drawn, ignored))
 
 
 def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
         message = f"batch_size times n_iter must be at most {most} on this server, not {num_images}"
         raise TooManyPictures(message, param="batch_size")
     return {
-        "prompt": _LORA.sub("", body.prompt).strip() if _LORA.search(body.prompt) else body.prompt,
+        "prompt": _words(body.prompt),
         "negative_prompt": body.negative_prompt,
         "width": body.width,
         "height": body.height,
@@ -185,9 +195,14 @@ def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
     }
 
 
+def _words(prompt: str) -> str:
+    """The prompt without what names LoRAs."""
+    return _LORA.sub("", prompt).strip() if "<lora:" in prompt else prompt
+
+
 async def _loras(prompt: str, services: Services) -> dict[str, Any]:
     """Those that the prompt names and that are installed. Of others A1111 draws without them, too."""
-    named = {name.strip(): float(scale or 1) for name, scale in _LORA.findall(prompt)}
+    named = {name.strip(): _scale(name, scale) for name, scale in _LORA.findall(prompt)}
     if not named:
         return {}
     await wait_for_model(services)
@@ -197,9 +212,20 @@ async def _loras(prompt: str, services: Services) -> dict[str, Any]:
     return {"loras": [{"name": name, "scale": scale} for name, scale in named.items() if name in installed]}
 
 
-def _headers(drawn: Drawn) -> dict[str, str]:
+def _scale(name: str, scale: str) -> float:
+    try:
+        value = float(scale or 1)
+    except ValueError:
+        value = math.nan
+    if not -2 <= value <= 2:
+        tag = printable(f"<lora:{name}:{scale}>")
+        raise InvalidRequest(f"prompt has {tag}, whose scale must be a number from -2 to 2", param="prompt")
+    return value
+
+
+def _headers(drawn: Drawn, ignored: Collection[str]) -> dict[str, str]:
     told = picture_headers(drawn.job) if drawn.job.images else {"X-Job-Id": drawn.job.id}
-    return told | replayed(drawn.is_replay)
+    return told | replayed(drawn.is_replay) | ignored_params(ignored)
 
 
 def _answer(job: Job, services: Services, members: Mapping[str, Any], body: TextToImage) -> bytes:

@@ -15,10 +15,10 @@ from PIL import Image
 from app.api.a1111 import LAYER, SAMPLERS
 from app.api.bodies import given_picture
 from app.api.deps import Services, TheExchange, TheServices, authenticate, read_json_object, read_json_or_null
-from app.api.description import NEEDS_KEY, a1111_errors
+from app.api.description import NEEDS_KEY, a1111_errors, json_body
 from app.api.generation import resolve_model
 from app.api.infotext import parse_parameters
-from app.api.sources import content_of, invalid_picture
+from app.api.sources import Source, content_of, invalid_picture
 from app.api.views import MODEL_ID
 from app.errors import InvalidRequest
 from app.jobs.job import Job, JobStatus, Progress
@@ -26,7 +26,8 @@ from app.storage.encoding import EXIF_IFD, USER_COMMENT
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], dependencies=[Depends(authenticate)])
 
-MOST_JOBS = 100  # of a caller that are looked at
+AT_ONCE = 100  # of a caller's jobs that are read
+LONGEST_TEXT = 100_000  # of settings in a picture; more is no such text
 IDLE = Progress()
 
 OPTIONS: dict[str, Any] = {
@@ -88,6 +89,10 @@ NOTHING_TO_DO = (
 )
 
 
+def _operation(verb: str, path: str) -> str:
+    return f"a1111{verb}" + "".join(word.title() for word in path.split("-"))
+
+
 def _add_always() -> None:
     def answering(answer: Any) -> Any:
         async def answer_always() -> Any:
@@ -99,7 +104,7 @@ def _add_always() -> None:
         router.add_api_route(
             f"/{path}",
             answering(answer),
-            operation_id=f"a1111-{path}",
+            operation_id=_operation("List", path),
             summary=f"The {what}",
             description="The same at all times.",
             response_model=None,
@@ -111,7 +116,7 @@ def _add_always() -> None:
             f"/{path}",
             answering({}),
             methods=["POST"],
-            operation_id=f"a1111-{path}",
+            operation_id=_operation("", path),
             summary="Nothing to do",
             description="The model stays loaded, and files are looked for when they are needed.",
             response_model=None,
@@ -140,7 +145,7 @@ async def get_options() -> dict[str, Any]:
     operation_id="a1111SetOptions",
     summary="Take options",
     responses=a1111_errors(400, 401, 404, 413),
-    openapi_extra=NEEDS_KEY,
+    openapi_extra=json_body({"sd_model_checkpoint": {"type": "string"}}, {"sd_model_checkpoint": MODEL_ID}),
 )
 async def set_options(request: Request, services: TheServices) -> dict[str, Any]:
     """Nothing is changed. Another model than the one served is an error; all else is ignored."""
@@ -169,7 +174,7 @@ async def list_loras(services: TheServices) -> list[dict[str, Any]]:
     "/progress",
     operation_id="a1111GetProgress",
     summary="How far the caller's pictures are",
-    responses=a1111_errors(401),
+    responses=a1111_errors(401, 503),
     openapi_extra=NEEDS_KEY,
 )
 async def get_progress(services: TheServices, exchange: TheExchange) -> dict[str, Any]:
@@ -210,9 +215,9 @@ for name in ("interrupt", "skip"):
         f"/{name}",
         interrupt,
         methods=["POST"],
-        operation_id=f"a1111-{name}",
+        operation_id=_operation("", name),
         summary="Stop the work on the caller's pictures",
-        responses=a1111_errors(401),
+        responses=a1111_errors(401, 503),
         openapi_extra=NEEDS_KEY,
     )
 
@@ -221,8 +226,8 @@ for name in ("interrupt", "skip"):
     "/png-info",
     operation_id="a1111ReadPicture",
     summary="The settings that are written into a picture",
-    responses=a1111_errors(400, 401, 413),
-    openapi_extra=NEEDS_KEY,
+    responses=a1111_errors(400, 401, 413, 415),
+    openapi_extra=json_body({"image": {"type": "string"}}, {"image": "iVBORw0KGgo…"}),
 )
 async def read_picture(request: Request, services: TheServices) -> dict[str, Any]:
     """Of `image`, in base64: the text `parameters` as it is, and read."""
@@ -230,8 +235,13 @@ async def read_picture(request: Request, services: TheServices) -> dict[str, Any
     given = members.get("image")
     if not isinstance(given, str) or not given:
         raise InvalidRequest("image must be a picture in base64", param="image")
-    content = content_of(given_picture(given, "image"))
-    text = await asyncio.get_running_loop().run_in_executor(services.reader, _parameters, content)
+    source = given_picture(given, "image")
+    return await asyncio.get_running_loop().run_in_executor(services.reader, _read, source)
+
+
+def _read(source: Source) -> dict[str, Any]:
+    """For the reader's thread."""
+    text = _parameters(content_of(source))[:LONGEST_TEXT]
     return {"info": text, "items": {"parameters": text} if text else {}, "parameters": parse_parameters(text)}
 
 
@@ -251,7 +261,10 @@ def _parameters(content: bytes) -> str:
 async def _open_jobs(services: Services, tenant: str) -> list[Job]:
     """The caller's jobs of this layer that have not ended: first those that run, the oldest first of all."""
     jobs: list[Job] = []
-    for status in (JobStatus.RUNNING, JobStatus.QUEUED):
-        some, _ = await services.store.list(tenant, limit=MOST_JOBS, status=status)
-        jobs += (job for job in reversed(some) if job.metadata.get("api") == LAYER)
-    return jobs
+    for status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        cursor, is_last = None, False
+        while not is_last:
+            some, cursor = await services.store.list(tenant, limit=AT_ONCE, cursor=cursor, status=status)
+            jobs += (job for job in some if job.metadata.get("api") == LAYER)
+            is_last = cursor is None
+    return jobs[::-1]

@@ -1,7 +1,7 @@
 """Answers about jobs, in the forms that all contracts share: the job itself, accepted, or one raw picture."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fastapi import Request, Response
@@ -165,6 +165,12 @@ def picture_headers(job: Job) -> dict[str, str]:
     if job.images[0].prompt_truncated:
         headers["X-Prompt-Truncated"] = "true"
     return headers
+
+
+def ignored_params(names: Iterable[str]) -> dict[str, str]:
+    """Names the members of a request that mean nothing here."""
+    printable = [name for name in sorted(names) if name.isascii() and name.isprintable() and len(name) <= 64]
+    return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
 def replayed(is_replay: bool) -> dict[str, str]:

@@ -52,6 +52,12 @@ class HastyProtocol(H11Protocol):
         super().connection_lost(exc)
         self._stop_watching()
 
+    def on_response_complete(self) -> None:
+        """What is left of the body is awaited from now on."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
+
     def _watch(self) -> None:
         awaited_seconds = None
         if self.conn.their_state is h11.IDLE:

@@ -117,24 +117,24 @@ def _offered_keys(request: Request) -> Iterator[bytes]:
             yield key.encode("latin-1")
 
 
-async def read_json_object(request: Request, services: TheServices) -> dict[str, Any]:
-    """The body as a JSON object, read no further than the limit."""
-    _require_json(request)
+async def read_json_object(request: Request, services: Services, *, or_form: bool = False) -> dict[str, Any]:
+    """The body as a JSON object, read no further than the limit. `or_form`: its caller reads forms, too."""
+    _require_json(request, or_form=or_form)
     return await parse_object(await read_body(request, services, services.settings.max_body_bytes), services)
 
 
-async def read_json_or_null(request: Request, services: TheServices) -> dict[str, Any] | None:
+async def read_json_or_null(request: Request, services: Services) -> dict[str, Any] | None:
     """The same, but for those who send `null`, or nothing, for an object without members."""
     body = await read_body(request, services, services.settings.max_body_bytes)
     return None if body.strip() in (b"", b"null") else await parse_object(body, services)
 
 
-def _require_json(request: Request) -> None:
+def _require_json(request: Request, *, or_form: bool) -> None:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
-        raise UnsupportedMediaType(
-            "the body must be JSON or a form: send Content-Type: application/json or multipart/form-data"
-        )
+        kinds = "JSON or a form" if or_form else "JSON"
+        types = "application/json or multipart/form-data" if or_form else "application/json"
+        raise UnsupportedMediaType(f"the body must be {kinds}: send Content-Type: {types}")
 
 
 async def read_body(request: Request, services: Services, limit_bytes: int) -> bytes:

@@ -341,6 +341,13 @@ def _layer(content: dict[str, Any], *headers: dict[str, Any]) -> dict[str, Any]:
     return {**NEEDS_KEY, "parameters": [*headers, _KEY], "requestBody": body}
 
 
+def json_body(properties: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI is told of a route that reads a few members of an object."""
+    schema = {"type": "object", "properties": properties, "additionalProperties": True}
+    content = {"application/json": {"schema": schema, "examples": {"simple": {"value": example}}}}
+    return {**NEEDS_KEY, "requestBody": {"content": content}}
+
+
 def a1111_body(body: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     """What OpenAPI is told of a route that makes pictures for AUTOMATIC1111's clients."""
     schema = body.model_json_schema(ref_template=_REFERENCE)

@@ -49,7 +49,7 @@ async def read_members(request: Request, services: TheServices) -> dict[str, Any
     """The body of a request for pictures, be it JSON or a form, read no further than the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        return await read_json_object(request, services)
+        return await read_json_object(request, services, or_form=True)
     refuse_compressed(request)
     _refuse_other_charsets(request)
     settings = services.settings

@@ -3,13 +3,14 @@
 Its clients post to the URL that they are given and add nothing, so each task has a URL of its own.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.api.accept import raw_format
-from app.api.answers import picture_headers, raw_picture, replayed
+from app.api.answers import ignored_params, picture_headers, raw_picture, replayed
 from app.api.bodies import ALIASES, given_picture
 from app.api.deps import (
     Services,
@@ -32,6 +33,8 @@ router = APIRouter(
     prefix="/hf", tags=["Hugging Face"], dependencies=[Depends(authenticate), Depends(count_request)]
 )
 
+RENAMED = ("num_inference_steps", "guidance_scale")  # as OpenAI's layer does
+KNOWN = (*RENAMED, "target_size")
 NOT_HERE = ("image", "num_images", "seeds")  # members that a call for one picture has under other names
 
 
@@ -70,9 +73,7 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
         message = "inputs is required: a picture in base64"
         raise InvalidRequest(message, param="inputs", code="missing_required_parameter")
     picture = given_picture(members["inputs"], "inputs")
-    size = parameters.pop("target_size", None)
-    if isinstance(size, Mapping):
-        parameters = {"width": size.get("width"), "height": size.get("height"), **parameters}
+    parameters = {**_target_size(parameters), **parameters}
     if parameters.get("prompt"):
         body = _body({"image": picture}, parameters, {"image": "inputs"})
     else:
@@ -84,7 +85,7 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
 async def _members(request: Request, services: Services) -> dict[str, Any]:
     """JSON, or a picture, told by what comes first in it: clients name its type wrongly, or not at all."""
     content = await read_body(request, services, services.settings.max_body_bytes)
-    if content.lstrip()[:1] == b"{":
+    if content.removeprefix(BOM_UTF8).lstrip()[:1] == b"{":
         return await parse_object(content, services)
     return {"inputs": Source(content, place="inputs")} if content else {}
 
@@ -95,13 +96,21 @@ def _parameters(members: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(parameters, Mapping):
         raise InvalidRequest("parameters must be an object", param="parameters", code="invalid_type")
-    return {name: value for name, value in parameters.items() if name not in NOT_HERE}
+    return {name: value for name, value in parameters.items() if name not in NOT_HERE and value is not None}
+
+
+def _target_size(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    size = parameters.get("target_size", {})
+    if not isinstance(size, Mapping):
+        message = "target_size must be an object with width and height"
+        raise InvalidRequest(message, param="target_size", code="invalid_type")
+    return {name: size.get(name) for name in ("width", "height")}
 
 
 def _body(given: Mapping[str, Any], parameters: Mapping[str, Any], sent_as: Mapping[str, str]) -> LayerBody:
     """The native members of a task. What is given wins over parameters of that name."""
     named, names = {**parameters, **given}, dict(sent_as)
-    for alias in ("num_inference_steps", "guidance_scale"):
+    for alias in RENAMED:
         if named.get(ALIASES[alias]) is None and named.get(alias) is not None:
             named[ALIASES[alias]] = named[alias]
             names[ALIASES[alias]] = alias
@@ -115,5 +124,6 @@ async def _respond(
     asked = Asked(members, body, accepted or body.output_format)
     drawn = await draw(request, services, exchange, asked)
     require_success(drawn.job)
-    headers = picture_headers(drawn.job) | replayed(drawn.is_replay)
+    ignored = _parameters(members).keys() - LayerBody.model_fields.keys() - set(KNOWN)
+    headers = picture_headers(drawn.job) | replayed(drawn.is_replay) | ignored_params(ignored)
     return await raw_picture(services, drawn.job, headers)

@@ -7,7 +7,7 @@ between; a value that holds commas is JSON text.
 import json
 import re
 
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_PAIR = re.compile(r'(\w[\w \-/]{0,60}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 _LEAST_PAIRS = 3  # of the last line; with fewer it is a part of the prompt
 

@@ -10,7 +10,15 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
 from app.api.accept import raw_format
-from app.api.answers import VARY, Call, answer_when_ended, file_url, replayed, require_one
+from app.api.answers import (
+    VARY,
+    Call,
+    answer_when_ended,
+    file_url,
+    ignored_params,
+    replayed,
+    require_one,
+)
 from app.api.bodies import (
     ImageEditBody,
     ImageGenerationBody,
@@ -150,7 +158,7 @@ async def _respond(
         content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
         return Response(content, media_type="application/json", headers=headers)
 
-    return await answer_when_ended(call, submitted, tell, _ignored(body))
+    return await answer_when_ended(call, submitted, tell, ignored_params(body.ignored))
 
 
 def _call(
@@ -175,7 +183,12 @@ def _stream(call: Call, submitted: Submitted, body: ImageGenerationBody, event: 
     """The pictures as server-sent events, while they grow."""
     services, job = call.services, submitted.job
     stream = ImageStream(services, _quality(body), body.partial_images, event)
-    headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay), **_ignored(body)}
+    headers = {
+        "X-Job-Id": job.id,
+        "Vary": VARY,
+        **replayed(submitted.is_replay),
+        **ignored_params(body.ignored),
+    }
     waiting = services.dispatcher.waiting(job)
     return respond_with_events(stream.events(job), headers, services.metrics, within=waiting)
 
@@ -260,12 +273,6 @@ def _wants_url(body: ImageGenerationBody) -> bool:
     if body.response_format is not None:
         return body.response_format == "url"
     return (body.model or "").startswith("dall-e-")
-
-
-def _ignored(body: ImageGenerationBody) -> dict[str, str]:
-    """Names the members that mean nothing here."""
-    printable = [name for name in body.ignored if name.isascii() and name.isprintable() and len(name) <= 64]
-    return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
 def _wants_base64(body: ImageGenerationBody) -> bool:

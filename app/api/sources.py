@@ -5,9 +5,9 @@ anything kept. What a job says of them is their digest and size.
 """
 
 import asyncio
-import base64
 import binascii
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -30,7 +30,7 @@ INVALID_IMAGE = "invalid_image"
 CLEARLY = 128  # an alpha channel that nowhere goes below this marks nothing
 
 _DATA_URI = re.compile(r"data:[^,;]*(?:;[^,;]*)*?;base64,", re.IGNORECASE)
-_SPACE = re.compile(r"\s+")
+_SPACE = string.whitespace.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,8 @@ def _decoded(body: "GenerationMembers", inputs: InputStore) -> Received:
 def mask_like(image: Source, mask: Source, inputs: InputStore, *, is_inverted: bool) -> Source:
     """A mask at the size of its picture, as other programs send it at any. For the reader's thread."""
     size = _open("/image", image, inputs).size
-    marked = mask_of(_open("/mask", mask, inputs))
+    drawn = _open("/mask", mask, inputs)
+    marked = drawn.getchannel("A") if drawn.mode == "RGBA" else drawn.convert("L")  # theirs: opaque is white
     if is_inverted:
         marked = ImageOps.invert(marked)
     if marked.size != size:
@@ -257,9 +258,9 @@ def _content(given: bytes | str) -> bytes:
         if head is None:
             raise BrokenPicture("must be a data URI with base64, as in data:image/png;base64,iVBORw0K…")
         text = text[head.end() :]
-    text = _SPACE.sub("", text).rstrip("=")
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        plain = text.encode("ascii").translate(None, _SPACE).rstrip(b"=")
+        return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
     except (binascii.Error, ValueError):
         raise BrokenPicture("must be a data URI or base64") from None
 

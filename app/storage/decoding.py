@@ -88,13 +88,16 @@ def _sound_png(content: bytes) -> bytes:
     for _ in range(_MAX_CHUNKS):
         end = position + 12 + int.from_bytes(content[position : position + 4])
         if end > len(content):
-            break  # it ends too early, or where it should
+            break  # it ends too early
         body, checksum = memoryview(content)[position + 4 : end - 4], content[end - 4 : end]
         if zlib.crc32(body) != int.from_bytes(checksum):
             raise BrokenPicture("is damaged and cannot be read")
-        if bytes(body[:4]) not in _TEXTS:
+        kind = content[position + 4 : position + 8]
+        if kind not in _TEXTS:
             sound += content[position:end]
         position = end
+        if kind == b"IEND":
+            return bytes(sound)  # whatever follows is no part of it
     return bytes(sound + content[position:])
 
 

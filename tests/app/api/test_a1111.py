@@ -11,12 +11,13 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.api.a1111 import _LORA
 from app.api.a1111_surroundings import ALWAYS, NOTHING_TO_DO
 from app.api.infotext import parse_parameters
 from app.schemas import GenerationRequest
 from app.storage.encoding import encode, parameters_text
 from tests.app.conftest import Serve, eventually
-from tests.app.fakes import FakeRunner, closed
+from tests.app.fakes import FakeRunner, closed, until
 from tests.app.pictures import SIZE, file, sample
 
 pytestmark = pytest.mark.anyio
@@ -30,8 +31,11 @@ async def draw(client: httpx2.AsyncClient, path: str = "txt2img", **members: Any
     return await client.post(f"{ROOT}/{path}", json={"prompt": "a red circle", "steps": 3, **members})
 
 
-async def redraw(client: httpx2.AsyncClient, **members: Any) -> httpx2.Response:
-    return await draw(client, "img2img", **{"init_images": [PICTURE], "width": 96, "height": 64, **members})
+async def redraw(
+    client: httpx2.AsyncClient, headers: dict[str, str] | None = None, **members: Any
+) -> httpx2.Response:
+    body = {"prompt": "a red circle", "init_images": [PICTURE], "width": 96, "height": 64, **members}
+    return await client.post(f"{ROOT}/img2img", json=body, headers=headers)
 
 
 def opened(text: str) -> Image.Image:
@@ -60,6 +64,11 @@ async def test_the_answer_is_what_its_clients_read(client: httpx2.AsyncClient) -
     assert (info["seed"], info["width"], info["height"]) == (7, 512, 512)
     assert (info["steps"], info["cfg_scale"], info["sampler_name"]) == (3, 5.0, "DDPM")
     assert (info["batch_size"], info["index_of_first_image"]) == (2, 0)
+    assert set(info) >= {
+        "prompt", "all_prompts", "negative_prompt", "all_negative_prompts", "seed", "all_seeds", "subseed",
+        "all_subseeds", "width", "height", "sampler_name", "cfg_scale", "steps", "batch_size", "sd_model_name",
+        "sd_model_hash", "index_of_first_image", "infotexts", "job_timestamp",
+    }  # fmt: skip
     for picture, seed, infotext in zip(body["images"], info["all_seeds"], info["infotexts"], strict=True):
         image = opened(picture)
         assert (image.format, image.size) == ("PNG", (512, 512))
@@ -79,11 +88,15 @@ async def test_members_of_forms_that_mean_nothing_here_are_ignored(
         styles=[], subseed=-1, subseed_strength=0, seed_resize_from_h=0, restore_faces=False, tiling=False,
         do_not_save_samples=False, eta=1.0, s_churn=0, override_settings={"sd_model_checkpoint": "sdxl"},
         override_settings_restore_afterwards=True, script_args=[], script_name=None, sampler_name="Euler a",
-        sampler_index=0, scheduler="Karras", alwayson_scripts={"ADetailer": {"args": [True]}}, clip_skip=2,
+        sampler_index=0, scheduler="Karras", eta_noise_seed_delta=0, alwayson_scripts={"ADetailer": {"args": [True]}}, clip_skip=2,
         url="http://localhost", auth="", save_images=False, seed=None, negative_prompt=None,
     )  # fmt: skip
     assert answer.status_code == 200
     assert drawn(runner).sampler == "ddpm"
+    ignored = answer.headers["x-ignored-params"].split(", ")
+    assert {"clip_skip", "scheduler", "alwayson_scripts", "styles"} <= set(ignored)
+    assert not {"prompt", "steps", "override_settings", "seed", "negative_prompt"} & set(ignored)
+    assert (await draw(client, sampler_name=3)).status_code == 200
 
 
 @pytest.mark.parametrize("size", [(500, 333), (96, 257), (64, 64)])
@@ -107,15 +120,36 @@ async def test_loras_are_named_in_the_prompt(serve: Serve, runner: FakeRunner, t
     for name in ("sketch", "night"):
         (folder / f"{name}.safetensors").write_bytes(b"x")
     runner.lora_dirs = (str(folder),)
-    prompt = "a cat <lora:sketch:0.8> in <lora:absent:1><lora:night> snow"
+    prompt = "a cat <lora:sketch: -8e-1 > in <lora:absent:1><lora:night::x> snow"
     async with serve() as client:
         info = json.loads((await draw(client, prompt=prompt)).json()["info"])
         listed = (await client.get(f"{ROOT}/loras")).json()
     assert info["prompt"] == prompt
     assert drawn(runner).prompt == "a cat  in  snow"
-    assert [(lora.name, lora.scale) for lora in drawn(runner).loras] == [("sketch", 0.8), ("night", 1.0)]
+    assert [(lora.name, lora.scale) for lora in drawn(runner).loras] == [("sketch", -0.8), ("night", 1.0)]
     assert [entry["name"] for entry in listed] == ["night", "sketch"]
     assert str(folder) not in json.dumps(listed)
+
+
+@pytest.mark.parametrize("scale", ["5", "-2.1", "much", "nan", "1e999", "1" * 31_000])
+async def test_a_scale_that_no_lora_has_is_named(client: httpx2.AsyncClient, scale: str) -> None:
+    answer = await draw(client, prompt=f"a cat <lora:night:{scale}>")
+    assert answer.status_code == 400
+    assert "prompt has " in answer.json()["detail"]
+    assert "from -2 to 2" in answer.json()["detail"]
+
+
+def test_no_prompt_takes_long_to_read() -> None:
+    """Each would take minutes by a pattern that tries everything."""
+    for prompt in (
+        "<lora:" * 5300,
+        "<lora:a:" + "1" * 31_900 + "x",
+        "<lora:a:" * 4000,
+        "<lora:a:1:" * 3000 + ">",
+    ):
+        assert len(_LORA.sub("", prompt)) <= len(prompt)
+    for text in ("a\na" + " " * 90_000 + "b", "a:" * 45_000, 'a:"' * 30_000, "a b" * 30_000):
+        parse_parameters(text)
 
 
 async def test_a_model_that_is_loading_is_waited_for(serve: Serve, runner: FakeRunner) -> None:
@@ -135,6 +169,8 @@ async def test_a_picture_is_redrawn(client: httpx2.AsyncClient, runner: FakeRunn
     assert request.image is not None
     assert ((request.image.width, request.image.height), request.strength) == (SIZE, 0.4)
     assert (request.mask, request.feather, request.image_prompts) == (None, 0, ())
+    await redraw(client, mask_blur=4)  # which some send always
+    assert drawn(runner).feather == 0
     info = json.loads(answer.json()["info"])
     assert info["denoising_strength"] == 0.4
     assert "Denoising strength: 0.4" in info["infotexts"][0]
@@ -156,10 +192,21 @@ async def test_a_mask_of_any_size_marks_what_is_painted(
     assert (left, right) == ((255, 0) if is_inverted else (0, 255))
 
 
-async def test_without_words_the_picture_is_the_prompt(
+async def test_of_a_mask_with_transparency_what_is_opaque_is_painted(
     client: httpx2.AsyncClient, runner: FakeRunner
 ) -> None:
-    assert (await redraw(client, prompt="")).status_code == 200
+    """As in the original, and unlike OpenAI's."""
+    mask = Image.new("RGBA", SIZE, (0, 0, 0, 0))
+    mask.paste((0, 0, 0, 255), (0, 0, SIZE[0] // 2, SIZE[1]))
+    await redraw(client, mask=base64.b64encode(file(mask)).decode())
+    assert (mask_of(runner).getpixel((4, 30)), mask_of(runner).getpixel((90, 30))) == (255, 0)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "<lora:night:1>"])
+async def test_without_words_the_picture_is_the_prompt(
+    client: httpx2.AsyncClient, runner: FakeRunner, prompt: str
+) -> None:
+    assert (await redraw(client, prompt=prompt)).status_code == 200
     [prompt] = drawn(runner).image_prompts
     assert prompt.image == drawn(runner).image
 
@@ -173,6 +220,8 @@ async def test_without_words_the_picture_is_the_prompt(
         ({"width": 4096, "height": 4096}, 400, "width times height"),
         ({"width": 64, "height": 1000}, 400, "sides must be within"),
         ({"batch_size": 4, "n_iter": 3}, 422, "batch_size times n_iter must be at most 10"),
+        ({"batch_size": 10**4000}, 400, "batch_size must be"),
+        ({"batch_size": "1" * 3000, "n_iter": "1" * 3000}, 400, "batch_size must be"),
         ({"steps": 0}, 400, "steps must be"),
         ({"seed": 2**32}, 400, "seed must be"),
         ({"cfg_scale": "much"}, 400, "cfg_scale must be"),
@@ -214,12 +263,19 @@ async def test_a_full_queue_is_told_before_a_mask_is_decoded(serve: Serve, runne
     runner.max_samples = 1
     async with serve(max_queue=1) as client:
         with closed(runner.gate):
-            running = [asyncio.create_task(draw(client)) for _ in range(2)]
+            running = [asyncio.create_task(draw(client))]
+            await until(lambda: runner.started)
+            mask = {"mask": base64.b64encode(file(Image.new("L", SIZE))).decode()}
+            running += [asyncio.create_task(redraw(client, {"idempotency-key": "k"}, **mask))]
             await eventually(lambda: is_queued(client, 1))
             answer = await redraw(client, mask="nonsense")
             assert answer.status_code == 503
             assert "retry-after" in answer.headers
-        await asyncio.gather(*running)
+            again = asyncio.create_task(redraw(client, {"idempotency-key": "k"}, **mask))
+            await asyncio.sleep(0.05)
+            assert not again.done(), "it was accepted before"
+        for each in (*running, again):
+            assert (await each).status_code == 200
 
 
 async def is_queued(client: httpx2.AsyncClient, number: int) -> bool:
@@ -247,6 +303,7 @@ async def test_progress_is_that_of_the_oldest(serve: Serve, runner: FakeRunner) 
             second = asyncio.create_task(draw(client))
             await eventually(lambda: has_begun(2))
             busy = await progress()
+            assert busy["state"]["sampling_steps"] > 0
             assert (busy["state"]["job"], busy["state"]["job_no"]) == ("task(1)", 0)
             assert busy["current_image"] is None
             assert busy["eta_relative"] > 0
@@ -262,20 +319,19 @@ async def test_who_is_interrupted_gets_what_is_finished(
     client: httpx2.AsyncClient, runner: FakeRunner, path: str
 ) -> None:
     async def finished(number: int) -> bool:
-        [job] = (await client.get("/api/v1/jobs?status=running")).json()["data"]
-        return len(job["images"]) == number
+        jobs = (await client.get("/api/v1/jobs?status=running")).json()["data"]
+        return [len(job["images"]) for job in jobs] == [number]
 
     def hold_the_second(tracks: Any) -> None:
         if any(track.run.index for track in tracks):
             runner.gate.clear()
             runner.gate.wait(10)
 
-    native = await client.post("/api/v1/images", json={"prompt": "x"}, headers={"prefer": "respond-async"})
     runner.first_cap = 1
     runner.on_step = hold_the_second
     waiting = asyncio.create_task(draw(client, batch_size=2, seed=5, cfg_scale=0))
-    await eventually(lambda: is_done(client, native.json()["id"]))
     await eventually(lambda: finished(1))
+    assert (await progress_of(client))["progress"] > 0
     assert (await client.post(f"{ROOT}/{path}")).json() == {}
     runner.on_step = lambda tracks: None
     runner.gate.set()
@@ -285,8 +341,27 @@ async def test_who_is_interrupted_gets_what_is_finished(
     assert json.loads(answer.json()["info"])["all_seeds"] == [5]
 
 
-async def is_done(client: httpx2.AsyncClient, job_id: str) -> bool:
-    return bool((await client.get(f"/api/v1/jobs/{job_id}")).json()["status"] == "succeeded")
+async def progress_of(client: httpx2.AsyncClient) -> dict[str, Any]:
+    answer: dict[str, Any] = (await client.get(f"{ROOT}/progress")).json()
+    return answer
+
+
+async def test_a_job_is_found_behind_many_others(serve: Serve, runner: FakeRunner) -> None:
+    runner.max_samples = 1
+    async with serve(max_queue=200) as client:
+        with closed(runner.gate):
+            waiting = asyncio.create_task(draw(client))
+            await until(lambda: runner.started)
+            for _ in range(101):
+                body = {"prompt": "x"}
+                await client.post("/api/v1/images", json=body, headers={"prefer": "respond-async"})
+            second = asyncio.create_task(draw(client))
+            await eventually(lambda: is_queued(client, 102))
+            assert (await progress_of(client))["state"]["job_count"] == 2
+            await client.post(f"{ROOT}/interrupt")
+            assert (await progress_of(client))["state"]["job_count"] <= 1  # until the step is done
+        for each in (waiting, second):
+            assert (await each).json()["images"] == []
 
 
 async def test_a_failure_is_told_in_this_family(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
@@ -318,7 +393,8 @@ async def test_options_may_be_given_back(client: httpx2.AsyncClient) -> None:
     assert options["sd_model_checkpoint"] == "stable-cascade"
     assert {"samples_format", "CLIP_stop_at_last_layers"} <= set(options)
     assert "forge_preset" not in options
-    for content in (options, {"sd_model_checkpoint": "stable-cascade [abc]", "new": [1]}, {"x": 1}, None):
+    known = [{"sd_model_checkpoint": f"stable-cascade{end}"} for end in (" [abc]", ".safetensors [abc]")]
+    for content in (options, *known, {"new": [1]}, None):
         answer = await client.post(f"{ROOT}/options", json=content)
         assert (answer.status_code, answer.json()) == (200, {})
     assert (await client.post(f"{ROOT}/options")).status_code == 200

@@ -99,6 +99,13 @@ async def test_but_not_for_ever() -> None:
                 await send_for_ever(writer)
 
 
+async def test_nor_is_a_body_awaited_that_does_not_come() -> None:
+    async with connected(1.0, rest_seconds=0.2) as (reader, writer):
+        writer.write(b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 413")
+
+
 async def send_for_ever(writer: asyncio.StreamWriter) -> None:
     while True:
         writer.write(b"1\r\nx\r\n")

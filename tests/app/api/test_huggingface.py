@@ -1,16 +1,17 @@
 """`/hf`, as Hugging Face's clients use it: a URL for each task, and the answer is the picture."""
 
 import base64
+import json
 from io import BytesIO
-from typing import Any
 
 import httpx2
 import pytest
 from PIL import Image
 
 from app.schemas import GenerationRequest
-from tests.app.conftest import Serve
-from tests.app.fakes import FakeRunner, closed
+from tests.app.api.sse import Watcher
+from tests.app.conftest import Serve, eventually
+from tests.app.fakes import FakeRunner, closed, until
 from tests.app.pictures import SIZE, file, sample
 
 pytestmark = pytest.mark.anyio
@@ -43,6 +44,7 @@ async def test_a_prompt_becomes_a_picture(client: httpx2.AsyncClient, runner: Fa
     assert (request.prompt, request.negative_prompt, request.seeds) == ("a red circle", "blue", (9,))
     assert (request.prior_num_inference_steps, request.prior_guidance_scale) == (5, 3.0)
     assert (request.decoder_num_inference_steps, request.sampler) == (4, "ddim")
+    assert answer.headers["x-ignored-params"] == "num_images_per_prompt, scheduler, unheard"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,8 @@ async def test_accept_chooses_the_format(client: httpx2.AsyncClient, accept: str
 
 
 async def test_a_picture_is_redrawn_by_a_prompt(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
-    parameters = {"prompt": "a cat", "strength": 0.4, "target_size": {"width": 111, "height": 99}}
+    size = {"target_size": {"width": 111, "height": 99}, "width": None, "height": None}
+    parameters = {"prompt": "a cat", "strength": 0.4, **size}
     answer = await client.post(IMAGE, json={"inputs": IN_BASE64, "parameters": parameters})
     assert opened(answer).size == (111, 99)
     request = drawn(runner)
@@ -87,6 +90,8 @@ async def test_without_a_prompt_json_gives_a_variation(
 ) -> None:
     body = {"inputs": IN_BASE64, "parameters": {"prompt": None, "strength": 0.5, "seed": 3}}
     assert opened(await client.post(IMAGE, json=body)).size == SIZE
+    marked = b"\xef\xbb\xbf" + json.dumps(body).encode()
+    assert opened(await client.post(IMAGE, content=marked)).size == SIZE
     assert (drawn(runner).strength, drawn(runner).seeds) == (None, (3,))
 
 
@@ -97,6 +102,7 @@ async def test_without_a_prompt_json_gives_a_variation(
         (TEXT, b"{}", "inputs is required"),
         (TEXT, b'{"inputs": "x", "parameters": 7}', "parameters must be an object"),
         (TEXT, b'{"inputs": "x", "parameters": {"width": 10}}', "width must be"),
+        (IMAGE, b'{"inputs": "eA==", "parameters": {"target_size": [64, 64]}}', "target_size must be"),
         (TEXT, b'{"inputs": "x", "parameters": {"num_inference_steps": 0}}', "num_inference_steps must be"),
         (TEXT, b'{"inputs": "x", "parameters": {"width": 64, "height": 999}}', "sides must be"),
         (IMAGE, b"", "inputs is required"),
@@ -144,8 +150,14 @@ async def test_twice_with_one_key_is_once(client: httpx2.AsyncClient, runner: Fa
 
 
 async def test_who_leaves_gives_up_the_work(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
-    listed: dict[str, Any] = (await client.get("/api/v1/jobs")).json()
-    assert listed["data"] == []
-    await client.post(TEXT, json={"inputs": "x"})
-    [job] = (await client.get("/api/v1/jobs")).json()["data"]
-    assert job["status"] == "succeeded"
+    async def has(status: str) -> bool:
+        jobs = (await client.get("/api/v1/jobs")).json()["data"]
+        return [job["status"] for job in jobs] == [status]
+
+    watcher = Watcher(client)
+    with closed(runner.gate):
+        async with watcher.watching("POST", TEXT, {"inputs": "x"}):
+            await eventually(lambda: has("running"))
+            watcher.leave()
+            await until(lambda: watcher.is_over)
+        await eventually(lambda: has("canceled"))

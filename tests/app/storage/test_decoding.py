@@ -149,9 +149,15 @@ def test_pixels_of_which_any_byte_is_wrong_are_named() -> None:
 
 def test_texts_of_any_length_are_left_out() -> None:
     texts = PngInfo()
+    texts.add_text("short", "x")
     texts.add_text("long", "x" * 3_000_000, zip=True)
     texts.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
     assert decode_picture(file(sample(), pnginfo=texts), MAX_PIXELS).tobytes() == sample().tobytes()
+
+
+@pytest.mark.parametrize("padding", [b"\n", bytes(11), bytes(12), bytes(5000), b"IEND" * 20])
+def test_what_follows_a_picture_is_no_part_of_it(padding: bytes) -> None:
+    assert decode_picture(file(sample()) + padding, MAX_PIXELS).tobytes() == sample().tobytes()
 
 
 def test_a_claim_is_checked_before_pixels_are_made() -> None:
