@@ -178,9 +178,8 @@ class Keeper:
         except (OSError, ValueError) as error:
             self._logger.warning("a preview could not be encoded", job=flight.job.id, exc_info=error)
             return
-        if message.preview > flight.last_preview.get(
-            message.index, -1
-        ):  # else a newer one was encoded faster
+        # A newer one may have been encoded faster.
+        if message.preview > flight.last_preview.get(message.index, -1):
             flight.last_preview[message.index] = message.preview
             self._events.publish(flight.job.id, Preview(message.index, message.preview, content))
 

@@ -349,10 +349,11 @@ async def test_a_job_is_found_behind_many_others(serve: Serve, runner: FakeRunne
         with closed(runner.gate):
             waiting = asyncio.create_task(draw(client))
             await until(lambda: runner.started)
+            second = asyncio.create_task(draw(client))
+            await eventually(lambda: is_queued(client, 1))
             for _ in range(101):
                 body = {"prompt": "x"}
                 await client.post("/api/v1/images", json=body, headers={"prefer": "respond-async"})
-            second = asyncio.create_task(draw(client))
             await eventually(lambda: is_queued(client, 102))
             assert (await progress_of(client))["state"]["job_count"] == 2
             await client.post(f"{ROOT}/interrupt")
