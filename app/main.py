@@ -8,12 +8,25 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
 
-from app.api import a1111, a1111_surroundings, docs, files, health, huggingface, jobs, models, native, openai
+from app.api import (
+    a1111,
+    a1111_surroundings,
+    docs,
+    files,
+    health,
+    huggingface,
+    jobs,
+    models,
+    native,
+    openai,
+    webhooks,
+)
 from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
@@ -21,6 +34,7 @@ from app.api.gateway import Gateway
 from app.api.limits import RateLimit
 from app.api.tracing import Tracing, make_tracing
 from app.api.uploads import Uploads
+from app.api.webhooks import message_body
 from app.engine.contract import AnyRunner
 from app.engine.cost import CostModel
 from app.engine.protocol import Configure
@@ -32,8 +46,10 @@ from app.jobs.links import Launch, ProcessLauncher, ThreadLauncher
 from app.jobs.seat import take_seat
 from app.jobs.store import JobStore
 from app.jobs.supervisor import Supervisor
+from app.jobs.webhooks import Courier
 from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
+from app.outbound import Outbound
 from app.settings import Settings, load_settings
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
@@ -101,7 +117,9 @@ def create_app(
         redirect_slashes=False,
         telemetry=parts.tracing.config,
     )
-    for part in (openai, native, models, jobs, a1111, a1111_surroundings, huggingface, files, health, docs):
+    for part in (openai, native, models, jobs, webhooks, a1111, a1111_surroundings, huggingface, files):
+        app.include_router(part.router)
+    for part in (health, docs):
         app.include_router(part.router)
     install_handlers(app)
     describe(app, needs_key=bool(settings.api_keys))
@@ -159,6 +177,8 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     )
     await dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
+    outbound = Outbound(settings.outbound_allow)
+    stack.push_async_callback(outbound.close)
     services = Services(
         settings=settings,
         store=store,
@@ -166,6 +186,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         images=parts.images,
         inputs=parts.inputs,
         signer=parts.signer,
+        outbound=outbound,
         uploads=Uploads(),
         limit=RateLimit(settings.rate_limit),
         encoders=encoders,
@@ -181,6 +202,17 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         keep_house(store, parts.images, parts.inputs, encoders, settings, parts.logger)
     )
     stack.push_async_callback(_cancel, tidying)
+    courier = Courier(
+        store,
+        body=partial(message_body, services),
+        secret=parts.signer.webhook_secret,
+        post=outbound.post,
+        metrics=parts.metrics,
+        logger=parts.logger,
+        clock=services.clock,
+        faults=faults,
+    )
+    stack.push_async_callback(_cancel, asyncio.create_task(courier.run()))
     return services
 
 

@@ -68,6 +68,9 @@ class Metrics:
         )
         self.jobs = Counter("cascade_jobs", "Jobs ended", ["outcome", "reason"], registry=registry)
         self.refused = Counter("cascade_jobs_refused", "Jobs not accepted", ["code"], registry=registry)
+        self.webhooks = Counter(
+            "cascade_webhook_attempts", "Attempts to call webhooks", ["outcome"], registry=registry
+        )
         self.pictures = Counter("cascade_pictures", "Pictures made", registry=registry)
         self.phase_seconds = Histogram(
             "cascade_job_phase_seconds",

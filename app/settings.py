@@ -32,6 +32,7 @@ _LIBRARIES = Path("/usr/lib")
 ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one, in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_HOST_NAME = re.compile(r"(?!.*:)(?![0-9./]+$)[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,23 @@ def _parse_networks(value: object) -> object:
     if not isinstance(entries, tuple | list):
         return entries
     return tuple(ipaddress.ip_network(entry) for entry in entries)
+
+
+def _parse_receivers(value: object) -> object:
+    entries = _split(value)
+    if not isinstance(entries, tuple | list):
+        return entries
+    return tuple(_parse_receiver(entry) if isinstance(entry, str) else entry for entry in entries)
+
+
+def _parse_receiver(entry: str) -> "Network | str":
+    """A network, an address, or the name of a host."""
+    try:
+        return ipaddress.ip_network(entry)
+    except ValueError:
+        if not _HOST_NAME.fullmatch(entry):
+            raise ValueError(f"{entry!r} must be the name of a host, or a network as 10.0.0.0/8") from None
+        return entry.lower().rstrip(".")
 
 
 def _parse_keys(value: object) -> object:
@@ -125,6 +143,7 @@ def _dtype(value: object) -> object:
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
+Receivers = Annotated[tuple[Network | str, ...], NoDecode, BeforeValidator(_parse_receivers)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)]
 Devices = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Weights = Annotated[dict[str, PositiveFloat], NoDecode, BeforeValidator(_parse_weights)]
@@ -216,6 +235,9 @@ class Settings(BaseSettings):
     idempotency_ttl: float = Field(86_400.0, gt=0, description="Seconds that an Idempotency-Key is known")
     file_ttl: float = Field(86_400.0, gt=0, description="Seconds that a picture is kept")
     url_ttl: float = Field(3_600.0, ge=1, description="Seconds that a signed URL works")
+    outbound_allow: Receivers = Field(
+        (), description="Hosts and networks that webhooks may call although they are not public"
+    )
 
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, else JSON"

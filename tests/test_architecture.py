@@ -31,6 +31,7 @@ APP_LAYERS = (
     ),
     ("app.engine",),
     ("app.jobs", "app.storage"),
+    ("app.outbound",),
     ("app.schemas", "app.errors", "app.settings", "app.logs", "app.metrics"),
 )
 CASCADE_LAYERS = (

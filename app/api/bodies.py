@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, HttpUrl, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.api.mistakes import CODES, validated
 from app.api.sources import ControlBody, ImagePromptMember, Picture, Source, parse_source
 from app.errors import InvalidRequest, UnsupportedParameter
-from app.jobs.job import OnDisconnect
+from app.jobs.job import JobStatus, OnDisconnect, Webhook
 from app.schemas import (
     MAX_IMAGE_PROMPTS,
     MAX_LORAS,
@@ -42,8 +42,15 @@ Priority = Annotated[int, Field(ge=-10, le=10), Number]
 DeadlineSeconds = Annotated[int, Field(ge=1, le=86_400), Number]
 MetadataText = Annotated[str, Field(max_length=512)]
 
-# Members that are known to mean something, whose silent loss would give a wrong picture.
-NOT_YET = ("webhook",)
+WebhookType = Literal["image.job.started", "image.job.succeeded", "image.job.failed", "image.job.canceled"]
+WEBHOOK_TYPES: dict[WebhookType, tuple[JobStatus, ...]] = {
+    "image.job.started": (JobStatus.RUNNING,),
+    "image.job.succeeded": (JobStatus.SUCCEEDED,),
+    "image.job.failed": (JobStatus.FAILED, JobStatus.EXPIRED),
+    "image.job.canceled": (JobStatus.CANCELED,),
+}
+_ENDS: tuple[WebhookType, ...] = ("image.job.succeeded", "image.job.failed", "image.job.canceled")
+
 _EMPTY: tuple[object, ...] = (None, False, "", "false", [], {})
 
 
@@ -182,6 +189,41 @@ class ImageVariationBody(ImageGenerationBody):
     size: str = Field("auto", description="`WIDTHxHEIGHT`, or `auto`: that of the picture")
 
 
+class WebhookBody(BaseModel):
+    """Whom to tell of a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: HttpUrl = Field(
+        description="Where the job is posted to, signed as Standard Webhooks has it: at a public address, "
+        "or one that this server allows",
+        examples=["https://service.example/hook"],
+    )
+    events: Annotated[list[WebhookType], Field(min_length=1, max_length=len(WEBHOOK_TYPES))] = Field(
+        list(_ENDS), description="Of what; a job that is `expired` is told as failed"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: HttpUrl) -> HttpUrl:
+        if url.username or url.password:
+            raise ValueError("should have no user name and password: the signature says who calls")
+        return url
+
+    def target(self, base: str) -> Webhook:
+        """What the job keeps of it; `base` is where this server is for its callers."""
+        statuses = dict.fromkeys(status for name in self.events for status in WEBHOOK_TYPES[name])
+        return Webhook(url=str(self.url), statuses=tuple(statuses), base=base)
+
+
+def _as_webhook(value: object) -> object:
+    """A bare URL stands for the ends of the job."""
+    return {"url": value} if isinstance(value, str) else value
+
+
+WebhookMember = Annotated[WebhookBody, BeforeValidator(_as_webhook)]
+
+
 class NativeImageBody(GenerationMembers):
     """Body of `POST /api/v1/images`. A member that is not listed is an error."""
 
@@ -200,6 +242,9 @@ class NativeImageBody(GenerationMembers):
     user: Annotated[str, Field(max_length=256)] = Field("", description="Not used")
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], MetadataText], Field(max_length=16)] = (
         Field({}, description="Given back with the job")
+    )
+    webhook: WebhookMember | None = Field(
+        None, description="Whom to tell what became of the job, which is not waited for then"
     )
 
     @property
@@ -288,13 +333,14 @@ def given_picture(given: object, name: str) -> Source:
 
 
 def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: dict[str, str]) -> OpenAIBody:
-    _refuse_what_cannot_be_served(members)
+    if members.get("webhook") not in _EMPTY:  # a caller would wait for it in vain
+        raise UnsupportedParameter("webhook is a member of POST /api/v1/images only", param="webhook")
     if members.get("background") == "transparent":
         raise UnsupportedParameter("background must be auto or opaque", param="background")
     given = {
         name: value
         for name, value in members.items()
-        if value is not None and value != "" and name not in NOT_YET and (name, value) != ("seeds", [])
+        if value is not None and value != "" and name != "webhook" and (name, value) != ("seeds", [])
     }
     if members.get("prompt") == "":
         given["prompt"] = ""
@@ -309,8 +355,7 @@ def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: d
 
 def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
     """Check the body of the native contract. None counts as absent."""
-    _refuse_what_cannot_be_served(members)
-    given = {name: value for name, value in members.items() if value is not None and name not in NOT_YET}
+    given = {name: value for name, value in members.items() if value is not None}
     _allow_no_prompt(given)
     return validated(NativeImageBody, given, {})
 
@@ -320,9 +365,3 @@ def _allow_no_prompt(given: dict[str, Any]) -> None:
     is_kept = given.get("image") is not None and str(given.get("strength")) in ("0", "0.0")
     if given.get("image_prompts") or is_kept:
         given.setdefault("prompt", "")
-
-
-def _refuse_what_cannot_be_served(members: Mapping[str, Any]) -> None:
-    for name in NOT_YET:
-        if members.get(name) not in _EMPTY:
-            raise UnsupportedParameter(f"{name} is not supported by this version", param=name)

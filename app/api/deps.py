@@ -32,6 +32,7 @@ from app.jobs.dispatcher import Dispatcher
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
+from app.outbound import Outbound
 from app.settings import Settings
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
@@ -49,6 +50,7 @@ class Services:
     images: ImageStore
     inputs: InputStore
     signer: Signer
+    outbound: Outbound
     uploads: Uploads
     limit: RateLimit
     encoders: Executor  # encoding and disk, which must not hold up the event loop

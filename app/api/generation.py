@@ -27,7 +27,7 @@ from app.errors import (
     TimedOut,
     UnsupportedParameter,
 )
-from app.jobs.job import Job, JobStatus, StoredImage
+from app.jobs.job import Job, JobStatus, StoredImage, Webhook
 from app.jobs.keys import Idempotency
 from app.jobs.store import Submitted
 from app.schemas import (
@@ -55,6 +55,7 @@ class Order:
     received: Received
     idempotency: Idempotency | None
     metadata: dict[str, str] = field(default_factory=dict)
+    webhook: Webhook | None = None
 
 
 def resolve_model(name: str | None, services: Services) -> None:
@@ -221,8 +222,9 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
         created_at=now,
         priority=body.priority,
         deadline_at=None if body.deadline_seconds is None else now + body.deadline_seconds,
-        on_disconnect="finish" if order.preference.is_async else body.on_disconnect,
+        on_disconnect="finish" if order.preference.is_async or order.webhook else body.on_disconnect,
         metadata=order.metadata,
+        webhook=order.webhook,
     )
     await order.received.keep(services)
     submitted = await services.dispatcher.submit(job, order.idempotency)

@@ -1,6 +1,7 @@
 """The native contract: `POST /api/v1/images` and `GET /api/v1/queue`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -27,6 +28,7 @@ from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
 from app.api.views import QueueView
+from app.api.webhooks import check_receiver
 from app.jobs.job import Job
 from app.schemas import GenerationRequest
 
@@ -53,16 +55,20 @@ async def generate_images(
     accept = request.headers.get("accept", "")
     is_stream = prefers_events(accept)
     preference = Preference() if is_stream else parse_prefer(request.headers.getlist("prefer"))
+    if body.webhook is not None and not is_stream:
+        preference = replace(preference, is_async=True)
     raw = None if is_stream or preference.is_async else raw_format(accept, body.output_format)
     if raw is not None:
         require_one(body.num_images, "num_images_per_prompt")
     base = public_base(request, services.settings)  # a bad Host is refused before the work
     resolve_model(body.model, services)
+    if body.webhook is not None:
+        check_receiver(body.webhook, services)
     await wait_for_model(services)
     call = Call(request, services, exchange, preference, raw)
     may_replay = read_key(request) is not None
     received = await receive(body, services, exchange.tenant, may_replay=may_replay)
-    order = _order(call, body, members, received)
+    order = _order(call, body, members, received, base)
     submitted = await submit(services, exchange, order)
     if is_stream:
         job, as_base64 = submitted.job, body.response_format != "url"
@@ -96,7 +102,9 @@ async def get_queue(services: TheServices) -> QueueView:
     )
 
 
-def _order(call: Call, body: NativeImageBody, members: Mapping[str, Any], received: Received) -> Order:
+def _order(
+    call: Call, body: NativeImageBody, members: Mapping[str, Any], received: Received, base: str
+) -> Order:
     """The body with every default filled in and every limit checked."""
     services = call.services
     seeds = seeds_for(body.seed, body.seeds, body.num_images, services, param="num_images_per_prompt")
@@ -120,4 +128,5 @@ def _order(call: Call, body: NativeImageBody, members: Mapping[str, Any], receiv
         received=received,
         idempotency=idempotency_of(call.request, members, generation, services.settings.idempotency_ttl),
         metadata=body.metadata,
+        webhook=None if body.webhook is None else body.webhook.target(base),
     )

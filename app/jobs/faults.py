@@ -22,6 +22,8 @@ Point = Literal[
     "after_image_before_commit",  # the file is there, no row names it
     "after_image",  # the picture is in its row, nobody is told
     "after_commit_before_event",  # the job has ended, nobody who waits knows
+    "before_delivery",  # an attempt is counted, the webhook's receiver knows nothing
+    "after_delivery",  # the receiver knows, no row says so
     "engine_before_step",  # a batch is chosen, not stepped
 ]
 POINTS: tuple[Point, ...] = get_args(Point)

@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from app.errors import AppError
 from app.schemas import GenerationRequest
@@ -90,6 +91,20 @@ class Timings:
     encode: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """Whom to tell when a job has reached one of some statuses."""
+
+    url: str
+    statuses: tuple[JobStatus, ...]
+    base: str  # of the URLs that are told, as "https://host"
+
+    @property
+    def receiver(self) -> str:
+        """The host that is told."""
+        return urlsplit(self.url).hostname or ""
+
+
 def new_job_id() -> str:
     """A random name: nobody can guess another one's."""
     return f"job_{secrets.token_hex(10)}"
@@ -110,6 +125,7 @@ class Job:
     deadline_at: float | None = None
     on_disconnect: OnDisconnect = "cancel"
     metadata: dict[str, str] = field(default_factory=dict)
+    webhook: Webhook | None = None
     cost_seconds: float = 0.0  # of device time, as predicted when it was accepted
 
     fence: int = 0  # counts claims
@@ -126,6 +142,16 @@ class Job:
     def is_finished(self) -> bool:
         """Whether the status is final."""
         return self.status.is_final
+
+    @property
+    def is_news(self) -> bool:
+        """Whether its webhook wants to know of the status that it has just reached.
+
+        That it is running is told once, however often it has to be begun again.
+        """
+        if self.webhook is None or self.status not in self.webhook.statuses:
+            return False
+        return self.is_finished or self.fence == 1
 
     @property
     def num_images(self) -> int:
@@ -148,6 +174,17 @@ class Job:
             fence=self.fence + 1,
             started_at=self.started_at or now,
             timings=replace(self.timings, queued=max(0.0, (self.started_at or now) - self.created_at)),
+        )
+
+    def as_started(self) -> "Job":
+        """How it was when it was claimed, whatever became of it."""
+        return replace(
+            self,
+            status=JobStatus.RUNNING,
+            completed_at=None,
+            images=(),
+            failure=None,
+            timings=Timings(queued=self.timings.queued),
         )
 
     def released(self, *, crashed: bool = False) -> "Job":

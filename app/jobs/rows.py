@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, Select, bindparam, insert, select, update
 
-from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
-from app.jobs.tables import inputs, jobs, pictures
+from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings, Webhook
+from app.jobs.tables import deliveries, inputs, jobs, pictures
 from app.schemas import GenerationRequest
 
 
@@ -31,6 +31,7 @@ _FORGET_LATENTS = (
     .where(pictures.c.job_id == bindparam("ended_id"), pictures.c.latents.is_not(None))
     .values(latents=None)
 )
+_TELL = insert(deliveries)
 _IMAGES = (
     select(pictures.c.job_id, pictures.c.image)
     .where(pictures.c.job_id.in_(bindparam("ids", expanding=True)), pictures.c.image.is_not(None))
@@ -71,10 +72,16 @@ def may_be_id(text: str) -> bool:
 
 
 def put(connection: Connection, job: Job) -> Job:
-    """Write a job that was moved and return it; its row is locked. An ended one needs no latents any more."""
+    """Write a job that was moved and return it; its row is locked. An ended one needs no latents any more.
+
+    What a webhook is to be told of it is written in the same moment.
+    """
     connection.execute(_MOVE, {"moved_id": job.id, **_moved(job)})
     if job.is_finished:
         connection.execute(_FORGET_LATENTS, {"ended_id": job.id})
+    if job.webhook is not None and job.is_news:
+        news = {"job_id": job.id, "status": job.status.value, "receiver": job.webhook.receiver}
+        connection.execute(_TELL, {**news, "attempts": 0, "due_at": job.completed_at or job.started_at})
     return job
 
 
@@ -98,6 +105,7 @@ def _columns(job: Job) -> dict[str, object]:
         "cancel_requested": job.cancel_requested,
         "request": job.request.model_dump_json(),
         "metadata": to_json(job.metadata),
+        "webhook": None if job.webhook is None else to_json(job.webhook),
         **_moved(job),
     }
 
@@ -133,6 +141,7 @@ def _job(row: Row[Any], images: tuple[StoredImage, ...]) -> Job:
         deadline_at=row.deadline_at,
         on_disconnect=row.on_disconnect,
         metadata=msgspec.json.decode(row.metadata, type=dict[str, str]),
+        webhook=None if row.webhook is None else msgspec.json.decode(row.webhook, type=Webhook),
         cost_seconds=row.cost_seconds,
         fence=row.fence,
         worker=row.worker,

@@ -11,18 +11,20 @@ from typing import Self
 from sqlalchemy import Connection, bindparam, delete, select, update
 
 from app.errors import Conflict
-from app.jobs import claims, keys, pages, queue, rows
+from app.jobs import claims, keys, outbox, pages, queue, rows
 from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Job, JobStatus, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
+from app.jobs.outbox import Delivery
 from app.jobs.queue import IS_QUEUED, QueueCounts
-from app.jobs.tables import inputs, jobs
+from app.jobs.tables import deliveries, inputs, jobs
 
 __all__ = [
     "Claim",
+    "Delivery",
     "Idempotency",
     "JobStore",
     "QueueCounts",
@@ -37,7 +39,7 @@ _LATE = rows.locking(
 )
 _LONG_ENDED = rows.locking(
     select(jobs)
-    .where(jobs.c.completed_at < bindparam("ended_before"))
+    .where(jobs.c.completed_at < bindparam("ended_before"), jobs.c.id.not_in(select(deliveries.c.job_id)))
     .order_by(jobs.c.number)
     .limit(PRUNED_AT_ONCE)
 )
@@ -220,6 +222,26 @@ class JobStore:
         """
         return await self._database.write(claims.release, worker, crashed_jobs, kept_jobs, self._clock())
 
+    # What webhooks are told
+
+    async def has_due_deliveries(self) -> bool:
+        """Whether somebody is to be told something now."""
+        return await self._database.read(outbox.any_due, self._clock())
+
+    async def claim_deliveries(
+        self, *, limit: int, hold_seconds: float, without: Collection[str] = ()
+    ) -> Sequence[Delivery]:
+        """Begin up to `limit` attempts, at none of the receivers `without`.
+
+        Those of which nothing is heard for `hold_seconds` are begun again, here or by another server.
+        """
+        return await self._database.write(outbox.claim, limit, without, self._clock(), hold_seconds)
+
+    async def settle_delivery(self, delivery: Delivery, *, again_after: float | None) -> None:
+        """Write what came of an attempt: another one after so many seconds, or None for no more."""
+        again_at = None if again_after is None else self._clock() + again_after
+        await self._database.write(outbox.settle, delivery, again_at)
+
     # What keeps the house
 
     async def expire(self, now: float) -> Sequence[Job]:
@@ -227,7 +249,10 @@ class JobStore:
         return await self._database.write(_expire, now)
 
     async def prune(self, ended_before: float) -> Sequence[str]:
-        """Forget the jobs that ended before a time; returns the names of their files, to be removed."""
+        """Forget the jobs that ended before a time; returns the names of their files, to be removed.
+
+        Those of which a webhook is still to be told stay.
+        """
         await self._database.write(keys.forget_old, self._clock())
         pruned = [await self._database.write(_prune_some, ended_before)]
         while pruned[-1]:

@@ -47,6 +47,7 @@ jobs = Table(
     Column("cancel_requested", Boolean, nullable=False),
     Column("request", Text, nullable=False),  # GenerationRequest
     Column("metadata", Text, nullable=False),
+    Column("webhook", Text),  # Webhook
     Column("timings", Text, nullable=False),  # Timings
     Column("failure", Text),  # Failure
     Index("ix_jobs_status_number", "status", "number"),
@@ -83,4 +84,15 @@ idempotency = Table(
     Column("expires_at", Double, nullable=False),
     Index("ix_idempotency_job_id", "job_id"),
     Index("ix_idempotency_expires_at", "expires_at"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("status", Text, primary_key=True),  # which the job has reached
+    Column("receiver", Text, nullable=False),  # the host that is to be told
+    Column("attempts", Integer, nullable=False),  # begun so far
+    Column("due_at", Double, nullable=False),
+    Index("ix_deliveries_due_at", "due_at"),
 )

@@ -1,5 +1,6 @@
 """Signed, expiring names: who holds one may fetch the file, nobody else, and only for a while."""
 
+import base64
 import hashlib
 import hmac
 import os
@@ -40,6 +41,12 @@ class Signer:
         if left <= 0:
             raise Gone("this URL has expired; ask for the picture or job again to get a new one")
         return int(left)
+
+    def webhook_secret(self, tenant: str) -> str:
+        """What signs the webhooks of a tenant, in the form of Standard Webhooks."""
+        key = hmac.digest(self._secret, b"webhooks", hashlib.sha256)
+        secret = hmac.digest(key, tenant.encode(), hashlib.sha256)
+        return f"whsec_{base64.b64encode(secret).decode()}"
 
     def _signature(self, name: str, expires: str) -> str:
         message = f"{name}\n{expires}".encode("utf-8", "replace")

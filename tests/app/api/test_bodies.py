@@ -65,7 +65,15 @@ def test_no_prompt_is_needed_for_a_picture_that_is_kept(strength: object) -> Non
         ({"loras": [{"name": ""}]}, "/loras/0/name", "invalid_value"),
         ({"guidance_interval": [0.6, 0.2]}, "/guidance_interval", "invalid_value"),
         ({"guidance_interval": 0.6}, "/guidance_interval", "invalid_type"),
-        ({"webhook": {"url": "http://x"}}, "/webhook", "unsupported_parameter"),
+        ({"webhook": 3}, "/webhook", "invalid_type"),
+        ({"webhook": {}}, "/webhook/url", "missing_required_parameter"),
+        ({"webhook": "x.example"}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "ftp://x.example"}}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "https://me:secret@x.example"}}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "https://x.example/" + "x" * 2100}}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "https://x.example", "events": []}}, "/webhook/events", "invalid_value"),
+        ({"webhook": {"url": "https://x.example", "events": ["end"]}}, "/webhook/events/0", "invalid_value"),
+        ({"webhook": {"url": "https://x.example", "on": 1}}, "/webhook/on", "unsupported_parameter"),
     ],
 )
 def test_a_mistake_is_pointed_at(members: dict[str, Any], pointer: str, code: str) -> None:

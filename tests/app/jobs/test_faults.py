@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from sqlalchemy import Connection, Row, select
 from app.errors import SettingsError
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS, POINTS, Faults, InjectedFault, Point
-from app.jobs.job import Job
-from app.jobs.store import JobStore
+from app.jobs.job import Job, JobStatus, Webhook
+from app.jobs.store import Delivery, JobStore
 from app.jobs.tables import metadata
 from tests.app.jobs.stores import LEASE_SECONDS, MANY, Clock, add, add_running, empty, new_image, new_job
 
@@ -92,8 +93,21 @@ def test_only_the_database_opens_transactions() -> None:
 
 
 # What a test of interruptions need not interrupt.
-READS = {"require_room", "get", "list", "counts", "position", "load_latents", "has_input", "unused_inputs"}
+READS = {
+    "require_room",
+    "has_due_deliveries",
+    "get",
+    "list",
+    "counts",
+    "position",
+    "load_latents",
+    "has_input",
+    "unused_inputs",
+}
 LIFE = {"open", "close"}
+
+HOOK = Webhook("https://one.example", (JobStatus.CANCELED,), "https://server.example")
+TOLD = Delivery(new_job(id="job_told"), JobStatus.CANCELED, 0)
 
 # Each with a queued and a running job, so that it has something to write.
 WRITES: dict[str, Callable[[JobStore, Job, Job], Awaitable[object]]] = {
@@ -108,6 +122,8 @@ WRITES: dict[str, Callable[[JobStore, Job, Job], Awaitable[object]]] = {
     "release": lambda store, _, __: store.release("one"),
     "expire": lambda store, queued, _: store.expire(queued.deadline_at or 0.0),
     "prune": lambda store, _, __: store.prune(LATER),
+    "claim_deliveries": lambda store, _, __: store.claim_deliveries(limit=1, hold_seconds=30),
+    "settle_delivery": lambda store, _, __: store.settle_delivery(TOLD, again_after=1.0),
 }
 LATER = 2e9
 
@@ -140,8 +156,10 @@ async def test_a_write_that_is_interrupted_happened_if_it_was_committed(
     points: tuple[Point, ...] = ("before_commit", "after_commit")
     for (name, write), point in product(WRITES.items(), points):
         ended, queued = new_job(id="job_ended"), new_job(deadline_at=clock.now + 100)
-        await add(store, ended)
-        await store.move(ended, ended.canceled(clock.now))
+        told = replace(TOLD.job, webhook=HOOK)
+        for job in (ended, told):
+            await add(store, job)
+            await store.move(job, job.canceled(clock.now))
         running = await add_running(store)
         await add(store, queued)
         before = await database.read(contents)

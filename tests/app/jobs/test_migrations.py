@@ -63,7 +63,9 @@ async def test_cascades_and_the_order_of_arrival_are_those_of_the_tables(databas
         return rules, connection.scalar(text("SELECT number FROM jobs"))
 
     rules, number = await database.write(facts)
-    assert rules == {(f"fk_{table}_job_id", "CASCADE") for table in ("pictures", "inputs", "idempotency")}
+    assert rules == {
+        (f"fk_{table}_job_id", "CASCADE") for table in ("pictures", "inputs", "idempotency", "deliveries")
+    }
     assert number == 2
 
 

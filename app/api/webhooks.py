@@ -1,0 +1,71 @@
+"""Webhooks: whether a receiver may be called, what it is told, and the secret that signs it."""
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+
+from app.api.answers import view
+from app.api.bodies import WEBHOOK_TYPES, WebhookBody, WebhookType
+from app.api.deps import Services, TheExchange, TheServices, authenticate
+from app.api.description import NEEDS_KEY, problems
+from app.api.gateway import Exchange
+from app.api.views import JobView, Moment
+from app.errors import InvalidRequest
+from app.jobs.job import JobStatus, Webhook
+from app.jobs.store import Delivery
+from app.outbound import NotAllowed
+
+router = APIRouter(prefix="/api/v1/webhooks", tags=["Jobs"], dependencies=[Depends(authenticate)])
+
+_TYPES = {status: name for name, statuses in WEBHOOK_TYPES.items() for status in statuses}
+
+
+class WebhookMessage(BaseModel):
+    """The body that a webhook is called with."""
+
+    type: WebhookType
+    timestamp: Moment = Field(description="When it happened")
+    data: JobView
+
+
+class SigningSecret(BaseModel):
+    """What the signatures of webhooks are made with."""
+
+    key: str = Field(
+        description="As libraries of Standard Webhooks take it", examples=["whsec_C2FVsBQIhrscChlQ"]
+    )
+
+
+@router.get(
+    "/signing-secret",
+    operation_id="getSigningSecret",
+    summary="The secret that signs your webhooks",
+    responses=problems(401),
+    openapi_extra=NEEDS_KEY,
+)
+async def get_signing_secret(services: TheServices, exchange: TheExchange) -> SigningSecret:
+    """That of the calling key; it stays as long as the key has its name and the server its data."""
+    return SigningSecret(key=services.signer.webhook_secret(exchange.tenant))
+
+
+def check_receiver(webhook: WebhookBody, services: Services) -> None:
+    """Refuse a receiver that certainly would never be called."""
+    try:
+        services.outbound.require_allowed(str(webhook.url))
+    except NotAllowed as error:
+        message = f"webhook.url must lead to a public address: {error}"
+        raise InvalidRequest(message, param="webhook", places=[("/webhook/url", message)]) from None
+
+
+async def message_body(services: Services, delivery: Delivery, webhook: Webhook) -> bytes:
+    """What is told, with URLs of pictures that are signed anew."""
+    has_started = delivery.status == JobStatus.RUNNING
+    job = delivery.job.as_started() if has_started else delivery.job
+    happened_at = job.started_at if has_started else job.completed_at
+    message = WebhookMessage(
+        type=_TYPES[delivery.status],
+        timestamp=datetime.fromtimestamp(happened_at or job.created_at, UTC),
+        data=await view(job, services, Exchange(delivery.id), webhook.base),
+    )
+    return message.model_dump_json().encode()

@@ -1,0 +1,77 @@
+"""What webhooks have still to be told: rows written with what they tell of, and deleted when that was taken.
+
+An attempt is counted before it is made, and its number is its fence: what a late one says of its outcome is
+not taken when another has been begun.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, bindparam, delete, select, update
+
+from app.jobs import rows
+from app.jobs.job import Job, JobStatus
+from app.jobs.tables import deliveries, jobs
+
+LONGEST_PAUSE = 3 * 3600.0  # between two attempts; whatever is due later was written before a clock jumped
+
+_IS_DUE = (deliveries.c.due_at <= bindparam("now")) | (deliveries.c.due_at > bindparam("now") + LONGEST_PAUSE)
+_ANY_DUE = select(deliveries.c.job_id).where(_IS_DUE).limit(1)
+_NEXT = (
+    select(deliveries)
+    .where(_IS_DUE, deliveries.c.receiver.not_in(bindparam("without", expanding=True)))
+    .order_by(deliveries.c.due_at, deliveries.c.job_id)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+_JOBS = select(jobs).where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+_THIS = (
+    deliveries.c.job_id == bindparam("of_job"),
+    deliveries.c.status == bindparam("of_status"),
+    deliveries.c.attempts == bindparam("attempt"),
+)
+_BEGIN = update(deliveries).where(*_THIS).values(attempts=bindparam("attempt") + 1, due_at=bindparam("until"))
+_POSTPONE = update(deliveries).where(*_THIS).values(due_at=bindparam("until"))
+_FORGET = delete(deliveries).where(*_THIS)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An attempt to tell a webhook that a job has reached a status."""
+
+    job: Job
+    status: JobStatus
+    attempt: int  # counted from 1
+
+    @property
+    def id(self) -> str:
+        """The same for every attempt."""
+        return f"msg_{self.job.id.removeprefix('job_')}_{self.status}"
+
+
+def any_due(connection: Connection, now: float) -> bool:
+    """Whether somebody is to be told something."""
+    return connection.execute(_ANY_DUE, {"now": now}).first() is not None
+
+
+def claim(
+    connection: Connection, limit: int, without: Collection[str], now: float, hold_seconds: float
+) -> Sequence[Delivery]:
+    """Begin up to `limit` attempts, at none of the receivers `without`; nobody else does for a while."""
+    found = connection.execute(_NEXT, {"now": now, "without": list(without), "most": limit}).all()
+    if not found:
+        return ()
+    told = {job.id: job for job in rows.read(connection, _JOBS, {"ids": [row.job_id for row in found]})}
+    for row in found:
+        values = {"of_job": row.job_id, "of_status": row.status, "attempt": row.attempts}
+        connection.execute(_BEGIN, {**values, "until": now + hold_seconds})
+    return [Delivery(told[row.job_id], JobStatus(row.status), row.attempts + 1) for row in found]
+
+
+def settle(connection: Connection, delivery: Delivery, again_at: float | None) -> None:
+    """Write what came of an attempt: another one later, or none ever again."""
+    values = {"of_job": delivery.job.id, "of_status": delivery.status.value, "attempt": delivery.attempt}
+    if again_at is None:
+        connection.execute(_FORGET, values)
+    else:
+        connection.execute(_POSTPONE, {**values, "until": again_at})

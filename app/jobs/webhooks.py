@@ -1,0 +1,153 @@
+"""Webhooks: a receiver is told what became of a job, at least once (https://www.standardwebhooks.com).
+
+The database says what is still to be told, so neither a crash of ours nor hours of theirs lose anything. A
+receiver that is slow or dead has a few of our attempts waiting for it, and keeps nobody else from being told.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Protocol
+
+from standardwebhooks.webhooks import Webhook as Signature
+
+from app.jobs.faults import NO_FAULTS, Faults
+from app.jobs.job import Webhook
+from app.jobs.store import Delivery, JobStore
+from app.logs import Logger
+from app.metrics import Metrics
+from app.outbound import Unreachable
+
+ROUND_SECONDS = 0.5
+ATTEMPT_SECONDS = 15.0  # in which a receiver must have answered
+HOLD_SECONDS = 2 * ATTEMPT_SECONDS  # an attempt of which nobody has heard for so long died with its server
+PAUSES = (1.0, 5.0, 30.0, 300.0, 1800.0, 7200.0)  # seconds after each attempt, about
+JITTER = 0.2
+MAX_AT_ONCE = 64  # attempts
+MAX_AT_ONE_RECEIVER = 8
+LEAVE_SECONDS = 2.0  # for the attempts under way, when the server ends
+GONE = 410  # says that a receiver wants no more
+
+Body = Callable[[Delivery, Webhook], Awaitable[bytes]]
+Secret = Callable[[str], str]  # of a tenant
+
+
+class Post(Protocol):
+    """A way to call somebody."""
+
+    async def __call__(self, url: str, headers: Mapping[str, str], body: bytes, *, seconds: float) -> int:
+        """The status of the answer. Raises Unreachable."""
+
+
+class Courier:
+    """Tells webhooks what is due. For one event loop."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        *,
+        body: Body,
+        secret: Secret,
+        post: Post,
+        metrics: Metrics,
+        logger: Logger,
+        clock: Callable[[], float],
+        faults: Faults = NO_FAULTS,
+    ) -> None:
+        self._store = store
+        self._body = body
+        self._secret = secret
+        self._post = post
+        self._metrics = metrics
+        self._logger = logger
+        self._clock = clock
+        self._faults = faults
+        self._attempts: dict[asyncio.Task[None], str] = {}  # under way, and at which receiver
+
+    async def run(self) -> None:
+        """Tell, until canceled; attempts under way may then come to their end, if that is soon."""
+        try:
+            while True:
+                try:
+                    await self._begin_due()
+                except Exception as error:  # the database comes back
+                    self._logger.warning("webhooks wait", reason=str(error))
+                await asyncio.sleep(ROUND_SECONDS)
+        finally:
+            if self._attempts:
+                await asyncio.wait(self._attempts, timeout=LEAVE_SECONDS)
+            for attempt in self._attempts:
+                attempt.cancel()
+
+    async def _begin_due(self) -> None:
+        """Begin what is due, as much as there is room for."""
+        while await self._store.has_due_deliveries():
+            at_receivers = Counter(self._attempts.values())
+            busy = [receiver for receiver, number in at_receivers.items() if number >= MAX_AT_ONE_RECEIVER]
+            room = min(MAX_AT_ONCE - len(self._attempts), MAX_AT_ONE_RECEIVER)
+            if room == 0:
+                return
+            begun = await self._store.claim_deliveries(limit=room, hold_seconds=HOLD_SECONDS, without=busy)
+            if not begun:
+                return
+            for delivery in begun:
+                assert delivery.job.webhook is not None
+                attempt = asyncio.create_task(self._deliver(delivery, delivery.job.webhook))
+                self._attempts[attempt] = delivery.job.webhook.receiver
+                attempt.add_done_callback(self._end)
+
+    def _end(self, attempt: "asyncio.Task[None]") -> None:
+        del self._attempts[attempt]
+        if not attempt.cancelled() and (error := attempt.exception()) is not None:
+            self._logger.error("an attempt to call a webhook is made again", exc_info=error)
+
+    async def _deliver(self, delivery: Delivery, webhook: Webhook) -> None:
+        """One attempt, and what follows from it."""
+        self._faults.hit("before_delivery")
+        try:
+            status = await self._call(delivery, webhook)
+            outcome, answer = ("delivered" if 200 <= status < 300 else "failed"), f"status {status}"
+        except Unreachable as error:
+            status, outcome, answer = 0, "failed", str(error)
+        self._faults.hit("after_delivery")
+        pause = None
+        if status == GONE:
+            outcome = "gone"
+        elif outcome == "failed":
+            pause = pause_after(delivery.attempt)
+            outcome = "failed" if pause is not None else "given_up"
+        self._metrics.webhooks.labels(outcome).inc()
+        log = self._logger.info if outcome == "delivered" else self._logger.warning
+        log(
+            "webhook called",
+            job=delivery.job.id,
+            webhook=delivery.id,
+            receiver=webhook.receiver,
+            attempt=delivery.attempt,
+            outcome=outcome,
+            answer=answer,
+            again_in_seconds=None if pause is None else round(pause, 1),
+        )
+        await self._store.settle_delivery(delivery, again_after=pause)
+
+    async def _call(self, delivery: Delivery, webhook: Webhook) -> int:
+        body = await self._body(delivery, webhook)
+        now = datetime.fromtimestamp(int(self._clock()), UTC)
+        headers = {
+            "content-type": "application/json",
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": Signature(self._secret(delivery.job.tenant)).sign(
+                delivery.id, now, body.decode()
+            ),
+        }
+        return await self._post(webhook.url, headers, body, seconds=ATTEMPT_SECONDS)
+
+
+def pause_after(attempt: int) -> float | None:
+    """Seconds until the next attempt, not the same for all who wait; None after the last."""
+    if attempt > len(PAUSES):
+        return None
+    return PAUSES[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # nothing secret
