@@ -22,7 +22,7 @@ from app.outbound import Unreachable
 
 ROUND_SECONDS = 0.5
 ATTEMPT_SECONDS = 15.0  # in which a receiver must have answered
-HOLD_SECONDS = 2 * ATTEMPT_SECONDS  # an attempt of which nobody has heard for so long died with its server
+HOLD_SECONDS = ATTEMPT_SECONDS + 5  # an attempt of which nobody has heard for so long died with its server
 PAUSES = (1.0, 5.0, 30.0, 300.0, 1800.0, 7200.0)  # seconds after each attempt, about
 JITTER = 0.2
 MAX_AT_ONCE = 64  # attempts

@@ -1,6 +1,7 @@
 """A client that never gives up: it repeats with its Idempotency-Key until its job has ended, whatever dies.
 
-It asks in one of three ways: on an open connection, by asking for the job again and again, and by its events.
+It learns of its pictures on an open connection, by asking for the job again and again, by its events, or by a
+webhook.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import httpx2
 from PIL import Image
 
 from tests.chaos.orders import Order
+from tests.receiver import Receiver
 
 FINAL = ("succeeded", "failed", "canceled", "expired")
 PAUSE_SECONDS = 0.2  # asking more often would only take the processor from those who draw
@@ -31,6 +33,7 @@ class Way(StrEnum):
     WAIT = "wait"
     POLL = "poll"
     WATCH = "watch"
+    HOOK = "hook"  # of clients with a receiver
 
 
 class Gone(Exception):
@@ -71,7 +74,13 @@ class Outcome:
 class Client:
     """One HTTP client, for many requests at a time."""
 
-    def __init__(self, url: str, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        receiver: Receiver | None = None,
+    ) -> None:
+        self._receiver = receiver
         limits = httpx2.Limits(max_connections=None)
         timeout = httpx2.Timeout(READ_SECONDS, pool=None)
         self._http = httpx2.AsyncClient(base_url=url, timeout=timeout, limits=limits, transport=transport)
@@ -96,10 +105,13 @@ class Client:
         seconds = time.monotonic() - start
         return Outcome(ticket, order, way, job["id"], job["status"], digests, seconds, remark)
 
-    async def submit(self, order: Order, ticket: str, **headers: str) -> dict[str, Any]:
+    async def submit(
+        self, order: Order, ticket: str, webhook: str | None = None, **headers: str
+    ) -> dict[str, Any]:
         """Post once. Raises Gone or Refused."""
+        body = order.body(ticket) | ({"webhook": webhook} if webhook else {})
         response = await self._send(
-            "POST", "/api/v1/images", json=order.body(ticket), headers={"Idempotency-Key": ticket, **headers}
+            "POST", "/api/v1/images", json=body, headers={"Idempotency-Key": ticket, **headers}
         )
         job: dict[str, Any] = response.json()
         return job
@@ -163,10 +175,13 @@ class Client:
     async def _once(self, order: Order, ticket: str, way: Way, known: list[str]) -> dict[str, Any]:
         if way is Way.WAIT:
             return await self.submit(order, ticket)
-        job = await self.submit(order, ticket, Prefer="respond-async")
+        webhook = self._receiver.url if self._receiver and way is Way.HOOK else None
+        job = await self.submit(order, ticket, webhook, Prefer="respond-async")
         known[:] = [job["id"]]
         if way is Way.WATCH:
             await self._watch(job)
+        if way is Way.HOOK:
+            await self._be_told(job)
         return await self.until(job["id"], FINAL)
 
     async def _watch(self, job: dict[str, Any]) -> None:
@@ -181,6 +196,12 @@ class Client:
             except Gone:
                 pass
             await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _be_told(self, job: dict[str, Any]) -> None:
+        """Do nothing until the server calls."""
+        receiver = self._receiver
+        assert receiver is not None
+        await receiver.until(lambda: any(call.message["data"]["id"] == job["id"] for call in receiver.calls))
 
     async def _digests(self, job: dict[str, Any]) -> tuple[str, ...]:
         """Of each picture's pixels: two files of the same pixels need not be the same."""

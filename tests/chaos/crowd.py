@@ -9,6 +9,7 @@ from typing import Self
 
 from tests.chaos.client import Client, Outcome, Way
 from tests.chaos.orders import Order
+from tests.receiver import Receiver
 
 NUM_CLIENTS = 8  # where nobody says otherwise
 WAYS = tuple(Way)
@@ -32,7 +33,8 @@ class Crowd:
         self.outcomes: list[Outcome] = []
         self.in_flight: set[str] = set()
         self.finished_at: list[float] = []
-        self._client = Client(url)
+        self._receiver = Receiver()
+        self._client = Client(url, receiver=self._receiver)
         self._name = name
         self._num_clients = num_clients
         self._orders = itertools.cycle(orders)
@@ -42,6 +44,7 @@ class Crowd:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
+        await self._receiver.__aenter__()
         self._tasks = [asyncio.create_task(self._one_client()) for _ in range(self._num_clients)]
         return self
 
@@ -54,6 +57,7 @@ class Crowd:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=error is not None)
         await self._client.close()
+        await self._receiver.__aexit__(kind, error, trace)
 
     async def finished(self, count: int) -> None:
         """Wait until so many more requests have ended."""

@@ -102,7 +102,10 @@ def quick_scenarios() -> list[Scenario]:
     """Each of them a few times."""
     return [
         Scenario("SIGSTOP of the engine", hang, 1),
-        Scenario("kill at each point of the server", at_points(server_points(), FEW_SERVER_PASSAGES), 1),
+        *(
+            Scenario(f"kill at points of the server, {half + 1}/2", at_points(points, FEW_SERVER_PASSAGES), 1)
+            for half, points in enumerate((server_points()[::2], server_points()[1::2]))
+        ),
         Scenario("kill -9 of the engine", kill_engine, 2),
         Scenario("kill -9 of the server", kill_server, 2),
         Scenario("kill at each point of an engine", at_points(engine_points(), FEW_ENGINE_PASSAGES), 1),

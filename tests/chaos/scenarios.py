@@ -10,8 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from tests.chaos.client import FINAL, Client, Outcome, Refused
-from tests.chaos.crowd import WAYS, Crowd
+from tests.chaos.client import FINAL, Client, Outcome, Refused, Way
+from tests.chaos.crowd import Crowd
 from tests.chaos.orders import long_order
 from tests.chaos.site import Missed, Site
 
@@ -22,6 +22,7 @@ SEEN_SECONDS = 8.0
 HANG_SECONDS = 45.0  # from SIGSTOP to a successor: 30 s without a sign of life, and some
 AGAIN = 0.2  # share of the kills that are followed by another before the work has recovered
 NUM_SAME = 50  # clients with one key
+SAME_WAYS = (Way.WAIT, Way.POLL, Way.WATCH)  # whose requests are the same
 PATIENCE_SECONDS = 300.0
 
 
@@ -130,7 +131,7 @@ async def _visit_together(site: Site, clients: Sequence[Client], number: int) ->
     """All clients ask for the same, while the server dies and comes back."""
     order = site.orders[number % len(site.orders)]
     visits = [
-        asyncio.create_task(client.make(order, f"same-{number}", WAYS[index % 3], PATIENCE_SECONDS))
+        asyncio.create_task(client.make(order, f"same-{number}", SAME_WAYS[index % 3], PATIENCE_SECONDS))
         for index, client in enumerate(clients)
     ]
     try:

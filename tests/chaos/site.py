@@ -50,6 +50,7 @@ class Site:
             "lease_seconds": LEASE_SECONDS,
             "grace_seconds": GRACE_SECONDS,
             "log_format": "json",
+            "outbound_allow": "127.0.0.1",  # where the clients' webhooks are
             **self.settings,
         }
         self.server = ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)

@@ -1,5 +1,6 @@
 """The client repeats what it must, resumes where it was, and believes no file that is not what was said."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -14,6 +15,7 @@ from PIL import Image
 from tests.chaos import client as module
 from tests.chaos.client import Client, Way
 from tests.chaos.orders import all_orders
+from tests.receiver import Receiver
 
 ORDER = all_orders()[0]
 Answer = Callable[[httpx2.Request], httpx2.Response]
@@ -146,3 +148,24 @@ async def test_all_jobs_are_read_page_by_page() -> None:
 async def test_patience_ends() -> None:
     client = Client("http://server.test", httpx2.MockTransport(lambda _: ok(job("running"))))
     assert (await client.make(ORDER, "t", Way.POLL, 0.02)).status == "unanswered"
+
+
+@pytest.mark.anyio
+async def test_who_waits_for_a_webhook_asks_nobody_meanwhile() -> None:
+    async with Receiver() as receiver:
+        asked: list[httpx2.Request] = []
+        waiting = [ok(job("queued"), 202), ok(in_base64())]
+
+        def reply(request: httpx2.Request) -> httpx2.Response:
+            asked.append(request)
+            return waiting.pop(0)
+
+        client = Client("http://server.test", httpx2.MockTransport(reply), receiver)
+        making = asyncio.create_task(client.make(ORDER, "t", Way.HOOK, 5))
+        async with httpx2.AsyncClient() as server:
+            await server.post(receiver.url, json={"data": job("succeeded") | {"id": "job_of_another"}})
+            await asyncio.sleep(0.01)
+            assert len(asked) == 1
+            assert json.loads(asked[0].content)["webhook"] == receiver.url
+            await server.post(receiver.url, json={"data": job("succeeded")})
+        assert (await making).digests == (PIXELS,)
