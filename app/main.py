@@ -35,6 +35,7 @@ from app.api.limits import RateLimit
 from app.api.tracing import Tracing, make_tracing
 from app.api.uploads import Uploads
 from app.api.webhooks import message_body
+from app.clock import SteadyClock
 from app.engine.contract import AnyRunner
 from app.engine.cost import CostModel
 from app.engine.protocol import Configure
@@ -75,6 +76,7 @@ class Parts:
     metrics: Metrics
     tracing: Tracing
     logger: Logger
+    clock: Callable[[], float]
     launch: Launch
 
 
@@ -139,14 +141,16 @@ def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
     for folder in (files, inputs):
         folder.mkdir(exist_ok=True, mode=0o700)
     logger = make_logger(settings)
+    clock = SteadyClock(time.time)
     return Parts(
         settings=settings,
-        images=ImageStore(files, settings.file_ttl),
-        inputs=InputStore(inputs, settings.max_pixels),
-        signer=Signer(load_secret(settings.data_dir / "secret"), settings.url_ttl),
+        images=ImageStore(files, settings.file_ttl, clock),
+        inputs=InputStore(inputs, settings.max_pixels, clock),
+        signer=Signer(load_secret(settings.data_dir / "secret"), settings.url_ttl, clock),
         metrics=Metrics(),
         tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
+        clock=clock,
         launch=ProcessLauncher(settings) if runner is None else ThreadLauncher(runner, logger),
     )
 
@@ -158,7 +162,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     stack.callback(parts.tracing.close)
     seat = take_seat(settings.data_dir, is_sole=settings.database_url is None)
     stack.callback(seat.leave)
-    store = await JobStore.open(settings.jobs_url, faults=faults)
+    store = await JobStore.open(settings.jobs_url, clock=parts.clock, faults=faults)
     stack.push_async_callback(store.close)
     encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
     reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader"))
@@ -173,6 +177,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         settings=settings,
         metrics=parts.metrics,
         logger=parts.logger,
+        clock=parts.clock,
         faults=faults,
     )
     await dispatcher.start()
@@ -196,10 +201,10 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         tracing=parts.tracing,
         logger=parts.logger,
         version=version(DISTRIBUTION),
-        clock=time.time,
+        clock=parts.clock,
     )
     tidying = asyncio.create_task(
-        keep_house(store, parts.images, parts.inputs, encoders, settings, parts.logger)
+        keep_house(store, parts.images, parts.inputs, encoders, settings, parts.logger, parts.clock)
     )
     stack.push_async_callback(_cancel, tidying)
     courier = Courier(
@@ -209,7 +214,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         post=outbound.post,
         metrics=parts.metrics,
         logger=parts.logger,
-        clock=services.clock,
+        clock=time.time,  # receivers compare it with their own
         faults=faults,
     )
     stack.push_async_callback(_cancel, asyncio.create_task(courier.run()))
@@ -266,8 +271,9 @@ async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
     logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
-    if not (settings.api_keys or settings.is_loopback):
-        logger.warning("no API key is set: everybody who can connect may ask for pictures")
+    if not settings.api_keys:
+        log = logger.info if settings.is_loopback else logger.warning
+        log("no API key is set: everybody who can connect may ask for pictures")
     if sys.stderr.isatty() and is_for_people(settings, sys.stderr):
         sys.stderr.write(f"{_example(url, has_keys=bool(settings.api_keys))}\n")
     on_ready()

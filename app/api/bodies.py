@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from app.api.mistakes import CODES, validated
 from app.api.sources import ControlBody, ImagePromptMember, Picture, Source, parse_source
+from app.api.values import present
 from app.errors import InvalidRequest, UnsupportedParameter
 from app.jobs.job import JobStatus, OnDisconnect, Webhook
 from app.schemas import (
@@ -339,8 +340,8 @@ def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: d
         raise UnsupportedParameter("background must be auto or opaque", param="background")
     given = {
         name: value
-        for name, value in members.items()
-        if value is not None and value != "" and name != "webhook" and (name, value) != ("seeds", [])
+        for name, value in present(members).items()
+        if value != "" and name != "webhook" and (name, value) != ("seeds", [])
     }
     if members.get("prompt") == "":
         given["prompt"] = ""
@@ -355,7 +356,7 @@ def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: d
 
 def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
     """Check the body of the native contract. None counts as absent."""
-    given = {name: value for name, value in members.items() if value is not None}
+    given = present(members)
     _allow_no_prompt(given)
     return validated(NativeImageBody, given, {})
 

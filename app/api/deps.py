@@ -188,6 +188,7 @@ async def bounded_stream(request: Request, limit_bytes: int) -> AsyncGenerator[b
         raise ClientGone("the caller left while sending the body") from None
 
 
+_ANYWHERE = re.compile(r"^(0\.0\.0\.0|\[::\])(?=$|:)")  # what a server binds to, not where it is
 _HOST = re.compile(r"[A-Za-z0-9.\-_]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 
 
@@ -202,7 +203,11 @@ def public_base(request: Request, settings: Settings) -> str:
         host = request.headers.get("x-forwarded-host", host).partition(",")[0].strip()
     if scheme not in ("http", "https") or not _HOST.fullmatch(host):
         raise InvalidRequest("the Host header is missing or malformed, so no URL can be given")
-    return f"{scheme}://{host}"
+    return f"{scheme}://{_ANYWHERE.sub(_here, host)}"
+
+
+def _here(anywhere: re.Match[str]) -> str:
+    return "[::1]" if ":" in anywhere[1] else "127.0.0.1"
 
 
 def _is_trusted(address: str, settings: Settings) -> bool:

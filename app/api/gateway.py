@@ -161,9 +161,12 @@ class Gateway:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id if it is usable, else a new one."""
-    given = headers.get("x-request-id") or headers.get("x-client-request-id") or ""
-    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    """The first usable one of the client's own, else a new one."""
+    for name in ("x-request-id", "x-client-request-id"):
+        given = headers.get(name, "")
+        if _REQUEST_ID.fullmatch(given):
+            return given
+    return f"req_{secrets.token_hex(12)}"
 
 
 def _route_path(scope: Scope) -> str:

@@ -1,6 +1,6 @@
 """JSON from outside as values: no more of them than a request needs, as each may be a mistake to be told."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import from_json
@@ -33,6 +33,21 @@ def require_few(members: dict[str, Any]) -> None:
             raise _too_many((), f"must have at most {MAX_VALUES} members, those of its members included")
         items = container.items() if isinstance(container, dict) else enumerate(container)
         places += (((*path, str(name)), value) for name, value in items if isinstance(value, dict | list))
+
+
+def present(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Those members that are not null, which counts as absent, in objects inside them too."""
+    return {name: _present(value) for name, value in members.items() if value is not None}
+
+
+def _present(value: Any) -> Any:
+    match value:
+        case dict():
+            return present(value)
+        case list():
+            return [_present(entry) for entry in value]
+        case _:
+            return value
 
 
 def printable(name: str) -> str:

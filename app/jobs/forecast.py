@@ -32,7 +32,8 @@ class Forecast:
     def progress(self, job: Job) -> Progress:
         """How far a job is, as far as it is known here."""
         if job.is_finished:
-            return Progress("done", 1, 1, 1.0, 0.0)
+            steps = job.request.decoder_num_inference_steps
+            return Progress("done", steps, steps, 1.0, 0.0)
         flight = self._fleet.flight(job.id)
         if flight is None:
             return self._events.progress(job.id) or Progress()

@@ -44,7 +44,8 @@ class ImageStore:
         """Keep `content` and return its name, 32 hexadecimal digits and `extension`. Raises StorageFull."""
         name = f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
         unfinished = self._folder / f"{name}{UNFINISHED}"
-        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture")
+        now = self._clock()
+        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
         return name
 
     def open(self, name: str) -> StoredImage:

@@ -93,7 +93,7 @@ class InputStore:
 
     def _write(self, path: Path, content: bytes) -> None:
         unfinished = path.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
-        write_whole(path, content, unfinished=unfinished, what=_WHAT)
+        write_whole(path, content, unfinished=unfinished, what=_WHAT, now=self._clock())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

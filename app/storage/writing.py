@@ -14,16 +14,18 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of folders, on some mounts of CIFS and FUSE
 
 
-def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str) -> None:
+def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now: float) -> None:
     """Write `path`, a new file, by way of `unfinished`, a new file beside it. If it fails, neither is left.
 
-    Raises StorageFull, which names `what`.
+    `now` is when it was written: the system's clock may be set at any time. Raises StorageFull, which names
+    `what`.
     """
     with _room_for(what):
         try:
             with unfinished.open("xb") as file:
                 file.write(content)
                 file.flush()
+                os.utime(file.fileno(), (now, now))
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError:

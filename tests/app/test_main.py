@@ -72,7 +72,7 @@ async def test_without_a_terminal_the_log_is_json_and_nothing_else(
 
 
 @pytest.mark.anyio
-async def test_only_beyond_this_machine_a_missing_key_is_worth_a_warning(
+async def test_a_missing_key_is_told_and_beyond_this_machine_it_is_worth_a_warning(
     tmp_path: Path, runner: FakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet = {"data_dir": tmp_path, "log_level": "warning"}
@@ -82,6 +82,12 @@ async def test_only_beyond_this_machine_a_missing_key_is_worth_a_warning(
     async with announced(FakeRunner(), **quiet):
         pass
     assert capsys.readouterr().err == ""
+    async with announced(FakeRunner(), data_dir=tmp_path):
+        pass
+    assert sum("no API key" in line["event"] for line in logged(capsys)) == 1
+    async with announced(FakeRunner(), data_dir=tmp_path, api_keys="x"):
+        pass
+    assert "no API key" not in capsys.readouterr().err
 
 
 @pytest.mark.anyio

@@ -122,6 +122,13 @@ def test_the_number_of_pictures_follows_the_seeds() -> None:
 def test_null_is_absent_and_what_is_empty_asks_for_nothing() -> None:
     body = parse_native({"prompt": "x", "seed": None, "loras": [], "image": None, "strength": None})
     assert body.seed is None
+    inside = {
+        "loras": [{"name": "a", "scale": None}],
+        "webhook": {"url": "https://x.example", "events": None},
+    }
+    for parse in (parse_native, parse_image_generation):
+        given = inside if parse is parse_native else {"loras": inside["loras"]}
+        assert parse({"prompt": "x", **given}).loras[0].scale == 1.0
     assert parse_image_generation({"prompt": "x", "seeds": [], "stream": "", "mask": ""}).seeds is None
 
 

@@ -39,7 +39,7 @@ async def test_a_waiting_caller_gets_the_ended_job(client: httpx2.AsyncClient) -
     assert job["created_at"] <= job["started_at"] <= job["completed_at"] < job["expires_at"]
     assert job["completed_at"].endswith("Z")
     assert job["progress"]["fraction"] == 1
-    assert job["progress"]["stage"] == "done"
+    assert job["progress"] == {"stage": "done", "fraction": 1.0, "step": 10, "steps": 10, "eta_seconds": 0}
     assert (job["queue_position"], job["error"], job["metadata"]) == (None, None, {"order": "A-99"})
     assert set(job["timings"]) == {"queued", "prior", "decoder", "encode"}
     for index, image in enumerate(job["images"]):

@@ -242,7 +242,16 @@ async def test_the_base_of_urls(serve: Serve) -> None:
         async with serve(**settings) as client:
             answer = await client.post(PATH, json=members, headers=forwarded)
             assert answer.json()["data"][0]["url"].startswith(expected)
+    hosts = {
+        "0.0.0.0": "127.0.0.1",
+        "0.0.0.0:8000": "127.0.0.1:8000",
+        "[::]:80": "[::1]:80",
+        "0.0.0.0.x": None,
+    }
     async with serve() as client:
+        for host, told in hosts.items():
+            answer = await client.post(PATH, json=members, headers={"host": host})
+            assert answer.json()["data"][0]["url"].startswith(f"http://{told or host}/files/")
         answer = await client.post(PATH, json=members, headers={"host": "evil.example/x?"})
         assert answer.status_code == 400
 

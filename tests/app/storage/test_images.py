@@ -100,6 +100,15 @@ def test_old_pictures_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {young, "not-ours.png"}
 
 
+@pytest.mark.parametrize("now", [1_000_000.0, 4_000_000_000.0])
+def test_the_age_of_a_picture_is_told_by_one_clock(tmp_path: Path, now: float) -> None:
+    """Whatever the system's clock says when the file is written."""
+    clock = iter([now, now + 99, now + 101])
+    store = ImageStore(tmp_path, ttl_seconds=100, clock=lambda: next(clock))
+    store.save(b"x", "png")
+    assert [store.sweep(), store.sweep()] == [0, 1]
+
+
 def test_a_picture_that_is_being_read_survives_its_removal(store: ImageStore, tmp_path: Path) -> None:
     name = store.save(b"content", "png")
     stored = store.open(name)

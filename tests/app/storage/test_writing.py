@@ -23,7 +23,7 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_retu
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
-    write_whole(path, b"content", unfinished=unfinished, what="it")
+    write_whole(path, b"content", unfinished=unfinished, what="it", now=1.0)
     assert synced == [(str(unfinished), False), (str(tmp_path), True)]
     assert (path.read_bytes(), unfinished.exists()) == (b"content", False)
 
@@ -36,7 +36,7 @@ def test_without_room_nothing_is_left_and_the_error_says_what_for(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageFull, match="no room to keep the cat"):
-        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="the cat")
+        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="the cat", now=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,7 +56,7 @@ def test_a_file_system_that_cannot_sync_folders_keeps_files_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     fail_on_folders(monkeypatch, code)
-    write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it")
+    write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it", now=1.0)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
 
 
@@ -66,5 +66,5 @@ def test_a_file_whose_name_is_not_on_the_disk_is_not_there_either(
 ) -> None:
     fail_on_folders(monkeypatch, code)
     with pytest.raises(error):
-        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it")
+        write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it", now=1.0)
     assert list(tmp_path.iterdir()) == []
