@@ -12,7 +12,7 @@ import pytest
 
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
-from tests.app.postgresql import postgresql  # noqa: F401  # a fixture
+from tests.postgresql import postgresql  # noqa: F401  # a fixture
 
 if TYPE_CHECKING:
     from app.api.deps import Services

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+import httpx2
+
 from tests.chaos.client import Client, Outcome, Way
 from tests.chaos.orders import Order
 from tests.receiver import Receiver
@@ -29,12 +31,13 @@ class Crowd:
         *,
         num_clients: int = NUM_CLIENTS,
         limit: int | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self.in_flight: set[str] = set()
         self.finished_at: list[float] = []
         self._receiver = Receiver()
-        self._client = Client(url, receiver=self._receiver)
+        self._client = Client(url, transport, self._receiver)
         self._name = name
         self._num_clients = num_clients
         self._orders = itertools.cycle(orders)

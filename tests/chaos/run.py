@@ -32,6 +32,7 @@ from tests.chaos.faults import (
     engine_points,
     server_points,
 )
+from tests.chaos.neighbours import kill_one, roll
 from tests.chaos.orders import NUM_ORDERS, NUM_QUICK_ORDERS, all_orders
 from tests.chaos.scenarios import hang, kill_engine, kill_server, poison, same_key
 from tests.chaos.site import Missed, Site
@@ -93,6 +94,8 @@ def full_scenarios() -> list[Scenario]:
         Scenario("one poisonous job among 50", poison(50), 1),
         Scenario("50 clients with one key, kill -9", same_key, 10),
         Scenario("SIGTERM under load", drain, 10),
+        Scenario("SIGTERM of two servers by turns", roll, 20),
+        Scenario("kill -9 of one of two servers", kill_one, 20),
         *(Scenario(f"kill at {point}", at_points([point], SERVER_PASSAGES), 20) for point in server_points()),
         *(Scenario(f"kill at {point}", at_points([point], ENGINE_PASSAGES), 20) for point in engine_points()),
     ]
@@ -113,6 +116,7 @@ def quick_scenarios() -> list[Scenario]:
         Scenario("one poisonous job among 16", poison(16), 1),
         Scenario("50 clients with one key, kill -9", same_key, 1),
         Scenario("SIGTERM under load", drain, 1),
+        Scenario("SIGTERM of two servers by turns", roll, 1),
     ]
 
 
@@ -200,7 +204,7 @@ async def undisturbed(folder: Path, settings: dict[str, Any], num_orders: int) -
         return references
     finally:
         await client.close()
-        site.server.end()
+        site.end()
 
 
 async def _endure(scenario: Scenario, site: Site, end: float) -> Row:
@@ -214,7 +218,7 @@ async def _endure(scenario: Scenario, site: Site, end: float) -> Row:
     except (Missed, ServerFailed) as error:
         miss = str(error)
     finally:
-        site.server.end()
+        site.end()
     notes = ", ".join(f"{what} {min(times):.1f}..{max(times):.1f} s" for what, times in site.notes.items())
     return Row(scenario, time.monotonic() - start, site.kills, found, notes, miss)
 

@@ -4,17 +4,20 @@ import asyncio
 import signal
 import time
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx2
 import psutil
 
 from tests.chaos.audit import Audit, References, audit
 from tests.chaos.client import FINAL, Client, Gone, Outcome
 from tests.chaos.crowd import NUM_CLIENTS, Crowd
 from tests.chaos.orders import Order, all_orders
+from tests.postgresql import NotInstalled, running_postgresql
 from tests.server_process import POLL_SECONDS, ServerProcess
 
 LEASE_SECONDS = 10
@@ -39,11 +42,17 @@ class Site:
     num_clients: int = NUM_CLIENTS
     server: ServerProcess = field(init=False)
     chance: Random = field(init=False)
+    others: list[ServerProcess] = field(default_factory=list)  # servers beside the first
+    belongings: ExitStack = field(default_factory=ExitStack)  # what ends with the site
     notes: dict[str, list[float]] = field(default_factory=dict)  # seconds of what, as the table shows them
     kills: int = 0
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
+        self.server = self._new_server()
+        self.chance = Random(self.name)  # reproducible
+
+    def _new_server(self) -> ServerProcess:
         chosen = {
             "cache_dir": self.folder.parent / "cache",
             "devices": "cpu",
@@ -53,17 +62,39 @@ class Site:
             "outbound_allow": "127.0.0.1",  # where the clients' webhooks are
             **self.settings,
         }
-        self.server = ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)
-        self.chance = Random(self.name)  # reproducible
+        return ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)
+
+    async def be_two(self) -> None:
+        """Have two servers, which share a PostgreSQL and a folder. Raises Missed where there is none."""
+        try:
+            url = await asyncio.to_thread(self.belongings.enter_context, running_postgresql())
+        except NotInstalled as error:
+            raise Missed(str(error)) from None
+        self.settings["database_url"] = url
+        self.server, other = self._new_server(), self._new_server()
+        self.others.append(other)
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for server in (self.server, *self.others):
+            server.end()
+        self.belongings.close()
 
     @property
     def orders(self) -> list[Order]:
         """What may be asked for: all that has a reference."""
         return [order for order in all_orders() if order.number in self.references]
 
-    def crowd(self, *, limit: int | None = None) -> Crowd:
-        """Clients of this server; give what they got to `judge`."""
-        return Crowd(self.server.url, self.orders, self.name, num_clients=self.num_clients, limit=limit)
+    def crowd(self, *, limit: int | None = None, transport: httpx2.AsyncBaseTransport | None = None) -> Crowd:
+        """Clients of this server, or of what `transport` leads to; give what they got to `judge`."""
+        return Crowd(
+            self.server.url,
+            self.orders,
+            self.name,
+            num_clients=self.num_clients,
+            limit=limit,
+            transport=transport,
+        )
 
     def note(self, what: str, seconds: float) -> None:
         """Remember how long something took."""
@@ -94,10 +125,11 @@ class Site:
         self.note(f"successor of {number.name}", now - start)
         return now
 
-    async def kill_server(self) -> None:
-        """`kill -9` of the server; its engines must follow by themselves."""
-        engines = self.server.engines()
-        self.server.kill()
+    async def kill_server(self, server: ServerProcess | None = None) -> None:
+        """`kill -9` of a server, the first if there are more; its engines must follow by themselves."""
+        server = server or self.server
+        engines = server.engines()
+        server.kill()
         self.kills += 1
         _, alive = await asyncio.to_thread(psutil.wait_procs, engines, timeout=ORPHAN_SECONDS)
         if alive:

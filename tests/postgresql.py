@@ -1,4 +1,4 @@
-"""A PostgreSQL of our own."""
+"""A PostgreSQL of our own, for tests and for those that kill servers."""
 
 import os
 import pwd
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,28 @@ import pytest
 NOBODY = "postgres", "nobody"
 
 
+class NotInstalled(Exception):
+    """There is no PostgreSQL on this machine."""
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of a database that lives as long as the session."""
+    try:
+        with running_postgresql() as url:
+            yield url
+    except NotInstalled as error:
+        if "CI" in os.environ:
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@contextmanager
+def running_postgresql() -> Iterator[str]:
+    """The URL of a database that is there inside. Raises NotInstalled."""
     programs = find_postgresql()
     if programs is None:
-        reason = "PostgreSQL is not installed: apt install postgresql"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        raise NotInstalled("PostgreSQL is not installed: apt install postgresql")
     with tempfile.TemporaryDirectory(prefix="postgresql-") as name:
         folder, identity = Path(name), give_away(Path(name))
 
