@@ -23,6 +23,7 @@ from app.settings import Settings
 DEFAULT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection: else they send into its end
 REST_SECONDS = 30.0  # for a body that nobody wants: most clients read an answer only when all is sent
+LAST_SECONDS = 0.3  # for requests that were on their way when the door was closed
 ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
 
 
@@ -118,11 +119,15 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the work, then the connections, then the app."""
         self._on_stopping()
+        self.server_state.default_headers.append((b"connection", b"close"))  # a later request could be lost
         services: Services = self.config.loaded_app.state.services
         services.uploads.close()
         self._draining = asyncio.create_task(services.dispatcher.drain(self._grace_seconds))
         with suppress(asyncio.CancelledError):
             await self._draining
         services.dispatcher.abandon()
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_SECONDS)
         self.force_exit = False  # or the app would not be told to end
         await super().shutdown(sockets)

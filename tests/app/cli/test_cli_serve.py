@@ -214,11 +214,30 @@ def test_what_is_in_work_is_finished_while_others_are_refused(tmp_path: Path) ->
         assert server.client.get("/readyz").status_code == 503
         refused = server.client.post(PATH, json={"prompt": "y"})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert refused.headers["connection"] == "close"
         assert server.client.get("/healthz").status_code == 200
         (tmp_path / "go").touch()
         assert working.result().status_code == 200
         status, log = server.wait()
     assert (status, "Traceback" in log) == (0, False)
+
+
+def test_a_request_that_is_on_its_way_when_the_door_closes_is_answered(tmp_path: Path) -> None:
+    with Held(tmp_path, grace_seconds=1) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as early:
+            server.process.terminate()
+            wait_until(lambda: not is_open(server.port))
+            early.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert early.recv(100).startswith(b"HTTP/1.1 200")
+        assert server.wait()[0] == 0
+
+
+def is_open(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port)):
+            return True
+    except ConnectionRefusedError:
+        return False
 
 
 def test_noise_on_the_line_is_one_line_of_json(tmp_path: Path) -> None:
@@ -243,4 +262,4 @@ def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.01)
