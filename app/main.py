@@ -123,6 +123,7 @@ def create_app(
         app.include_router(part.router)
     for part in (health, docs):
         app.include_router(part.router)
+    app.webhooks.include_router(webhooks.calls)
     install_handlers(app)
     describe(app, needs_key=bool(settings.api_keys))
     app.add_middleware(

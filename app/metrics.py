@@ -6,6 +6,7 @@ here alone.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -14,6 +15,8 @@ STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
+
+WebhookOutcome = Literal["delivered", "failed", "gone", "given_up"]
 
 MAX_SHAPES = 24  # more of them, which only odd sizes bring, share the label "other"
 
@@ -71,6 +74,8 @@ class Metrics:
         self.webhooks = Counter(
             "cascade_webhook_attempts", "Attempts to call webhooks", ["outcome"], registry=registry
         )
+        for outcome in get_args(WebhookOutcome):  # an alert sees the first one only beside a zero
+            self.webhooks.labels(outcome)
         self.pictures = Counter("cascade_pictures", "Pictures made", registry=registry)
         self.phase_seconds = Histogram(
             "cascade_job_phase_seconds",

@@ -1,14 +1,18 @@
 """Calls to addresses that callers chose: only public ones, unless the operator names them.
 
 A name is resolved once, and the connection goes to the very address that was looked at: a name that means
-something else a moment later leads nowhere. Redirects are not followed, and bodies of answers not read.
+something else a moment later leads nowhere. Redirects are not followed, and answers are bounded.
 """
 
 import asyncio
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpcore2
@@ -16,9 +20,13 @@ import httpcore2
 from app.settings import Network
 
 MAX_CONNECTIONS = 100
-MAX_IDLE_CONNECTIONS, IDLE_SECONDS = 10, 10.0
+MAX_BYTES = 64 * 1024  # of an answer: its head, and as much of its body as is read so that nobody is cut off
+CONNECT_SECONDS = 4.0  # for one of several addresses of a name
 
+T = TypeVar("T")
 Address = IPv4Address | IPv6Address
+
+_FAILURES = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError)
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
@@ -37,10 +45,14 @@ class Outbound:
 
     def __init__(self, allowed: Iterable[Network | str]) -> None:
         self._backend = _Guard(allowed)
-        self._pool = httpcore2.AsyncConnectionPool(
+
+    @cached_property
+    def _pool(self) -> httpcore2.AsyncConnectionPool:
+        """Made when it is needed: to read the certificates of this machine takes a while."""
+        return httpcore2.AsyncConnectionPool(
+            ssl_context=ssl.create_default_context(),
             max_connections=MAX_CONNECTIONS,
-            max_keepalive_connections=MAX_IDLE_CONNECTIONS,
-            keepalive_expiry=IDLE_SECONDS,
+            max_keepalive_connections=0,
             network_backend=self._backend,
         )
 
@@ -62,20 +74,27 @@ class Outbound:
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, *, seconds: float) -> int:
         """The status of the answer, which must come within `seconds`. Raises Unreachable."""
         lines = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+        status = 0
         try:
             async with (
                 asyncio.timeout(seconds),
                 self._pool.stream("POST", url, headers=lines, content=body) as answer,
             ):
-                return answer.status
+                status = answer.status
+                async for _ in answer.aiter_stream():
+                    pass
         except TimeoutError:
-            raise Unreachable(f"no answer in {seconds:g} s") from None
-        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
-            raise Unreachable(str(error) or type(error).__name__) from error
+            if not status:
+                raise Unreachable(f"no answer in {seconds:g} s") from None
+        except _FAILURES as error:
+            if not status:
+                raise Unreachable(str(error) or type(error).__name__) from error
+        return status
 
     async def close(self) -> None:
         """Hang up."""
-        await self._pool.aclose()
+        if "_pool" in self.__dict__:
+            await self._pool.aclose()
 
 
 class _Guard(httpcore2.AsyncNetworkBackend):
@@ -95,13 +114,15 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        last: httpcore2.ConnectError | None = None
-        for address in self.choose(host, await _resolve(host, port)):
+        addresses = self.choose(host, await _resolve(host, port))
+        last: httpcore2.ConnectError | httpcore2.ConnectTimeout | None = None
+        for number, address in enumerate(addresses, start=1):
+            patience = timeout if number == len(addresses) else CONNECT_SECONDS
             try:
-                return await self._inner.connect_tcp(
-                    str(address), port, timeout, local_address, socket_options
+                return _Bounded(
+                    await self._inner.connect_tcp(str(address), port, patience, local_address, socket_options)
                 )
-            except httpcore2.ConnectError as error:
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 last = error
         raise last or httpcore2.ConnectError("the name has no address")
 
@@ -118,14 +139,49 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         return chosen
 
     def _is_named(self, address: Address) -> bool:
-        return any(inner in network for network in self._networks for inner in _meanings(address))
+        return any(
+            address in network or all(meaning in network for meaning in _meanings(address))
+            for network in self._networks
+        )
+
+
+class _Bounded(httpcore2.AsyncNetworkStream):
+    """A connection that gives so many bytes and no more: some answers have no end, and heads neither."""
+
+    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self._num_left = MAX_BYTES
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        if not self._num_left:
+            raise httpcore2.ReadError(f"the answer has more than {MAX_BYTES} bytes")
+        content = await self._inner.read(min(max_bytes, self._num_left), timeout)
+        self._num_left -= len(content)
+        return content
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Bounded(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
 
 
 def is_public(address: Address) -> bool:
     """Whether an address leads to the internet, also where one of the other kind is wrapped in it."""
     return all(
         meaning.is_global
-        and not (meaning.is_multicast or meaning.is_reserved)
+        and not meaning.is_multicast
         and (isinstance(meaning, IPv4Address) or meaning in _GLOBAL_UNICAST)
         for meaning in _meanings(address)
     )
@@ -138,7 +194,6 @@ def _meanings(address: Address) -> list[Address]:
     wrapped: list[Address] = [
         inner for inner in (address.ipv4_mapped, address.sixtofour) if inner is not None
     ]
-    wrapped += address.teredo or ()
     if address in _NAT64:
         wrapped.append(IPv4Address(int(address) & 0xFFFF_FFFF))
     return wrapped or [address]
@@ -150,9 +205,37 @@ async def _resolve(host: str, port: int) -> list[Address]:
         return [ip_address(host)]
     except ValueError:
         pass
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await _in_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
         raise httpcore2.ConnectError(f"{host} cannot be found: {error}") from error
     return list(dict.fromkeys(ip_address(str(info[4][0]).partition("%")[0]) for info in found))
+
+
+async def _in_thread(look: Callable[[], T]) -> T:
+    """What `look` returns or raises, in a thread of its own, which nobody waits for in the end.
+
+    The system's resolver cannot be told to stop, and a few slow names would fill the threads that all share.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if found.done():  # nobody waits any more
+            return
+        if error is not None:
+            found.set_exception(error)
+        else:
+            found.set_result(cast(T, result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = look()
+        except Exception as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=run, name="resolver", daemon=True).start()
+    return await found

@@ -75,19 +75,25 @@ def job_urls(job_id: str, services: Services) -> JobUrls:
 
 
 async def view(
-    job: Job, services: Services, exchange: Exchange, base: str, *, as_base64: bool = False
+    job: Job,
+    services: Services,
+    exchange: Exchange,
+    base: str,
+    *,
+    as_base64: bool = False,
+    progress: Progress | None = None,
 ) -> JobView:
-    """The job as it stands, its pictures as URLs under `base` or in base64."""
+    """The job as it stands, its pictures as URLs under `base` or in base64; `progress` if not that of now."""
     images: list[ImageView]
     if as_base64:
         contents = await read_images(services, job.images)
         images = [image_view(image, content=c) for image, c in zip(job.images, contents, strict=True)]
     else:
         images = [image_view(image, url=file_url(image, services, base)) for image in job.images]
-    progress, position = await _standing(job, services)
+    now, position = await _standing(job, services)
     return job_view(
         job,
-        progress=progress,
+        progress=progress or now,
         position=position,
         images=images,
         urls=job_urls(job.id, services),

@@ -222,7 +222,9 @@ def _as_webhook(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
-WebhookMember = Annotated[WebhookBody, BeforeValidator(_as_webhook)]
+WebhookMember = Annotated[
+    WebhookBody, BeforeValidator(_as_webhook, json_schema_input_type=WebhookBody | HttpUrl)
+]
 
 
 class NativeImageBody(GenerationMembers):

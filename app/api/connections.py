@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.deps import Services
+from app.jobs import webhooks
 from app.jobs.fleet import LEAVE_SECONDS
 from app.settings import Settings
 
@@ -25,6 +26,7 @@ KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection
 REST_SECONDS = 30.0  # for a body that nobody wants: most clients read an answer only when all is sent
 LAST_SECONDS = 0.3  # for requests that were on their way when the door was closed
 ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
+AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_SECONDS  # of the grace, in all
 
 
 class HastyProtocol(H11Protocol):
@@ -106,7 +108,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, grace_seconds: float, on_stopping: Callable[[], None]) -> None:
         super().__init__(config)
-        self._grace_seconds = max(grace_seconds - ANSWER_SECONDS - LEAVE_SECONDS, 0.0)
+        self._grace_seconds = max(grace_seconds - AFTER_SECONDS, 0.0)
         self._on_stopping = on_stopping
         self._draining: asyncio.Task[None] | None = None
 

@@ -54,7 +54,7 @@ NEEDS_KEY: dict[str, Any] = {"security": [{name: []} for name in SECURITY_SCHEME
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 PICTURE_CONTENT = {"image/png": _BYTES, "image/jpeg": _BYTES, "image/webp": _BYTES}
-EVENTS_CONTENT = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS_CONTENT: dict[str, Any] = {"text/event-stream": {}}  # a schema would be that of one event
 
 _ANSWER_EXAMPLE = {
     "created": 1767607209,
@@ -407,7 +407,11 @@ def describe(app: FastAPI, *, needs_key: bool) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+                webhooks=app.webhooks.routes,
             )
             components = schema.setdefault("components", {})
             components["securitySchemes"] = SECURITY_SCHEMES
@@ -435,7 +439,7 @@ def _make_keys_optional(schema: dict[str, Any]) -> None:
 
 def _remove_framework_errors(schema: dict[str, Any]) -> None:
     """FastAPI lists its own 422 wherever there are parameters; here no such answer leaves the server."""
-    for path in schema["paths"].values():
+    for path in (*schema["paths"].values(), *schema["webhooks"].values()):
         for operation in path.values():
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]

@@ -99,6 +99,8 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
     if problem["type"] == "extra_forbidden":
         instead = _instead(name, kind) if len(names) == 1 else None
         return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"{name} must be an object"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message = message.replace("a valid tuple", "a list")
     message = re.sub(r"^(?:String|List|Tuple|Dictionary) should", "should", message)

@@ -1,8 +1,9 @@
 """Webhooks: whether a receiver may be called, what it is told, and the secret that signs it."""
 
 from datetime import UTC, datetime
+from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Header
 from pydantic import BaseModel, Field
 
 from app.api.answers import view
@@ -12,10 +13,11 @@ from app.api.description import NEEDS_KEY, problems
 from app.api.gateway import Exchange
 from app.api.views import JobView, Moment
 from app.errors import InvalidRequest
-from app.jobs.job import JobStatus, Webhook
+from app.jobs.job import JobStatus, Progress, Webhook
 from app.jobs.store import Delivery
 from app.outbound import NotAllowed
 
+calls = APIRouter(tags=["Webhooks"])  # what receivers are called with, for the description
 router = APIRouter(prefix="/api/v1/webhooks", tags=["Jobs"], dependencies=[Depends(authenticate)])
 
 _TYPES = {status: name for name, statuses in WEBHOOK_TYPES.items() for status in statuses}
@@ -49,6 +51,16 @@ async def get_signing_secret(services: TheServices, exchange: TheExchange) -> Si
     return SigningSecret(key=services.signer.webhook_secret(exchange.tenant))
 
 
+@calls.post("image.job", operation_id="receiveJob", summary="A job has got somewhere", status_code=204)
+async def receive_job(
+    message: WebhookMessage,
+    webhook_id: Annotated[str, Header(description="The same for every attempt")],
+    webhook_timestamp: Annotated[str, Header(description="Of this attempt, in seconds since 1970")],
+    webhook_signature: Annotated[str, Header(description="`v1,BASE64`, as Standard Webhooks has it")],
+) -> None:
+    """Any status from 200 to 299 will do. 410 ends further attempts, others are followed by another one."""
+
+
 def check_receiver(webhook: WebhookBody, services: Services) -> None:
     """Refuse a receiver that certainly would never be called."""
     try:
@@ -63,9 +75,10 @@ async def message_body(services: Services, delivery: Delivery, webhook: Webhook)
     has_started = delivery.status == JobStatus.RUNNING
     job = delivery.job.as_started() if has_started else delivery.job
     happened_at = job.started_at if has_started else job.completed_at
+    progress = Progress("prior", 0, job.request.prior_steps) if has_started else None
     message = WebhookMessage(
         type=_TYPES[delivery.status],
         timestamp=datetime.fromtimestamp(happened_at or job.created_at, UTC),
-        data=await view(job, services, Exchange(delivery.id), webhook.base),
+        data=await view(job, services, Exchange(delivery.id), webhook.base, progress=progress),
     )
     return message.model_dump_json().encode()

@@ -7,7 +7,7 @@ not taken when another has been begun.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, delete, select, update
+from sqlalchemy import Connection, bindparam, delete, select, tuple_, update
 
 from app.jobs import rows
 from app.jobs.job import Job, JobStatus
@@ -19,7 +19,11 @@ _IS_DUE = (deliveries.c.due_at <= bindparam("now")) | (deliveries.c.due_at > bin
 _ANY_DUE = select(deliveries.c.job_id).where(_IS_DUE).limit(1)
 _NEXT = (
     select(deliveries)
-    .where(_IS_DUE, deliveries.c.receiver.not_in(bindparam("without", expanding=True)))
+    .where(
+        _IS_DUE,
+        deliveries.c.tenant.not_in(bindparam("without_tenants", expanding=True)),
+        tuple_(deliveries.c.tenant, deliveries.c.receiver).not_in(bindparam("without", expanding=True)),
+    )
     .order_by(deliveries.c.due_at, deliveries.c.job_id)
     .limit(bindparam("most"))
     .with_for_update(skip_locked=True)
@@ -54,11 +58,20 @@ def any_due(connection: Connection, now: float) -> bool:
     return connection.execute(_ANY_DUE, {"now": now}).first() is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Whom to leave alone for now."""
+
+    tenants: Collection[str] = ()
+    receivers: Collection[tuple[str, str]] = ()  # of a tenant
+
+
 def claim(
-    connection: Connection, limit: int, without: Collection[str], now: float, hold_seconds: float
+    connection: Connection, limit: int, busy: Busy, now: float, hold_seconds: float
 ) -> Sequence[Delivery]:
-    """Begin up to `limit` attempts, at none of the receivers `without`; nobody else does for a while."""
-    found = connection.execute(_NEXT, {"now": now, "without": list(without), "most": limit}).all()
+    """Begin up to `limit` attempts for those who are not `busy`; nobody else does for a while."""
+    without = {"without_tenants": list(busy.tenants), "without": list(busy.receivers)}
+    found = connection.execute(_NEXT, {"now": now, "most": limit, **without}).all()
     if not found:
         return ()
     told = {job.id: job for job in rows.read(connection, _JOBS, {"ids": [row.job_id for row in found]})}

@@ -20,6 +20,8 @@ def locking(query: Select[Any]) -> Select[Any]:
     return query.with_for_update(of=jobs)
 
 
+AT_ONCE = 0.0  # whatever a clock says
+
 # Built once: to build a statement takes longer than SQLite needs to carry it out.
 _ADD_JOB = insert(jobs)
 _ADD_PICTURES = insert(pictures)
@@ -80,8 +82,9 @@ def put(connection: Connection, job: Job) -> Job:
     if job.is_finished:
         connection.execute(_FORGET_LATENTS, {"ended_id": job.id})
     if job.webhook is not None and job.is_news:
-        news = {"job_id": job.id, "status": job.status.value, "receiver": job.webhook.receiver}
-        connection.execute(_TELL, {**news, "attempts": 0, "due_at": job.completed_at or job.started_at})
+        news = {"job_id": job.id, "status": job.status.value}
+        whom = {"tenant": job.tenant, "receiver": job.webhook.receiver}
+        connection.execute(_TELL, {**news, **whom, "attempts": 0, "due_at": AT_ONCE})
     return job
 
 

@@ -18,11 +18,12 @@ from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Job, JobStatus, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
-from app.jobs.outbox import Delivery
+from app.jobs.outbox import Busy, Delivery
 from app.jobs.queue import IS_QUEUED, QueueCounts
 from app.jobs.tables import deliveries, inputs, jobs
 
 __all__ = [
+    "Busy",
     "Claim",
     "Delivery",
     "Idempotency",
@@ -31,6 +32,7 @@ __all__ = [
     "Submitted",
 ]  # all that others need of the database
 
+NOBODY = Busy()
 PRUNED_AT_ONCE = 200  # others write between two such transactions
 
 # Built once, like all that is asked often.
@@ -229,9 +231,9 @@ class JobStore:
         return await self._database.read(outbox.any_due, self._clock())
 
     async def claim_deliveries(
-        self, *, limit: int, hold_seconds: float, without: Collection[str] = ()
+        self, *, limit: int, hold_seconds: float, without: Busy = NOBODY
     ) -> Sequence[Delivery]:
-        """Begin up to `limit` attempts, at none of the receivers `without`.
+        """Begin up to `limit` attempts, none of them for those `without`.
 
         Those of which nothing is heard for `hold_seconds` are begun again, here or by another server.
         """

@@ -91,6 +91,7 @@ deliveries = Table(
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("status", Text, primary_key=True),  # which the job has reached
+    Column("tenant", Text, nullable=False),
     Column("receiver", Text, nullable=False),  # the host that is to be told
     Column("attempts", Integer, nullable=False),  # begun so far
     Column("due_at", Double, nullable=False),

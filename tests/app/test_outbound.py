@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import ssl
+import threading
 from ipaddress import ip_address
 from typing import Any
 
@@ -98,7 +100,7 @@ async def test_what_a_name_means_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
     private = socket.getaddrinfo("127.0.0.1", 80, type=socket.SOCK_STREAM)
     connected: list[Any] = []
 
-    async def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
+    def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
         nonlocal asked
         asked += 1
         return public if asked == 1 else private
@@ -107,7 +109,7 @@ async def test_what_a_name_means_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
         connected.append(host)
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(loop, "create_connection", create_connection)
     async with outbound("192.0.2.0/24") as out:
         with pytest.raises(Unreachable):
@@ -124,14 +126,14 @@ async def test_only_public_ones_of_several_addresses_are_called(monkeypatch: pyt
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 80)) for host in hosts]
     connected: list[Any] = []
 
-    async def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
+    def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
         return found
 
     async def create_connection(_: Any, host: str, port: int, **__: Any) -> Any:
         connected.append(host)
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(loop, "create_connection", create_connection)
     async with outbound() as out:
         with pytest.raises(Unreachable):
@@ -152,10 +154,30 @@ async def test_who_does_not_answer_is_not_waited_for() -> None:
             await out.post(receiver.url, {}, b"", seconds=0.05)
 
 
-async def test_an_endless_answer_is_not_read() -> None:
+async def test_of_an_endless_answer_little_is_read() -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-length: 100000000000\r\n\r\n"
     async with Receiver(lambda call: head + b"x" * 10_000_000) as receiver, outbound("127.0.0.1") as out:
         assert await out.post(receiver.url, {}, b"", seconds=SECONDS) == 200
+
+
+async def test_of_an_answer_that_comes_slowly_the_status_counts() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nx"
+    async with Receiver(lambda call: head) as receiver, outbound("127.0.0.1") as out:
+        assert await out.post(receiver.url, {}, b"", seconds=0.1) == 200
+
+
+async def test_a_short_answer_is_read_to_its_end() -> None:
+    """Who is cut off while answering may think that nobody has heard."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 30000\r\n\r\n"
+    async with Receiver(lambda call: head + b"x" * 30_000) as receiver, outbound("127.0.0.1") as out:
+        assert await out.post(receiver.url, {}, b"", seconds=SECONDS) == 200
+
+
+@pytest.mark.parametrize("flood", [b"HTTP/1.1 100 x\r\n\r\n", b"HTTP/1.1 200 x\r\n" + b"a: b\r\n" * 9])
+async def test_a_head_without_an_end_holds_nobody_up(flood: bytes) -> None:
+    async with Receiver(lambda call: flood * 100_000) as receiver, outbound("127.0.0.1") as out:
+        with pytest.raises(Unreachable):
+            await out.post(receiver.url, {}, b"", seconds=SECONDS)
 
 
 @pytest.mark.parametrize("noise", [b"220 mail.example ESMTP\r\n", b"\x00" * 200_000, b"HTTP/1.1 200"])
@@ -175,3 +197,64 @@ async def test_nobody_is_there() -> None:
             await out.post("http://nothing.invalid/", {}, b"", seconds=SECONDS)
         with pytest.raises(Unreachable):
             await out.post(url.replace("http:", "https:"), {}, b"", seconds=SECONDS)
+
+
+async def test_a_slow_name_takes_no_thread_that_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: slow.wait(10))
+    try:
+        async with outbound() as out:
+            calls = [out.post(f"http://{n}.example/", {}, b"", seconds=0.2) for n in range(50)]
+            waiting = asyncio.gather(*calls, return_exceptions=True)
+            async with asyncio.timeout(5):
+                assert await asyncio.to_thread(lambda: "free") == "free"
+            assert all(isinstance(error, Unreachable) for error in await waiting)
+    finally:
+        slow.set()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example"])
+async def test_names_that_cannot_be_one(host: str) -> None:
+    async with outbound() as out:
+        with pytest.raises(Unreachable):
+            await out.post(f"http://{host}/", {}, b"", seconds=SECONDS)
+
+
+async def test_the_next_address_of_a_name_is_tried_when_one_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
+    monkeypatch.setattr("app.outbound.CONNECT_SECONDS", 0.05)
+
+    async def create_connection(factory: Any, host: str, port: int, **options: Any) -> Any:
+        if host == "127.0.0.2":
+            await asyncio.sleep(60)
+        return await connect(factory, host, port, **options)
+
+    async with Receiver() as receiver, outbound("127.0.0.0/8") as out:
+        port = int(receiver.url.rpartition(":")[2])
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        monkeypatch.setattr(loop, "create_connection", create_connection)
+        assert await out.post(f"http://two.example:{port}/", {}, b"", seconds=SECONDS) == 204
+
+
+async def test_an_error_of_tls_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Receiver() as receiver, outbound("127.0.0.1") as out:
+
+        async def read(*_: Any, **__: Any) -> bytes:
+            raise ssl.SSLError("a certificate is required")
+
+        monkeypatch.setattr("app.outbound._Bounded.read", read)
+        with pytest.raises(Unreachable, match="certificate"):
+            await out.post(receiver.url, {}, b"", seconds=SECONDS)
+
+
+async def test_networks_of_wrapped_addresses() -> None:
+    async with outbound("64:ff9b::/96") as out:
+        out.require_allowed("http://[64:ff9b::7f00:1]/")
+        with pytest.raises(NotAllowed):
+            out.require_allowed("http://127.0.0.1/")

@@ -70,6 +70,8 @@ def test_no_prompt_is_needed_for_a_picture_that_is_kept(strength: object) -> Non
         ({"webhook": "x.example"}, "/webhook/url", "invalid_value"),
         ({"webhook": {"url": "ftp://x.example"}}, "/webhook/url", "invalid_value"),
         ({"webhook": {"url": "https://me:secret@x.example"}}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "https://:secret@x.example"}}, "/webhook/url", "invalid_value"),
+        ({"webhook": {"url": "https://me@x.example"}}, "/webhook/url", "invalid_value"),
         ({"webhook": {"url": "https://x.example/" + "x" * 2100}}, "/webhook/url", "invalid_value"),
         ({"webhook": {"url": "https://x.example", "events": []}}, "/webhook/events", "invalid_value"),
         ({"webhook": {"url": "https://x.example", "events": ["end"]}}, "/webhook/events/0", "invalid_value"),

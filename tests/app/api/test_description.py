@@ -1,5 +1,6 @@
 """`/openapi.json`: complete enough that a client can be generated from it."""
 
+import re
 from typing import Any
 
 import httpx2
@@ -57,6 +58,27 @@ async def test_keys_are_needed_where_there_are_any(serve: Serve) -> None:
     schemes = description["components"]["securitySchemes"]
     operation = description["paths"]["/v1/images/generations"]["post"]
     assert operation["security"] == [{name: []} for name in schemes]
+
+
+async def test_webhooks_are_described_as_they_are_sent(description: dict[str, Any]) -> None:
+    operation = description["webhooks"]["image.job"]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/WebhookMessage"}
+    assert {header["name"] for header in operation["parameters"]} == {
+        "webhook-id",
+        "webhook-timestamp",
+        "webhook-signature",
+    }
+    given = description["paths"]["/api/v1/images"]["post"]["requestBody"]["content"]["application/json"]
+    whole, bare, absent = given["schema"]["properties"]["webhook"]["anyOf"]
+    assert whole == {"$ref": "#/components/schemas/WebhookBody"}
+    assert (bare["format"], absent) == ("uri", {"type": "null"})
+
+
+async def test_every_reference_leads_somewhere(description: dict[str, Any]) -> None:
+    found = set(re.findall(r"#/components/schemas/([^'\"]+)", str(description)))
+    assert found <= description["components"]["schemas"].keys()
+    assert "WebhookMessage" in found
 
 
 async def test_no_default_is_an_object(description: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from standardwebhooks.webhooks import Webhook as Signature
 
 from app.errors import GenerationFailed
-from tests.app.api.sse import told
+from tests.app.api.sse import Watcher, told
 from tests.app.conftest import Serve
 from tests.app.fakes import FakeRunner, closed, until
 from tests.receiver import Call, Receiver
@@ -81,6 +81,7 @@ async def test_start_and_end_if_both_are_asked_for(client: httpx2.AsyncClient, r
     assert started["data"]["status"] == "running"
     assert started["timestamp"] == started["data"]["started_at"]
     assert (started["data"]["completed_at"], started["data"]["images"]) == (None, [])
+    assert (started["data"]["progress"]["stage"], started["data"]["progress"]["fraction"]) == ("prior", 0)
     assert len({call.headers["webhook-id"] for call in receiver.calls}) == 2
 
 
@@ -130,6 +131,19 @@ async def test_a_stream_tells_the_webhook_too_and_its_work_goes_on(
     assert answer.status_code == 200
     assert told(answer.text)[-1].event == "job.succeeded"
     await calls(receiver, 1)
+
+
+async def test_who_leaves_a_stream_leaves_the_work_to_the_webhook(
+    client: httpx2.AsyncClient, receiver: Receiver, runner: FakeRunner
+) -> None:
+    watcher = Watcher(client)
+    with closed(runner.gate):
+        body = {"prompt": "x", "webhook": receiver.url}
+        headers = {"accept": "text/event-stream"}
+        async with watcher.watching("POST", IMAGES, body, headers):
+            await watcher.until("job.progress")
+    [call] = await calls(receiver, 1)
+    assert call.message["type"] == "image.job.succeeded"
 
 
 async def test_who_waits_a_while_gets_the_job(client: httpx2.AsyncClient, receiver: Receiver) -> None:

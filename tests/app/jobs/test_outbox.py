@@ -1,14 +1,16 @@
 """What webhooks are to be told: written with what it tells of, and there until it was taken."""
 
 import asyncio
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from app.jobs.job import Failure, Job, JobStatus, Webhook
+from app.jobs.database import Database
+from app.jobs.faults import NO_FAULTS
+from app.jobs.job import Failure, Job, JobStatus, Timings, Webhook
 from app.jobs.outbox import LONGEST_PAUSE
-from app.jobs.store import Delivery, JobStore
+from app.jobs.store import NOBODY, Busy, Delivery, JobStore
 from tests.app.jobs.stores import LEASE_SECONDS, Clock, add, add_running, claim, new_image, new_job, stored
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +27,7 @@ def hooked(*statuses: JobStatus, host: str = "one.example", **fields: Any) -> Jo
     return new_job(webhook=hook(*statuses, host=host), **fields)
 
 
-async def due(store: JobStore, limit: int = 100, without: Sequence[str] = ()) -> list[Delivery]:
+async def due(store: JobStore, limit: int = 100, without: Busy = NOBODY) -> list[Delivery]:
     return list(await store.claim_deliveries(limit=limit, hold_seconds=HOLD_SECONDS, without=without))
 
 
@@ -33,6 +35,11 @@ async def waits(store: JobStore, clock: Clock) -> list[tuple[str, JobStatus]]:
     """All that is to be told, sooner or later."""
     clock.let_pass(LONGEST_PAUSE)
     return [(delivery.job.id, delivery.status) for delivery in await due(store)]
+
+
+async def end(store: JobStore, clock: Clock, job_id: str) -> None:
+    running = await add_running(store, webhook=hook(), id=job_id)
+    await store.move(running, running.canceled(clock.now))
 
 
 async def test_a_webhook_is_kept_with_its_job(store: JobStore) -> None:
@@ -103,9 +110,15 @@ async def test_the_start_is_told_once_though_a_job_begins_again(store: JobStore,
 
 
 async def test_how_a_job_was_when_it_started() -> None:
-    job = hooked(JobStatus.RUNNING).claimed("one", 1_700_000_001.0, LEASE_SECONDS)
-    assert job.failed(Failure(500, "x", "y"), 1_700_000_002.0).as_started().status == JobStatus.RUNNING
-    assert job.canceled(1_700_000_002.0).as_started().completed_at is None
+    started = hooked(JobStatus.RUNNING).claimed("one", 1_700_000_001.0, LEASE_SECONDS)
+    was = replace(started, worker=None, lease_until=None)
+    drawn = replace(started, images=(new_image(),))
+    for ended in (
+        started.failed(Failure(500, "x", "y"), 1_700_000_002.0),
+        started.canceled(1_700_000_002.0),
+        drawn.succeeded(1_700_000_002.0, Timings(queued=1.0, prior=2.0, decoder=3.0, encode=4.0)),
+    ):
+        assert ended.as_started() == was
 
 
 async def test_an_attempt_is_nobody_elses_for_a_while(store: JobStore, clock: Clock) -> None:
@@ -118,6 +131,30 @@ async def test_an_attempt_is_nobody_elses_for_a_while(store: JobStore, clock: Cl
     clock.let_pass(1)
     [second] = await due(store)
     assert second.attempt == 2
+
+
+async def test_servers_that_look_at_once_begin_nothing_twice(
+    database_url: str, store: JobStore, clock: Clock
+) -> None:
+    """Each locks what it takes, and takes what nobody has locked."""
+    for number in range(40):
+        await end(store, clock, f"job_{number}")
+    others = [
+        JobStore(await Database.open(database_url, NO_FAULTS), clock.wall, clock.steady, NO_FAULTS)
+        for _ in range(3)
+    ]
+
+    async def take_all(one: JobStore) -> list[str]:
+        taken = []
+        while found := await due(one, 3):
+            taken += [delivery.id for delivery in found]
+        return taken
+
+    taken = await asyncio.gather(*(take_all(one) for one in others * 2))
+    for other in others:
+        await other.close()
+    ids = [message for some in taken for message in some]
+    assert (len(ids), len(set(ids))) == (40, 40)
 
 
 async def test_outcomes(store: JobStore, clock: Clock) -> None:
@@ -142,14 +179,35 @@ async def test_busy_receivers_are_left_alone(store: JobStore, clock: Clock) -> N
         running = await add_running(store, webhook=hook(host=host))
         await store.move(running, running.canceled(clock.now))
         clock.let_pass(1)
-    assert [d.job.webhook.receiver for d in await due(store, 1) if d.job.webhook] == ["one.example"]
-    [other] = await due(store, without=["one.example"])
+    busy = Busy(receivers=[("ann", "one.example"), ("bob", "two.example")])
+    [other] = await due(store, without=busy)
     assert other.job.webhook is not None
     assert other.job.webhook.receiver == "two.example"
-    assert len(await due(store)) == 1
+    assert await due(store, without=Busy(tenants=["bob", "ann"])) == []
+    assert len(await due(store, without=Busy(tenants=["bob"], receivers=[("bob", "one.example")]))) == 2
 
 
-@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+async def test_who_has_waited_longest_is_told_first(store: JobStore, clock: Clock) -> None:
+    for number in range(3):
+        running = await add_running(store, webhook=hook(), id=f"job_{number}")
+        await store.move(running, running.canceled(clock.now))
+    for delivery, pause in zip(await due(store), (30.0, 10.0, 20.0), strict=True):
+        await store.settle_delivery(delivery, again_after=pause)
+    clock.let_pass(40)
+    told = [(await due(store, 1))[0] for _ in range(3)]
+    assert [delivery.job.id for delivery in told] == ["job_1", "job_2", "job_0"]
+
+
+async def test_two_messages_of_a_job_do_not_meet(store: JobStore, clock: Clock) -> None:
+    running = await add_running(store, webhook=hook(JobStatus.RUNNING, JobStatus.CANCELED))
+    await store.move(running, running.canceled(clock.now))
+    started, ended = sorted(await due(store), key=lambda delivery: delivery.status, reverse=True)
+    assert (started.status, ended.status) == (JobStatus.RUNNING, JobStatus.CANCELED)
+    await store.settle_delivery(started, again_after=None)
+    assert await waits(store, clock) == [(running.id, JobStatus.CANCELED)]
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, -600.0, 86_400.0])
 async def test_no_jump_of_the_clock_makes_a_receiver_wait(store: JobStore, clock: Clock, jump: float) -> None:
     running = await add_running(store, webhook=hook())
     await store.move(running, running.canceled(clock.now))

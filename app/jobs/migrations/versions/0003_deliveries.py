@@ -14,6 +14,7 @@ def upgrade() -> None:
         "deliveries",
         sa.Column("job_id", sa.Text, nullable=False),
         sa.Column("status", sa.Text, nullable=False),
+        sa.Column("tenant", sa.Text, nullable=False),
         sa.Column("receiver", sa.Text, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("due_at", sa.Double, nullable=False),
