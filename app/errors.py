@@ -21,7 +21,7 @@ AppError
 ├── DamagedFile             500  what is on the disk is not what was written
 ├── Overloaded              503  ModelLoading, ShuttingDown
 ├── TimedOut                504
-├── StorageFull             507
+├── StorageFull             507  a matter of time, so it says when to try again
 └── JobFailed               what was stored of an error that ended a job
 
 Not for callers: QueueFull, which says how many wait; whoever knows prices makes Overloaded of it;
@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 RESTART_SECONDS = 5
+ROOM_SECONDS = 30  # in which somebody may have made room on a disk
 DO_NOT_REPEAT = {"x-should-retry": "false"}  # the OpenAI SDKs repeat every 5xx unless told this
 
 
@@ -294,13 +295,13 @@ class TimedOut(AppError):
 
 
 class StorageFull(AppError):
-    """No room to keep the picture."""
+    """No room to keep what came or was made. Nothing was accepted, or what was is not lost."""
 
     status = 507
     code = "insufficient_storage"
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, headers=DO_NOT_REPEAT)
+        super().__init__(message, headers={"Retry-After": str(ROOM_SECONDS)})
 
 
 class JobFailed(AppError):

@@ -19,6 +19,7 @@ from app.api.deps import TheServices, bounded_stream, read_json_object, refuse_c
 from app.api.sources import Source
 from app.api.values import LONG_BYTES, parse_json, require_few
 from app.errors import InvalidRequest, UnsupportedMediaType
+from app.storage.writing import room_for
 
 MAX_FILES = 32
 MAX_FIELDS = 200
@@ -72,12 +73,16 @@ def _refuse_other_charsets(request: Request) -> None:
 async def parse_form(
     request: Request, stream: AsyncGenerator[bytes, None], max_field_bytes: int
 ) -> tuple[Texts, Files]:
-    """The parts of a body that is read from `stream`, by their names. Raises InvalidRequest."""
+    """The parts of a body that is read from `stream`, by their names.
+
+    Raises InvalidRequest, and StorageFull.
+    """
     parser = _FormParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_field_bytes
     )
     try:
-        form = await parser.parse()
+        with room_for("the files of the form"):  # long ones pass through the folder of temporary files
+            form = await parser.parse()
     except (MultiPartException, ValueError) as error:  # the second is what its parser raises
         raise InvalidRequest(f"the body is not valid multipart/form-data: {error}") from None
     texts: Texts = {}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from app.errors import DamagedFile, NotFound
 from app.storage.decoding import decode_picture
-from app.storage.writing import UNFINISHED, keep_name, write_whole
+from app.storage.writing import UNFINISHED, keep_name, room_for, write_whole
 
 GRACE_SECONDS = 600.0  # from a file to the commit of its job, at the very most
 
@@ -47,7 +47,7 @@ class InputStore:
     def save(self, content: bytes) -> str:
         """Keep a file, and return its name. Raises StorageFull."""
         name = self.name(content)
-        with self._locked():
+        with room_for(_WHAT), self._locked():
             path = self._folder / name
             if path.exists():
                 os.utime(path, (self._clock(), self._clock()))  # whoever sweeps sees that it is wanted again

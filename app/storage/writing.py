@@ -1,16 +1,17 @@
-"""Files that appear whole or not at all, and are on the disk when they do."""
+"""Files that appear whole or not at all, and are on the disk when they do; and how much room there is."""
 
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import StorageFull
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNFINISHED = ".partial"  # ends the name of a file that is being written, or was when something crashed
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of folders, on some mounts of CIFS and FUSE
 
 
@@ -20,7 +21,7 @@ def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now:
     `now` is when it was written: the system's clock may be set at any time. Raises StorageFull, which names
     `what`.
     """
-    with _room_for(what):
+    with room_for(what):
         try:
             with unfinished.open("xb") as file:
                 file.write(content)
@@ -40,19 +41,37 @@ def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now:
 
 def keep_name(path: Path, *, what: str) -> None:
     """The name of a file that somebody else wrote is on the disk, too. Raises StorageFull, as above."""
-    with _room_for(what):
+    with room_for(what):
         _sync_folder(path.parent)
 
 
 @contextmanager
-def _room_for(what: str) -> Iterator[None]:
+def room_for(what: str) -> Iterator[None]:
+    """What goes wrong inside for want of room is a StorageFull that names `what`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             message = f"there is no room to keep {what}; the operator has to make some"
             raise StorageFull(message) from error
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Of a disk, in bytes."""
+
+    free: int
+    total: int
+
+
+def space_of(folder: Path) -> Space | None:
+    """What this process may still write there; None where the file system does not tell."""
+    try:
+        told = os.statvfs(folder)
+    except OSError:
+        return None
+    return Space(told.f_bavail * told.f_frsize, told.f_blocks * told.f_frsize) if told.f_blocks else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -69,6 +69,17 @@ def test_a_full_disk_leaves_nothing_half(
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
 
+def test_a_folder_without_room_for_its_lock_is_full(
+    store: InputStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StorageFull, match="the picture that came"):
+        store.save(b"a picture")
+
+
 def test_a_picture_that_is_there_already_has_its_name_on_the_disk(
     store: InputStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from app.errors import StorageFull
-from app.storage.writing import write_whole
+from app.storage.writing import space_of, write_whole
 
 
 def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
@@ -68,3 +69,16 @@ def test_a_file_whose_name_is_not_on_the_disk_is_not_there_either(
     with pytest.raises(error):
         write_whole(tmp_path / "a", b"content", unfinished=tmp_path / "a.partial", what="it", now=1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_space_of_a_disk_is_told_where_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, usage = space_of(tmp_path), shutil.disk_usage(tmp_path)
+    assert space is not None
+    assert space.total == usage.total
+    assert abs(space.free - usage.free) < 2**30
+    assert space_of(tmp_path / "nowhere") is None
+    silent = os.statvfs_result((4096, 4096, *[0] * 8))  # as some network file systems are
+    monkeypatch.setattr(os, "statvfs", lambda _: silent)
+    assert space_of(tmp_path) is None
