@@ -4,9 +4,9 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,7 +39,7 @@ from app.clock import SteadyClock
 from app.engine.contract import AnyRunner
 from app.engine.cost import CostModel
 from app.engine.protocol import Configure
-from app.errors import ModelUnusable, Overloaded, SettingsError
+from app.errors import ModelUnusable, Overloaded, SettingsError, StorageFull
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.faults import Faults
 from app.jobs.housekeeping import keep_house
@@ -56,6 +56,7 @@ from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 from app.storage.loras import InstalledLoRAs
 from app.storage.signing import Signer, load_secret
+from app.storage.writing import room_for
 
 DISTRIBUTION = "stable-cascade-server"
 NUM_ENCODERS = 2
@@ -90,16 +91,19 @@ def create_app(
     """A server of its own, that shares nothing with another one in the same process.
 
     `runner` replaces the real model, in a thread of this process. `on_ready` is called when requests can be
-    served, `on_unusable` with the reason why they never will be, be it the database or the model.
+    served, `on_unusable` with the reason why they never will be, be it the database or the model. Raises
+    SettingsError when there is no room for what a server has to write.
     """
     settings = settings or load_settings()
-    parts = _build_parts(settings, runner)
+    with _room_to_start(settings.data_dir):
+        parts = _build_parts(settings, runner)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                services = await _start(parts, stack)
+                with _room_to_start(settings.data_dir):
+                    services = await _start(parts, stack)
             except SettingsError as error:
                 on_unusable(error)
                 raise
@@ -134,6 +138,16 @@ def create_app(
         logger=parts.logger,
     )
     return app
+
+
+@contextmanager
+def _room_to_start(folder: Path) -> Iterator[None]:
+    """What cannot be written at the start for want of room is the operator's."""
+    try:
+        with room_for("what a server needs"):
+            yield
+    except StorageFull as error:
+        raise SettingsError(f"there is no space left in {folder}; make some, and start again") from error
 
 
 def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:

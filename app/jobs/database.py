@@ -23,9 +23,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from app.errors import SettingsError, StorageFull
 from app.jobs.faults import Faults
 from app.jobs.migrations import migrate
+from app.storage.writing import space_of
 
 BUSY_SECONDS = 30  # others hold the lock of SQLite as servers on the same file, or as tools of the operator
 LOCKED_PAUSE = 0.01
+START_BYTES = 2**18  # with less, SQLite may not be able to open a database, be it an old one
 CONNECT_SECONDS = 10
 NUM_READERS = 2  # of SQLite
 NUM_CONNECTIONS = 8  # to PostgreSQL
@@ -72,7 +74,9 @@ class Database:
             await database._writer.run(_prepare)
         except (DBAPIError, OSError, CommandError) as error:
             await database.close()
-            reason = error.orig if isinstance(error, DBAPIError) else error
+            reason: object = error.orig if isinstance(error, DBAPIError) else error
+            if is_sqlite and _lacks_space(target):  # SQLite says "disk I/O error" of some of its files
+                reason = f"there is no space left in {_path(target).parent} ({reason})"
             raise SettingsError(f"the database {target!r} cannot be used: {reason}") from error
         return database
 
@@ -117,7 +121,8 @@ def _known_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         if _is_full(error):
-            raise StorageFull("there is no room to keep the job; try again later") from error
+            message = "there is no room in the database of the jobs; the operator has to make some"
+            raise StorageFull(message) from error
         if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
             raise DatabaseAway(f"the database does not answer: {error.orig}") from error
         raise
@@ -252,9 +257,18 @@ def _note_writing(engine: Engine) -> None:
             connection.info[_HAS_WRITTEN] = True
 
 
+def _path(target: URL) -> Path:
+    return Path(target.database or "")
+
+
+def _lacks_space(target: URL) -> bool:
+    space = space_of(_path(target).parent)
+    return space is not None and space.free < START_BYTES
+
+
 def _make_file(target: URL) -> None:
     """Prompts are nobody else's business."""
-    path = Path(target.database or "")
+    path = _path(target)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.touch(mode=0o600)
 

@@ -1,7 +1,9 @@
 """How a server is put together: what it says at the start, what it cleans up, what it does not load."""
 
 import asyncio
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from app.errors import SettingsError
+from app.errors import SettingsError, StorageFull
+from app.jobs.store import JobStore
 from app.main import create_app
 from app.settings import Settings
 from tests.app.conftest import Serve, inside
@@ -129,6 +132,33 @@ async def test_two_servers_do_not_share_a_folder_of_jobs(tmp_path: Path, runner:
         with pytest.raises(SettingsError, match="another server works in"):
             async with announced(FakeRunner(), data_dir=tmp_path):
                 pass
+
+
+def test_a_folder_without_space_is_named_at_the_start(
+    tmp_path: Path, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SettingsError, match=f"^there is no space left in {tmp_path}; make some"):
+        create_app(Settings(data_dir=tmp_path), runner=runner)
+
+
+@pytest.mark.anyio
+async def test_a_database_without_room_at_the_start_is_told_to_the_program(
+    tmp_path: Path, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object, **__: object) -> None:
+        raise StorageFull("no room")
+
+    monkeypatch.setattr(JobStore, "release", full)
+    told = Announced()
+    app = create_app(Settings(data_dir=tmp_path), runner=runner, on_unusable=told.unusable)
+    with pytest.raises(SettingsError):
+        async with app.router.lifespan_context(app):
+            pass
+    assert told.reasons == [f"there is no space left in {tmp_path}; make some, and start again"]
 
 
 @pytest.mark.anyio
