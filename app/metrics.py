@@ -71,6 +71,9 @@ class Metrics:
         )
         self.jobs = Counter("cascade_jobs", "Jobs ended", ["outcome", "reason"], registry=registry)
         self.refused = Counter("cascade_jobs_refused", "Jobs not accepted", ["code"], registry=registry)
+        self.out_of_room = Gauge(
+            "cascade_out_of_room", "1 while there is no room to keep more jobs", registry=registry
+        )
         self.webhooks = Counter(
             "cascade_webhook_attempts", "Attempts to call webhooks", ["outcome"], registry=registry
         )

@@ -41,7 +41,7 @@ MEANINGS = {
     500: "The picture could not be made; asking again would not help",
     503: "The queue is full or the model is not loaded yet; see `Retry-After`",
     504: "The picture took too long",
-    507: "There is no room to keep the picture",
+    507: "There is no room on the disk; see `Retry-After`. A job that `X-Job-Id` names goes on when there is",
 }
 
 SECURITY_SCHEMES = {

@@ -24,6 +24,7 @@ from app.errors import (
     InvalidRequest,
     JobFailed,
     ModelNotFound,
+    StorageFull,
     TimedOut,
     UnsupportedParameter,
 )
@@ -229,13 +230,15 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
     await order.received.keep(services)
     submitted = await services.dispatcher.submit(job, order.idempotency)
     exchange.facts["job"] = submitted.job.id
+    exchange.headers["X-Job-Id"] = submitted.job.id  # of errors, too: it may be asked for later
     return submitted
 
 
 async def wait_for_end(request: Request, services: Services, job: Job, preference: Preference) -> Job | None:
     """The ended job; None when it goes on and its caller does not want to wait any more.
 
-    Raises ClientGone when the caller leaves, TimedOut when the server's own patience is over.
+    Raises ClientGone when the caller leaves, TimedOut when the server's own patience is over, and StorageFull
+    when the job cannot go on before there is room.
     """
     dispatcher, most = services.dispatcher, services.settings.sync_timeout
     if preference.may_outlive_the_call and not preference.patience_seconds:
@@ -249,6 +252,8 @@ async def wait_for_end(request: Request, services: Services, job: Job, preferenc
             either: set[asyncio.Future[Any]] = {ended, gone}
             await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
+                if preference.may_outlive_the_call and isinstance(ended.exception(), StorageFull):
+                    return None
                 services.tracing.ended(ended.result())
                 return ended.result()
             if gone.done():

@@ -4,7 +4,8 @@ from fastapi import APIRouter, Depends, Response
 
 from app.api.deps import TheServices, authenticate
 from app.api.description import NEEDS_KEY, problems
-from app.errors import Overloaded
+from app.errors import ROOM_SECONDS, Overloaded
+from app.jobs.room import NO_ROOM
 
 router = APIRouter(tags=["Health"])
 
@@ -33,7 +34,7 @@ async def healthz() -> dict[str, str]:
 )
 @router.head("/readyz", include_in_schema=False)
 async def readyz(services: TheServices) -> dict[str, str]:
-    """200 when the model is loaded, the queue has room and the database answers.
+    """200 when the model is loaded, queue and disk have room and the database answers.
 
     Else 503 with `Retry-After`.
     """
@@ -43,6 +44,8 @@ async def readyz(services: TheServices) -> dict[str, str]:
         raise Overloaded(
             "no request can be accepted now", retry_after_seconds=dispatcher.retry_after_seconds()
         )
+    if not dispatcher.has_room:
+        raise Overloaded(NO_ROOM, retry_after_seconds=ROOM_SECONDS)
     return {
         "status": "ready",
         "model": services.settings.model_name,

@@ -16,7 +16,7 @@ from app.api.failures import openai_error
 from app.api.generation import outcome_error, read_images
 from app.api.streams import sse
 from app.api.views import size_text
-from app.errors import AppError, ShuttingDown
+from app.errors import AppError, ShuttingDown, StorageFull
 from app.jobs.events import News, Preview
 from app.jobs.job import Job, Progress, StoredImage
 from app.schemas import GenerationRequest
@@ -49,16 +49,21 @@ class ImageStream:
     async def events(self, job: Job) -> AsyncGenerator[bytes, None]:
         """Everything up to the last picture, or to the error."""
         ended = job if job.is_finished else None
+        reason: AppError = ShuttingDown()
         if ended is None:
-            async with aclosing(self.services.dispatcher.follow(job.id)) as news:
-                async for event in news:
-                    for told in await self._news(job, event.news):
-                        yield told
+            follow = self.services.dispatcher.follow
+            try:
+                async with aclosing(follow(job.id, is_patient=False)) as news:
+                    async for event in news:
+                        for told in await self._news(job, event.news):
+                            yield told
+            except StorageFull as full:
+                reason = full
             ended = await self.services.store.get(job.id, job.tenant)
         for image in ended.images if ended is not None else ():
             for told in await self._picture(job, image):
                 yield told
-        if error := _error(ended):
+        if error := _error(ended, reason):
             yield sse("error", openai_error(error))
 
     async def _news(self, job: Job, news: News) -> list[bytes]:
@@ -116,10 +121,10 @@ class ImageStream:
         return await asyncio.get_running_loop().run_in_executor(self.services.encoders, write)
 
 
-def _error(ended: Job | None) -> AppError | None:
-    """Why the stream ends without all pictures."""
+def _error(ended: Job | None, reason: AppError) -> AppError | None:
+    """Why the stream ends without all pictures; `reason` is why it does before the job."""
     if ended is None or not ended.is_finished:
-        return ShuttingDown()
+        return reason
     return outcome_error(ended)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from app.errors import StorageFull
 from app.jobs.events import Queued
 from app.jobs.fleet import Fleet
 from app.jobs.forecast import Forecast
@@ -82,11 +83,15 @@ class Chores:
 
     async def _try(self, *chores: Callable[[], Awaitable[None]]) -> None:
         for chore in chores:
+            name = chore.__name__.strip("_")
             try:
                 await chore()
+            except StorageFull:  # which is in the log once, and not twice a second
+                self._means.room.lacks(name)
             except Exception as error:
-                name = chore.__name__.strip("_")
                 self._means.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
+            else:
+                self._means.room.suffices(name)
 
     async def _renew(self) -> None:
         """Before anything is claimed: after a long pause of ours nobody must take our jobs for lost."""

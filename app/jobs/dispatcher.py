@@ -15,9 +15,19 @@ from typing import Any, TypeVar
 
 from app.engine.cost import CostModel
 from app.engine.protocol import Ready
-from app.errors import AppError, ModelLoading, ModelUnusable, NotFound, Overloaded, QueueFull, ShuttingDown
+from app.errors import (
+    AppError,
+    ModelLoading,
+    ModelUnusable,
+    NotFound,
+    Overloaded,
+    QueueFull,
+    ShuttingDown,
+    StorageFull,
+)
 from app.jobs.callers import Callers
 from app.jobs.chores import Chores
+from app.jobs.database import DatabaseAway
 from app.jobs.events import Event, EventHub
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.fleet import LEAVE_SECONDS, Fleet
@@ -27,6 +37,7 @@ from app.jobs.job import Job, JobStatus, Progress
 from app.jobs.keeping import Means
 from app.jobs.keys import Idempotency
 from app.jobs.notes import Notes
+from app.jobs.room import NO_ROOM, Room
 from app.jobs.seat import Seat
 from app.jobs.store import JobStore, Submitted
 from app.jobs.supervisor import EngineState, Supervisor
@@ -68,6 +79,13 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._logger = logger
+        room = Room(
+            [settings.data_dir / "files", settings.data_dir],  # the pictures may be on a disk of their own
+            try_job=store.try_to_submit,
+            on_held_up=self.events.hold_up,
+            metrics=metrics,
+            logger=logger,
+        )
         means = Means(
             store=store,
             images=images,
@@ -79,6 +97,7 @@ class Dispatcher:
             logger=logger,
             faults=faults,
             notes=Notes(),
+            room=room,
             model_name=settings.model_name,
             clock=clock,
             on_change=self._look_up,
@@ -86,6 +105,7 @@ class Dispatcher:
             on_end=self._take_leave,
         )
         self._notes = means.notes
+        self._room = room
         self._callers = Callers(means.notes, self._give_up)
         self._fleet = Fleet(
             [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)],
@@ -105,6 +125,7 @@ class Dispatcher:
         self._is_closed = False
         self._canceling = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     # Life
 
@@ -114,6 +135,7 @@ class Dispatcher:
         for engine in self.engines:
             engine.start(self._fleet)
         self._spawn(self._chores.run())
+        self._watching = self._spawn(self._room.watch())
 
     def close(self) -> None:
         """Take no more work, from callers or from the queue."""
@@ -147,6 +169,8 @@ class Dispatcher:
         """End at once: what is not done stays in the queue."""
         self.abandon()
         self._chores.end()
+        if self._watching is not None:
+            self._watching.cancel()
         if self._tasks:  # a claim that is being committed should be known, to be put back
             await asyncio.wait(self._tasks, timeout=LEAVE_SECONDS)
         for task in self._tasks:
@@ -177,8 +201,13 @@ class Dispatcher:
                 await self._decided.wait()
 
     @property
+    def has_room(self) -> bool:
+        """Whether another job, and its pictures, could be kept."""
+        return not self._room.is_short
+
+    @property
     def is_accepting(self) -> bool:
-        """Whether a job would be taken now."""
+        """Whether a job would be taken now, if there is room to keep it."""
         has_model = any(engine.ready and engine.state is not EngineState.UNUSABLE for engine in self.engines)
         counts, limit = self._forecast.counts, self._settings.max_queue
         has_room = counts.queued < limit or limit == counts.queued + counts.running == 0
@@ -187,7 +216,12 @@ class Dispatcher:
     # For callers
 
     async def require_room(self, tenant: str) -> None:
-        """Raise Overloaded if a new job would be refused now; `submit` may find otherwise later."""
+        """Raise Overloaded or StorageFull if a new job would be refused now.
+
+        `submit` may find otherwise later.
+        """
+        if not self.has_room:
+            raise self._out_of_room()
         if self._fleet.may_take(tenant):
             return
         try:
@@ -198,7 +232,7 @@ class Dispatcher:
     async def submit(self, job: Job, idempotency: Idempotency | None = None) -> Submitted:
         """Accept a job. Enter `waiting` directly after it.
 
-        Raises Overloaded, KeyReused, ShuttingDown, ModelLoading and ModelUnusable.
+        Raises Overloaded, StorageFull, KeyReused, ShuttingDown, ModelLoading and ModelUnusable.
         """
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
@@ -226,7 +260,10 @@ class Dispatcher:
         self._notes.of(job_id).is_detached = True
 
     async def wait(self, job_id: str) -> Job:
-        """The job, when it has ended. Raises NotFound, and ShuttingDown when we end first."""
+        """The job, when it has ended.
+
+        Raises NotFound, ShuttingDown when we end first, StorageFull when it cannot end until there is room.
+        """
         if self._fleet.flight(job_id) is None:
             job = await self._get(job_id)
             if job.is_finished:
@@ -239,25 +276,31 @@ class Dispatcher:
         job = await self._get(job_id)
         if job.is_finished:
             return job
-        raise self._leaving()
+        raise self._leaving() if self._is_closed else self._held_up(job_id)
 
-    async def follow(self, job_id: str, last_id: int = 0) -> AsyncGenerator[Event, None]:
+    async def follow(
+        self, job_id: str, last_id: int = 0, *, is_patient: bool = True
+    ) -> AsyncGenerator[Event, None]:
         """News of a job after the event `last_id`, up to its end. Raises NotFound.
 
-        Of a job that has ended at least the end is told, even to those who know it.
+        Of a job that has ended at least the end is told, even to those who know it. For those who are not
+        patient StorageFull is raised when it cannot end until there is room.
         """
         job = await self._get(job_id)
         await self._chores.look_at(job, is_watched=True)
         if self._fleet.flight(job_id) is not None:
             self._forecast.progress(job)  # nobody was told of the steps so far
         last = None
-        async for event in self.events.subscribe(job_id, last_id):
+        async for event in self.events.subscribe(job_id, last_id, is_patient=is_patient):
             last = event
             if job.is_finished and last_id == 0 and event.kind != "final":
                 continue
             yield event
         if last is None and job.is_finished:
             yield Event(last_id, job)
+        has_ended = job.is_finished or (last is not None and last.kind == "final")
+        if self.events.is_held_up and not (is_patient or has_ended or self._is_closed):
+            raise self._held_up(job_id)
 
     async def cancel(self, job_id: str, tenant: str | None = None) -> Job | None:
         """End a job, unless it has ended. None when there is no such job of the tenant."""
@@ -284,12 +327,23 @@ class Dispatcher:
     async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
         """Have a job accepted and, if there is room for it, claimed: in a task, as nobody may leave between
         what the database has taken down and what is known of it here."""
-        submit = partial(self._store.submit, job, max_queue=self._settings.max_queue, idempotency=idempotency)
+        submit = partial(
+            self._store.submit,
+            job,
+            max_queue=self._settings.max_queue,
+            idempotency=idempotency,
+            has_room=self.has_room,
+        )
         promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
         try:
             submitted = await self._fleet.accept(job, submit, self._settings.lease_seconds)
         except QueueFull as full:
             raise self._overloaded(full) from None
+        except StorageFull:
+            self._metrics.refused.labels(StorageFull.code).inc()
+            if self.has_room:  # as far as was known
+                self._room.refused()
+            raise
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds
             if not submitted.is_claimed:
@@ -322,7 +376,11 @@ class Dispatcher:
         async with self._canceling:
             if self._callers.num_waiting(job_id):
                 return
-            job = await self._request_cancel(job_id, None)  # from here on nobody can join it
+            try:
+                job = await self._request_cancel(job_id, None)  # from here on nobody can join it
+            except (StorageFull, DatabaseAway) as error:  # it is drawn for nobody
+                self._logger.warning("a job that nobody wants goes on", job=job_id, reason=str(error))
+                return
         if job is not None and not job.is_finished:
             await self._fleet.cancel(job_id)
 
@@ -360,6 +418,18 @@ class Dispatcher:
     def _overloaded(self, full: QueueFull) -> Overloaded:
         self._metrics.refused.labels(Overloaded.code).inc()
         return Overloaded(f"{full}; try again later", retry_after_seconds=self.retry_after_seconds())
+
+    def _out_of_room(self) -> StorageFull:
+        self._metrics.refused.labels(StorageFull.code).inc()
+        return StorageFull(NO_ROOM)
+
+    def _held_up(self, job_id: str) -> StorageFull:
+        """What those are told who wait for a job that waits for room. It is done then, whoever leaves now."""
+        self.detach(job_id)
+        return StorageFull(
+            f"there is no room to keep the picture now; {job_id} goes on when the operator has made some: "
+            "ask for it then, or for the same with its Idempotency-Key"
+        )
 
     def _leaving(self) -> ShuttingDown:
         return ShuttingDown(

@@ -101,6 +101,7 @@ class EventHub:
         self._logs: dict[str, _Log] = {}
         self._ended: deque[tuple[float, str]] = deque()
         self._is_closed = False
+        self._is_held_up = False
 
     def publish(self, job_id: str, news: News) -> None:
         """Tell all who wait. After the end of a job nothing is taken any more."""
@@ -116,6 +117,11 @@ class EventHub:
         log = self._logs.setdefault(job.id, _Log())
         log.last_id = max(log.last_id, job.fence * NUMBERS_PER_CLAIM)
 
+    @property
+    def is_held_up(self) -> bool:
+        """Whether no job can end now."""
+        return self._is_held_up
+
     def has_ended(self, job_id: str) -> bool:
         """Whether the end of a job was told here, not long ago."""
         return job_id in self._logs and self._logs[job_id].is_over
@@ -129,8 +135,13 @@ class EventHub:
         event = self._logs.get(job_id, _Log()).events.get("progress")
         return event.news if event is not None and isinstance(event.news, Progress) else None
 
-    async def subscribe(self, job_id: str, last_id: int = 0) -> AsyncGenerator[Event, None]:
-        """What is kept of a job after `last_id`, then what comes, up to its end or ours."""
+    async def subscribe(
+        self, job_id: str, last_id: int = 0, *, is_patient: bool = True
+    ) -> AsyncGenerator[Event, None]:
+        """What is kept of a job after `last_id`, then what comes, up to its end or ours.
+
+        Who is not patient does not wait while all jobs are held up.
+        """
         log = self._logs.setdefault(job_id, _Log())
         log.num_streams += 1
         try:
@@ -141,7 +152,7 @@ class EventHub:
                     yield event
                 if changed.is_set():
                     continue  # by what came while the reader was busy
-                if log.is_over or self._is_closed:
+                if log.is_over or self._is_closed or (self._is_held_up and not is_patient):
                     return
                 await changed.wait()
         finally:
@@ -149,11 +160,11 @@ class EventHub:
             self._forget_idle(job_id)
 
     async def final(self, job_id: str) -> Job | None:
-        """Wait for the end of a job. None when it, or we, are gone before that."""
+        """Wait for the end of a job. None when it, or we, are gone before that, or all jobs are held up."""
         log = self._logs.setdefault(job_id, _Log())
         log.num_waiting += 1
         try:
-            while not log.is_over and not self._is_closed:
+            while not (log.is_over or self._is_closed or self._is_held_up):
                 await log.changed.wait()
         finally:
             log.num_waiting -= 1
@@ -173,6 +184,13 @@ class EventHub:
         if log is not None:
             log.is_over = True
             log.wake()
+
+    def hold_up(self, is_held_up: bool) -> None:
+        """No job can end now: let go of those who wait for that, until it is otherwise."""
+        if is_held_up and not self._is_held_up:
+            for log in self._logs.values():
+                log.wake()
+        self._is_held_up = is_held_up
 
     def close(self) -> None:
         """Let go of everybody, after they have read what there is."""

@@ -6,7 +6,7 @@ claimed with, and one that is not taken means: not ours any more, whoever it bel
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -14,20 +14,21 @@ from typing import Any, TypeVar
 
 from app.engine.cost import CostModel
 from app.engine.protocol import Failed, Latents, Pixels, Previewed, Stepped
-from app.errors import AppError, InvalidRequest, UnsupportedParameter
+from app.errors import AppError, InvalidRequest, StorageFull, UnsupportedParameter
 from app.jobs.events import EventHub, Preview
 from app.jobs.faults import Faults
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Failure, Job, JobStatus, StoredImage
 from app.jobs.notes import Notes
 from app.jobs.pictures import encode_preview, keep_picture
+from app.jobs.room import Room
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 
-MAX_PIXELS_WAITING = 8  # finished pictures that wait to be encoded, before engines have to
+MAX_PIXELS_WAITING = 8  # finished pictures that wait to be encoded, or for room, before engines have to
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # between two tries to write
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Means:
     logger: Logger
     faults: Faults
     notes: Notes
+    room: Room
     model_name: str
     clock: Callable[[], float]  # time of day
     on_change: Callable[[], None]  # room, or an engine, came or went
@@ -145,18 +147,24 @@ class Keeper:
     async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
         """Do it until it is done. Everything that is tried twice comes out as if it were done once.
 
-        A database that is away comes back, and a full disk is emptied; until then nobody is told anything.
+        A database that is away comes back, and a full disk is emptied; until then nobody is told of an end.
         """
-        pause = FIRST_PAUSE
-        while True:
-            try:
-                return await write()
-            except Exception as error:
-                if self.is_leaving:
-                    raise
-                self._logger.error("the database does not answer", seconds=pause, exc_info=error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        pauses = _pauses()
+        try:
+            while True:
+                pause = next(pauses)
+                try:
+                    return await write()
+                except Exception as error:
+                    if self.is_leaving:
+                        raise
+                    if isinstance(error, StorageFull):
+                        self._means.room.lacks(write)
+                    else:
+                        self._logger.error("the database does not answer", seconds=pause, exc_info=error)
+                await asyncio.sleep(pause)
+        finally:
+            self._means.room.suffices(write)
 
     def _spawn(self, flight: Flight, work: Coroutine[Any, Any, None]) -> None:
         write = asyncio.create_task(self._guard(flight, work))
@@ -195,22 +203,36 @@ class Keeper:
         """File, row, event, in this order: whoever is told of a picture can fetch it, for ever after."""
         began = time.monotonic()
         try:
-            if flight.is_over:
-                return
-            keep = partial(keep_picture, message, flight.job, self._means.images, self._means.model_name)
-            image = await asyncio.get_running_loop().run_in_executor(self._means.encoders, keep)
+            image = await self._to_store(flight, message)
         except (AppError, OSError) as error:
             self._logger.error("a picture could not be kept", job=flight.job.id, exc_info=error)
             await self.end(flight, partial(self._failed, _failure(error)))
             return
         finally:
             self._pixels.release()
+        if image is None:
+            return
         flight.arrived(message, time.monotonic() - began)
         if image.resampled_from is not None:
             self._means.cost.drawn = image.resampled_from
         async with flight.lock:
             if not flight.is_over:
                 await self._add_picture(flight, image)
+
+    async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
+        """The picture in its file, as soon as there is room for one; None when nobody wants it any more."""
+        keep = partial(keep_picture, message, flight.job, self._means.images, self._means.model_name)
+        pauses = _pauses()
+        try:
+            while not flight.is_over:
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._means.encoders, keep)
+                except StorageFull:
+                    self._means.room.lacks(keep)
+                await asyncio.sleep(next(pauses))
+            return None
+        finally:
+            self._means.room.suffices(keep)
 
     async def _add_picture(self, flight: Flight, image: StoredImage) -> None:
         job = flight.job_with(image)
@@ -252,6 +274,14 @@ class Keeper:
             self._events.forget(flight.job.id)
         else:
             self.tell(now, is_ours=is_ours)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between tries."""
+    pause = FIRST_PAUSE
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _blame(message: Failed) -> Failure:

@@ -10,7 +10,7 @@ from typing import Self
 
 from sqlalchemy import Connection, bindparam, delete, select, update
 
-from app.errors import Conflict
+from app.errors import Conflict, StorageFull
 from app.jobs import claims, keys, outbox, pages, queue, rows
 from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
@@ -20,7 +20,9 @@ from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
 from app.jobs.outbox import Busy, Delivery
 from app.jobs.queue import IS_QUEUED, QueueCounts
+from app.jobs.room import NO_ROOM
 from app.jobs.tables import deliveries, inputs, jobs
+from app.schemas import GenerationRequest
 
 __all__ = [
     "Busy",
@@ -105,14 +107,18 @@ class JobStore:
         max_queue: int,
         idempotency: Idempotency | None = None,
         claim: Claim | None = None,
+        has_room: bool = True,
     ) -> Submitted:
         """Accept a job, or find the one that came with the same idempotency key.
 
         A worker with nothing better to do may `claim` in the same transaction: one commit less to wait for.
-        Raises KeyReused for another request with that key, and QueueFull when over `max_queue` jobs would
-        wait; with a `max_queue` of 0 a job is accepted only when there is nothing else to do.
+        Raises KeyReused for another request with that key, StorageFull for a new job when there is no room,
+        and QueueFull when over `max_queue` jobs would wait; with a `max_queue` of 0 a job is accepted only
+        when there is nothing else to do.
         """
-        submitted = await self._database.write(_submit, job, max_queue, idempotency, claim, self._clock())
+        submitted = await self._database.write(
+            _submit, job, max_queue, idempotency, claim, self._clock(), has_room=has_room
+        )
         if not submitted.is_replay:
             self._faults.hit("after_submit")
         self._note_claim(submitted.claimed)
@@ -155,6 +161,10 @@ class JobStore:
     async def position(self, job: Job) -> int | None:
         """How many queued jobs are to be claimed before this one; None when it is not queued."""
         return await self._database.read(queue.position, job.id, self._clock())
+
+    async def try_to_submit(self) -> None:
+        """Raises StorageFull when there is no room for a job, and leaves nothing when there is."""
+        await self._database.write(_submit_and_forget, self._clock())
 
     # What workers do
 
@@ -277,12 +287,16 @@ def _submit(
     idempotency: Idempotency | None,
     claim: Claim | None,
     now: float,
+    *,
+    has_room: bool,
 ) -> Submitted:
     lock_queue(connection)
     if idempotency is not None:
         known = keys.replayed(connection, job.tenant, idempotency, now)
         if known is not None:
             return Submitted(known, is_replay=True)
+    if not has_room:
+        raise StorageFull(NO_ROOM)
     if claim is None or max_queue == 0:
         queue.require_room(connection, max_queue)
     rows.add(connection, job)
@@ -293,6 +307,14 @@ def _submit(
     if claim is not None and not submitted.is_claimed:  # what is in work at once needs no room
         queue.require_bound(connection, max_queue)
     return submitted
+
+
+def _submit_and_forget(connection: Connection, now: float) -> None:
+    prompt = "is there room? " * 64  # somewhat longer than most
+    request = GenerationRequest(prompt=prompt, width=64, height=64, seeds=(0,))
+    job = Job(tenant="", request=request, created_at=now)
+    rows.add(connection, job)
+    connection.execute(delete(jobs).where(jobs.c.id == job.id))
 
 
 def _request_cancel(connection: Connection, job_id: str, tenant: str | None, now: float) -> Job | None:

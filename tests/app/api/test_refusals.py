@@ -307,21 +307,6 @@ async def test_a_wait_that_is_too_long_ends_and_frees_the_device(serve: Serve, r
         assert (await inside(client).dispatcher.wait(job.id)).status == "canceled"
 
 
-async def test_a_full_disk_is_said_and_leaves_nothing_half_written(
-    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_room(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr("os.fsync", no_room)
-        answer = await generate(client, response_format="url")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
-    folder = inside(client).settings.data_dir / "files"
-    assert list(folder.iterdir()) == []
-    assert (await generate(client)).status_code == 200
-
-
 async def test_a_request_waits_for_a_model_that_is_still_loading(serve: Serve, runner: FakeRunner) -> None:
     runner.loading.clear()
     async with serve(wait=False, loading_wait=10) as client:

@@ -103,6 +103,7 @@ READS = {
     "load_latents",
     "has_input",
     "unused_inputs",
+    "try_to_submit",  # which leaves nothing
 }
 LIFE = {"open", "close"}
 

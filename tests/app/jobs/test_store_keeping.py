@@ -10,10 +10,12 @@ import pytest
 from sqlalchemy import Connection, func, select, text
 
 from app.errors import SettingsError, StorageFull
+from app.jobs import database
 from app.jobs import store as store_module
 from app.jobs.job import Job, JobStatus
 from app.jobs.store import Idempotency, JobStore
 from app.jobs.tables import metadata
+from app.storage.writing import Space
 from tests.app.jobs.conftest import execute
 from tests.app.jobs.stores import MANY, Clock, add, add_running, new_image, new_job, stored
 
@@ -106,6 +108,41 @@ async def test_a_full_disk_is_told_and_heals(full_store: JobStore) -> None:
     assert await full_store.get(large.id, None) is None
     await full_store._database.write(make_room)
     await add(full_store, large)
+
+
+async def test_whether_there_is_room_again_is_tried_without_a_trace(
+    full_store: JobStore,
+) -> None:
+    with pytest.raises(StorageFull):
+        await add(full_store, *(new_job() for _ in range(1000)))  # some find room in the pages that there are
+    before = await full_store.counts()
+    with pytest.raises(StorageFull):
+        await full_store.try_to_submit()
+    await full_store._database.write(make_room)
+    await full_store.try_to_submit()
+    assert await full_store.counts() == before
+    assert await full_store.claim("one", limit=1, lease_seconds=1, without=["ann"]) == []
+
+
+async def test_without_room_a_key_still_finds_its_job(store: JobStore) -> None:
+    key, job = Idempotency("key", "fingerprint"), new_job()
+    with pytest.raises(StorageFull, match="no room to keep another job"):
+        await store.submit(job, max_queue=MANY, idempotency=key, has_room=False)
+    await store.submit(job, max_queue=MANY, idempotency=key)
+    again = await store.submit(new_job(), max_queue=MANY, idempotency=key, has_room=False)
+    assert (again.is_replay, again.job.id) == (True, job.id)
+
+
+async def test_a_database_that_cannot_be_opened_for_want_of_space_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs.db").mkdir()
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    with pytest.raises(SettingsError, match=r"^(?!.*no space left)"):
+        await JobStore.open(url)
+    monkeypatch.setattr(database, "space_of", lambda _: Space(free=1000, total=2**30))
+    with pytest.raises(SettingsError, match=f"there is no space left in {tmp_path} "):
+        await JobStore.open(url)
 
 
 async def test_a_caller_who_leaves_leaves_nothing_half_done(store: JobStore) -> None:

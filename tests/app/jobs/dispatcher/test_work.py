@@ -18,7 +18,7 @@ from app.engine.protocol import (
     Stepped,
     WantPreviews,
 )
-from app.errors import Overloaded, StorageFull
+from app.errors import Overloaded
 from app.jobs import chores
 from app.jobs.events import News, Preview
 from app.jobs.faults import Point
@@ -353,28 +353,6 @@ async def test_a_picture_that_cannot_be_made_fails_its_job(serve: Serve, code: s
     assert (done.failure.status, done.failure.code, done.failure.message) == (status, code, "it does not fit")
     server.engine.finish(runs[2])
     assert (await server.ended(other)).status == JobStatus.SUCCEEDED
-
-
-async def test_a_full_disk_fails_the_job_and_frees_the_device(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = await serve()
-
-    def full(content: bytes, extension: str) -> str:
-        raise StorageFull("no room")
-
-    accepted = await server.submit(5, 6)
-    runs = await server.runs(2)
-    with monkeypatch.context() as patch:
-        patch.setattr(server.images, "save", full)
-        server.engine.finish(runs[0])
-        done = await server.ended(accepted)
-    assert done.failure is not None
-    assert (done.failure.status, done.failure.code) == (507, "insufficient_storage")
-    assert server.engine.canceled == [accepted.id]
-    again = await server.submit(5)
-    server.engine.finish((await server.runs(3))[2])
-    assert (await server.ended(again)).status == JobStatus.SUCCEEDED
 
 
 async def test_what_an_engine_says_of_jobs_that_are_gone_is_old(serve: Serve) -> None:

@@ -1,0 +1,110 @@
+"""Whether there is room to keep jobs and pictures, be they on one disk or not.
+
+New jobs are refused before the disk is full, so that those in work find room. What finds none all the same
+waits for it and is not lost; whoever waits for that is told so soon.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from app.errors import StorageFull
+from app.logs import Logger
+from app.metrics import Metrics
+from app.storage.writing import space_of
+
+NO_ROOM = "there is no room to keep another job; the operator has to make some"
+LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 2.0  # for which room may be wanting before those who wait are told
+RESERVE_BYTES = 16 * 2**20  # more than the largest picture; with less, nothing new is accepted
+RESERVE_SHARE = 0.05  # of a small disk
+LEAST_BYTES = 64 * 2**10  # with less, hardly a picture can be kept
+
+
+class Room:
+    """What is known of the disks. For one event loop."""
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        try_job: Callable[[], Awaitable[None]],
+        on_held_up: Callable[[bool], None],
+        metrics: Metrics,
+        logger: Logger,
+    ) -> None:
+        self._folders = folders
+        self._try_job = try_job  # raises as if a job had been submitted
+        self._on_held_up = on_held_up
+        self._metrics = metrics
+        self._logger = logger
+        self._is_low = self._is_out = False  # of the folders, when they were last looked at
+        self._is_refused = False  # the database took no job for want of room
+        self._lacking: set[object] = set()  # what is to be written and finds no room
+        self._held_up_since: float | None = None
+        self._is_known_short = False
+
+    @property
+    def is_short(self) -> bool:
+        """Whether nothing new should be accepted."""
+        return self._is_low or self._is_refused or bool(self._lacking)
+
+    def refused(self) -> None:
+        """The database took no job; it is asked now and then whether it would."""
+        self._is_refused = True
+        self._judge()
+
+    def lacks(self, what: object) -> None:
+        """Something finds no room, and will be tried again."""
+        self._lacking.add(what)
+        self._judge()
+
+    def suffices(self, what: object) -> None:
+        """It found room, or is not wanted any more."""
+        if what in self._lacking:
+            self._lacking.remove(what)
+            self._judge()
+
+    async def watch(self) -> None:
+        """Look at the disks now and then, until canceled."""
+        while True:
+            self._is_low, self._is_out = await asyncio.to_thread(self._look)
+            if self._is_refused:
+                await self._ask_again()
+            self._judge()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self) -> tuple[bool, bool]:
+        spaces = [space for folder in self._folders if (space := space_of(folder)) is not None]
+        is_low = any(space.free < min(RESERVE_BYTES, RESERVE_SHARE * space.total) for space in spaces)
+        return is_low, any(space.free < LEAST_BYTES for space in spaces)
+
+    async def _ask_again(self) -> None:
+        try:
+            await self._try_job()
+        except StorageFull:
+            return
+        except Exception as error:  # it is away, and may be full when it is back
+            self._logger.debug("it is not known whether there is room again", reason=str(error))
+            return
+        self._is_refused = False
+
+    def _judge(self) -> None:
+        """Tell when things have changed."""
+        now = asyncio.get_running_loop().time()
+        if not (self._lacking or self._is_out):
+            self._held_up_since = None
+        elif self._held_up_since is None:
+            self._held_up_since = now
+        self._on_held_up(self._held_up_since is not None and now - self._held_up_since >= PATIENCE_SECONDS)
+        if self.is_short == self._is_known_short:
+            return
+        self._is_known_short = self.is_short
+        self._metrics.out_of_room.set(self.is_short)
+        if self.is_short:
+            self._logger.error("there is no room left; nothing new is accepted", folders=self._named())
+        else:
+            self._logger.info("there is room again")
+
+    def _named(self) -> list[str]:
+        return [str(folder) for folder in self._folders]
