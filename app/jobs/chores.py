@@ -86,8 +86,8 @@ class Chores:
             name = chore.__name__.strip("_")
             try:
                 await chore()
-            except StorageFull:  # which is in the log once, and not twice a second
-                self._means.room.lacks(name)
+            except StorageFull as full:  # which is in the log once, and not twice a second
+                self._means.room.lacks(name, full)
             except Exception as error:
                 self._means.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
             else:

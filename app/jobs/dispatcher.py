@@ -339,10 +339,10 @@ class Dispatcher:
             submitted = await self._fleet.accept(job, submit, self._settings.lease_seconds)
         except QueueFull as full:
             raise self._overloaded(full) from None
-        except StorageFull:
+        except StorageFull as error:
             self._metrics.refused.labels(StorageFull.code).inc()
             if self.has_room:  # as far as was known
-                self._room.refused()
+                self._room.refused(error)
             raise
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds

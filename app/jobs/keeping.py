@@ -159,7 +159,7 @@ class Keeper:
                     if self.is_leaving:
                         raise
                     if isinstance(error, StorageFull):
-                        self._means.room.lacks(write)
+                        self._means.room.lacks(write, error)
                     else:
                         self._logger.error("the database does not answer", seconds=pause, exc_info=error)
                 await asyncio.sleep(pause)
@@ -227,8 +227,8 @@ class Keeper:
             while not flight.is_over:
                 try:
                     return await asyncio.get_running_loop().run_in_executor(self._means.encoders, keep)
-                except StorageFull:
-                    self._means.room.lacks(keep)
+                except StorageFull as error:
+                    self._means.room.lacks(keep, error)
                 await asyncio.sleep(next(pauses))
             return None
         finally:

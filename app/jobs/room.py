@@ -49,15 +49,15 @@ class Room:
         """Whether nothing new should be accepted."""
         return self._is_low or self._is_refused or bool(self._lacking)
 
-    def refused(self) -> None:
+    def refused(self, error: StorageFull) -> None:
         """The database took no job; it is asked now and then whether it would."""
         self._is_refused = True
-        self._judge()
+        self._judge(str(error))
 
-    def lacks(self, what: object) -> None:
+    def lacks(self, what: object, error: StorageFull) -> None:
         """Something finds no room, and will be tried again."""
         self._lacking.add(what)
-        self._judge()
+        self._judge(str(error))
 
     def suffices(self, what: object) -> None:
         """It found room, or is not wanted any more."""
@@ -89,7 +89,7 @@ class Room:
             return
         self._is_refused = False
 
-    def _judge(self) -> None:
+    def _judge(self, reason: str = "the disk of the data folder is nearly full") -> None:
         """Tell when things have changed."""
         now = asyncio.get_running_loop().time()
         if not (self._lacking or self._is_out):
@@ -102,9 +102,9 @@ class Room:
         self._is_known_short = self.is_short
         self._metrics.out_of_room.set(self.is_short)
         if self.is_short:
-            self._logger.error("there is no room left; nothing new is accepted", folders=self._named())
+            folders = [str(folder) for folder in self._folders]
+            self._logger.error(
+                "there is no room left; nothing new is accepted", reason=reason, folders=folders
+            )
         else:
             self._logger.info("there is room again")
-
-    def _named(self) -> list[str]:
-        return [str(folder) for folder in self._folders]

@@ -97,6 +97,7 @@ async def test_a_picture_waits_for_room_but_nobody_for_the_picture(serve: Serve,
     assert (await server.ended(again)).status == JobStatus.SUCCEEDED
     log = server.log.getvalue()
     assert (log.count("there is no room left"), log.count("there is room again")) == (1, 1)
+    assert '"reason": "no room"' in log
     assert "Traceback" not in log
 
 
