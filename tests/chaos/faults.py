@@ -9,7 +9,7 @@ from tests.chaos.site import Missed, Site
 from tests.server_process import POLL_SECONDS
 
 ENGINE_PREFIX = "engine_"
-SERVER_PASSAGES, FEW_SERVER_PASSAGES = (1, 8), (1, 3)  # at one of which a server dies
+SERVER_PASSAGES, FEW_SERVER_PASSAGES = (1, 8), (1, 2)  # at one of which a server dies
 ENGINE_PASSAGES = (80, 200)  # of an engine: its successors die so, too, and jobs must get on meanwhile
 FEW_ENGINE_PASSAGES = (10, 40)  # where only one engine dies
 REACHED_SECONDS = 60.0

@@ -113,10 +113,9 @@ def quick_scenarios() -> list[Scenario]:
         Scenario("kill -9 of the server", kill_server, 2),
         Scenario("kill at each point of an engine", at_points(engine_points(), FEW_ENGINE_PASSAGES), 1),
         Scenario("kill -9 of one of two engines", kill_engine, 1, {"devices": "cpu,cpu"}),
-        Scenario("one poisonous job among 16", poison(16), 1),
+        Scenario("one poisonous job among 12", poison(12), 1),
         Scenario("50 clients with one key, kill -9", same_key, 1),
         Scenario("SIGTERM under load", drain, 1),
-        Scenario("SIGTERM of two servers by turns", roll, 1),
     ]
 
 
