@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,7 +12,7 @@ from app.api.deps import TheServices
 from app.api.description import MEANINGS, PICTURE_CONTENT, problems
 from app.errors import RangeNotSatisfiable
 from app.storage.encoding import MIME_TYPES
-from app.storage.images import StoredImage
+from app.storage.images import ImageStore
 
 router = APIRouter(tags=["Files"])
 
@@ -43,7 +43,7 @@ async def get_file(
 ) -> Response:
     """The picture, to whoever holds its URL, until the URL expires or the picture is removed."""
     seconds_left = services.signer.verify(name, exp, sig)
-    image = await asyncio.get_running_loop().run_in_executor(services.encoders, services.images.open, name)
+    image = await asyncio.get_running_loop().run_in_executor(services.encoders, services.images.examine, name)
     etag = f'"{image.sha256}"'
     headers = {
         "ETag": etag,
@@ -55,17 +55,15 @@ async def get_file(
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
     media_type = MIME_TYPES[name.rpartition(".")[2]]
     if _matches(request.headers.get("if-none-match", ""), etag):
-        image.file.close()
         return Response(status_code=304, headers=headers)
-    start, end = _range(request, etag, image)
+    start, end = _range(request, etag, image.size_bytes)
     headers["Content-Length"] = str(end - start)
     if end - start < image.size_bytes:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{image.size_bytes}"
     status = 206 if "Content-Range" in headers else 200
     if request.method == "HEAD":
-        image.file.close()
         return Response(status_code=status, headers=headers, media_type=media_type)
-    return StreamingResponse(_chunks(image, start, end), status, headers, media_type)
+    return StreamingResponse(_chunks(services.images, name, start, end), status, headers, media_type)
 
 
 def _matches(if_none_match: str, etag: str) -> bool:
@@ -73,9 +71,8 @@ def _matches(if_none_match: str, etag: str) -> bool:
     return etag in tags or "*" in tags
 
 
-def _range(request: Request, etag: str, image: StoredImage) -> tuple[int, int]:
+def _range(request: Request, etag: str, size: int) -> tuple[int, int]:
     """First byte and the one after the last. Several ranges, and foreign units, give the whole file."""
-    size = image.size_bytes
     match = _RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
     if match is None or match[0] == "bytes=-" or request.headers.get("if-range", etag) != etag:
         return 0, size
@@ -84,15 +81,13 @@ def _range(request: Request, etag: str, image: StoredImage) -> tuple[int, int]:
     else:
         start, end = int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)
     if start >= end:
-        image.file.close()
         raise RangeNotSatisfiable(f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"})
     return start, end
 
 
-def _chunks(image: StoredImage, start: int, end: int) -> Iterator[bytes]:
-    with image.file as file:
-        file.seek(start)
-        left = end - start
-        while left and (chunk := file.read(min(_CHUNK_BYTES, left))):
-            left -= len(chunk)
-            yield chunk
+async def _chunks(images: ImageStore, name: str, start: int, end: int) -> AsyncIterator[bytes]:
+    """The file is closed between two of them: its reader may take hours, or leave."""
+    while start < end:
+        chunk = await asyncio.to_thread(images.read_part, name, start, min(_CHUNK_BYTES, end - start))
+        start += len(chunk)
+        yield chunk

@@ -11,8 +11,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from app.errors import DamagedFile, NotFound
 from app.storage.writing import UNFINISHED, write_whole
@@ -20,14 +20,12 @@ from app.storage.writing import UNFINISHED, write_whole
 EXTENSIONS = ("png", "jpeg", "webp")
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
 _MARK_DIGITS = 16
-_CHUNK_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An open picture: who has it can read it to its end, even when it is removed meanwhile."""
+    """What a picture is now; its content is read apart, in parts."""
 
-    file: BinaryIO
     size_bytes: int
     sha256: str
 
@@ -48,33 +46,35 @@ class ImageStore:
         write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
         return name
 
-    def open(self, name: str) -> StoredImage:
+    def examine(self, name: str) -> StoredImage:
         """The picture of that name, hashed.
 
         Raises NotFound for anything that `save` did not return, DamagedFile for another content.
         """
-        if not _NAME.fullmatch(name):
-            raise NotFound("there is no such file")
-        try:
-            file = (self._folder / name).open("rb")
-        except FileNotFoundError:
-            raise NotFound("there is no such file; it may have been removed after its time") from None
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-        found, expected = digest.hexdigest(), name[_MARK_DIGITS:][:_MARK_DIGITS]
-        if not found.startswith(expected):
-            file.close()
-            raise DamagedFile(
-                f"the picture {name} is damaged: its sha256 should begin {expected}, not {found}"
-            )
-        return StoredImage(file, file.tell(), found)
+        with self._open(name) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            size_bytes = file.tell()
+        _require_digest(name, found)
+        return StoredImage(size_bytes, found)
 
     def read(self, name: str) -> bytes:
-        """The content of the picture of that name; raises what `open` does."""
-        with self.open(name).file as file:
-            file.seek(0)
-            return file.read()
+        """The content of the picture of that name; raises what `examine` does."""
+        with self._open(name) as file:
+            content = file.read()
+        _require_digest(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def read_part(self, name: str, start: int, num_bytes: int) -> bytes:
+        """Some of a picture that was examined. It is open for this alone: a slow reader holds no descriptor.
+
+        Raises NotFound when it was removed meanwhile, DamagedFile when it is shorter.
+        """
+        with self._open(name) as file:
+            file.seek(start)
+            part = file.read(num_bytes)
+        if len(part) < num_bytes:
+            raise DamagedFile(f"the picture {name} is damaged: it ends before byte {start + num_bytes}")
+        return part
 
     def remove(self, names: Iterable[str]) -> int:
         """Forget pictures; returns how many were there."""
@@ -97,3 +97,17 @@ class ImageStore:
                     Path(entry.path).unlink(missing_ok=True)
                     removed += 1
         return removed
+
+    def _open(self, name: str) -> BufferedReader:
+        if not _NAME.fullmatch(name):
+            raise NotFound("there is no such file")
+        try:
+            return (self._folder / name).open("rb")
+        except FileNotFoundError:
+            raise NotFound("there is no such file; it may have been removed after its time") from None
+
+
+def _require_digest(name: str, found: str) -> None:
+    expected = name[_MARK_DIGITS:][:_MARK_DIGITS]
+    if not found.startswith(expected):
+        raise DamagedFile(f"the picture {name} is damaged: its sha256 should begin {expected}, not {found}")

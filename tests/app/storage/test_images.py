@@ -19,12 +19,11 @@ def store(tmp_path: Path) -> ImageStore:
 def test_what_was_saved_is_read_back(store: ImageStore) -> None:
     content = os.urandom(200_000)
     name = store.save(content, "webp")
-    stored = store.open(name)
-    with stored.file as file:
-        file.seek(0)
-        assert file.read() == content
+    assert store.read(name) == content
+    stored = store.examine(name)
     assert stored.sha256 == hashlib.sha256(content).hexdigest()
     assert stored.size_bytes == len(content)
+    assert store.read_part(name, 150_000, 50_000) == content[150_000:]
 
 
 def test_a_damaged_picture_is_named_and_never_served(store: ImageStore, tmp_path: Path) -> None:
@@ -34,7 +33,9 @@ def test_a_damaged_picture_is_named_and_never_served(store: ImageStore, tmp_path
     for damaged in (content[:-1], content[:500] + b"x" + content[501:], b""):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(DamagedFile) as caught:
-            store.open(name)
+            store.examine(name)
+        with pytest.raises(DamagedFile):
+            store.read(name)
         found = hashlib.sha256(damaged).hexdigest()
         assert name in caught.value.message
         assert found in caught.value.message
@@ -61,7 +62,7 @@ def test_names_are_random(store: ImageStore) -> None:
 def test_other_names_open_nothing(store: ImageStore, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("x")
     with pytest.raises(NotFound):
-        store.open(name)
+        store.examine(name)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -109,10 +110,13 @@ def test_the_age_of_a_picture_is_told_by_one_clock(tmp_path: Path, now: float) -
     assert [store.sweep(), store.sweep()] == [0, 1]
 
 
-def test_a_picture_that_is_being_read_survives_its_removal(store: ImageStore, tmp_path: Path) -> None:
+def test_a_picture_that_was_removed_or_cut_while_it_is_read_ends_there(
+    store: ImageStore, tmp_path: Path
+) -> None:
     name = store.save(b"content", "png")
-    stored = store.open(name)
+    (tmp_path / name).write_bytes(b"cont")
+    with pytest.raises(DamagedFile, match="ends before byte 7"):
+        store.read_part(name, 0, 7)
     (tmp_path / name).unlink()
-    with stored.file as file:
-        file.seek(0)
-        assert file.read() == b"content"
+    with pytest.raises(NotFound):
+        store.read_part(name, 0, 4)
