@@ -86,8 +86,11 @@ async def view(
     """The job as it stands, its pictures as URLs under `base` or in base64; `progress` if not that of now."""
     images: list[ImageView]
     if as_base64:
-        contents = await read_images(services, job.images)
-        images = [image_view(image, content=c) for image, c in zip(job.images, contents, strict=True)]
+        loop = asyncio.get_running_loop()
+        encodings = [
+            loop.run_in_executor(services.encoders, _in_base64, image, services) for image in job.images
+        ]
+        images = list(await asyncio.gather(*encodings))
     else:
         images = [image_view(image, url=file_url(image, services, base)) for image in job.images]
     now, position = await _standing(job, services)
@@ -100,6 +103,11 @@ async def view(
         request_id=exchange.request_id,
         ttl_seconds=services.settings.job_ttl,
     )
+
+
+def _in_base64(image: StoredImage, services: Services) -> ImageView:
+    """For a thread: it reads the file, and base64 of megabytes takes its time."""
+    return image_view(image, content=services.images.read(image.name))
 
 
 async def _standing(job: Job, services: Services) -> tuple[Progress, int | None]:
