@@ -113,7 +113,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
     server = DrainingServer(
         configure(app, settings), settings.grace_seconds, on_stopping=lambda: manager.stopping("draining")
     )
-    with Relay("uvicorn", logger, is_muted=lambda: bool(unusable)):
+    with Relay("asyncio", logger), Relay("uvicorn", logger, is_muted=lambda: bool(unusable)):
         signal.signal(signal.SIGTERM, _leave)
         try:
             server.run(sockets=[listener])

@@ -4,8 +4,11 @@ Loggers are values handed down from `create_app`, so two servers in one process 
 """
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -15,6 +18,8 @@ from structlog.typing import FilteringBoundLogger, Processor
 from app.settings import Settings
 
 Logger = FilteringBoundLogger
+
+REPEAT_SECONDS = 1.0
 
 
 def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
@@ -48,14 +53,36 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
     return logger
 
 
-class Relay(logging.Handler):
-    """Inside the block, what a library logs under `name` becomes lines of ours."""
+@dataclass(slots=True)
+class _Said:
+    """A line that was passed on, and how many like it were not since."""
 
-    def __init__(self, name: str, logger: Logger, is_muted: Callable[[], bool] = lambda: False) -> None:
+    level: int
+    source: str
+    until: float  # when it may be said again
+    num_held: int = 0
+
+
+class Relay(logging.Handler):
+    """Inside the block, what a library logs under `name` becomes lines of ours.
+
+    A line is passed on once a second at most, then with `repeated`, how often it came meanwhile: what a
+    client can have said again and again must not fill a disk.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        logger: Logger,
+        is_muted: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(logging.WARNING)
         self._source = logging.getLogger(name)
         self._logger = logger
         self._is_muted = is_muted
+        self._clock = clock
+        self._said: dict[str, _Said] = {}
 
     def __enter__(self) -> Self:
         self._source.addHandler(self)
@@ -67,12 +94,32 @@ class Relay(logging.Handler):
     ) -> None:
         self._source.removeHandler(self)
         self._source.propagate = True
+        self._say_held(math.inf)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a line on."""
-        if not self._is_muted():
-            log = self._logger.error if record.levelno >= logging.ERROR else self._logger.warning
-            log(record.getMessage(), source=record.name, exc_info=record.exc_info)
+        """Pass a line on, unless it was just said."""
+        if self._is_muted():
+            return
+        text, now = record.getMessage(), self._clock()
+        self._say_held(now)
+        if text in self._said:
+            self._said[text].num_held += 1
+            return
+        self._said[text] = _Said(record.levelno, record.name, now + REPEAT_SECONDS)
+        self._log(record.levelno, text, source=record.name, exc_info=record.exc_info)
+
+    def _say_held(self, now: float) -> None:
+        """Forget the lines whose time is over; those that came again are said with their number first."""
+        for text, said in [(text, said) for text, said in self._said.items() if said.until <= now]:
+            if said.num_held:
+                self._log(said.level, text, source=said.source, repeated=said.num_held)
+                said.until, said.num_held = now + REPEAT_SECONDS, 0
+            else:
+                del self._said[text]
+
+    def _log(self, level: int, text: str, **facts: object) -> None:
+        log = self._logger.error if level >= logging.ERROR else self._logger.warning
+        log(text, **facts)
 
 
 def is_for_people(settings: Settings, stream: TextIO) -> bool:

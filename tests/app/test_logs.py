@@ -33,6 +33,27 @@ def test_lines_of_a_library_are_passed_on_while_the_block_lasts() -> None:
     assert logging.getLogger("some.library").propagate
 
 
+def test_a_line_that_comes_again_and_again_is_counted() -> None:
+    stream, now = io.StringIO(), 0.0
+    library = logging.getLogger("some.library")
+    logger = make_logger(Settings(log_format="json"), stream)
+    with Relay("some.library", logger, clock=lambda: now):
+        for _ in range(4):
+            library.error("no descriptor")
+            now += 0.2
+        library.warning("something else")
+        now = 1.0
+        library.error("no descriptor")
+        library.error("no descriptor")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["level"], line["event"], line.get("repeated")) for line in lines] == [
+        ("error", "no descriptor", None),
+        ("warning", "something else", None),
+        ("error", "no descriptor", 3),
+        ("error", "no descriptor", 2),
+    ]
+
+
 def test_no_traceback_shows_the_variables_of_the_code_that_failed() -> None:
     for log_format in ("console", "json"):
         stream = io.StringIO()
