@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 BACKLOG = 2048  # connections that the kernel keeps for us while the event loop is starting
+UNSENT_BYTES = 256 * 1024  # in the kernel, which would take megabytes for somebody who reads nothing
 
 
 def serve(
@@ -106,6 +108,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
         unusable.append(error)
         server.should_exit = True
 
+    _take_all_descriptors()
     manager.starting(f"loading {settings.model_name}")
     logger = make_logger(settings)
     logger.info("loading", model=settings.model_name, url=f"http://{_bracketed(address)}:{bound_port}")
@@ -139,6 +142,7 @@ def listen(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where the protocol is named
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # inherited
     try:
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -149,6 +153,12 @@ def listen(host: str, port: int) -> socket.socket:
         )
         raise OSError(f"{_bracketed(host)}:{port} {reason}; choose another with --host and --port") from None
     return listener
+
+
+def _take_all_descriptors() -> None:
+    """The usual 1024 are few for a server, and only so few because of programs that use select()."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _bracketed(host: str) -> str:

@@ -219,6 +219,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(4_194_304, ge=64 * 64, le=4_194_304, description="Width times height at most")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Size of a JSON body at most")
     max_upload_bytes: int = Field(64 * MEBIBYTE, ge=1024, description="Size of a multipart body at most")
+    max_connections: int = Field(
+        2048,
+        ge=8,
+        description="Connections at once, at most three quarters of the descriptors; others get 503",
+    )
     header_timeout: float = Field(10.0, gt=0, description="Seconds in which a request's head must come")
     body_timeout: float = Field(30.0, gt=0, description="Seconds in which a request's body must come")
     loading_wait: float = Field(

@@ -1,12 +1,18 @@
 """uvicorn, made patient with the work and impatient with its callers.
 
-It waits for ever for the head of a request, and for the rest of a body that was answered already; here a
-connection that dawdles is closed. And when it is told to stop, it refuses connections at once; here it goes
-on answering while the work in hand is finished.
+It waits for ever for the head of a request, for the rest of a body that was answered already, and for whoever
+does not read an answer; here a connection that dawdles is closed. It takes connections until no descriptor is
+left; here some are kept for the work. And when it is told to stop, it refuses connections at once; here it
+goes on answering while the work in hand is finished.
 """
 
 import asyncio
+import fcntl
+import resource
 import socket
+import struct
+import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -17,6 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.deps import Services
+from app.api.gateway import CROWDED
 from app.jobs import webhooks
 from app.jobs.fleet import LEAVE_SECONDS
 from app.settings import Settings
@@ -24,6 +31,10 @@ from app.settings import Settings
 DEFAULT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection: else they send into its end
 REST_SECONDS = 30.0  # for a body that nobody wants: most clients read an answer only when all is sent
+READING_SECONDS = 30.0  # after which it is seen how much of an answer was taken
+READING_RATE = 1024  # bytes a second at least; a slow telephone takes eight times as many
+HURRIED_SECONDS = 2  # for each wait of a connection that should not be there
+DESCRIPTORS_SHARE = 0.75  # of all, for connections; the rest is for pictures, uploads, databases and engines
 LAST_SECONDS = 0.3  # for requests that were on their way when the door was closed
 ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
 AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_SECONDS  # of the grace, in all
@@ -32,17 +43,28 @@ AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_S
 class HastyProtocol(H11Protocol):
     """HTTP/1.1 in which the head of a request must come within a time, or the connection is closed.
 
-    So must what is left of a body after the answer.
+    So must what is left of a body after the answer. What is sent must be taken at some rate.
     """
 
     header_seconds = DEFAULT_SECONDS
     rest_seconds = REST_SECONDS
+    reading_seconds = READING_SECONDS
+    max_connections = sys.maxsize
     _awaited_seconds: float | None = None
     _closing: asyncio.TimerHandle | None = None
+    _owed_bytes = 0
+    _judging: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The head of the first request is awaited from now on."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing is paused as long as anything is left unsent
+        num_beyond = len(self.connections) - self.max_connections
+        if num_beyond > self.max_connections // 8:
+            transport.abort()
+        elif num_beyond > 0:
+            self.app_state = {**self.app_state, CROWDED: True}
+            self.header_seconds = self.rest_seconds = self.timeout_keep_alive = HURRIED_SECONDS
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -54,12 +76,23 @@ class HastyProtocol(H11Protocol):
         """Nothing is awaited any more."""
         super().connection_lost(exc)
         self._stop_watching()
+        self._stop_judging()
 
     def on_response_complete(self) -> None:
         """What is left of the body is awaited from now on."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self._watch()
+
+    def pause_writing(self) -> None:
+        """Something is left unsent, be the connection closing or not: the peer has to take it."""
+        super().pause_writing()
+        self._judge_later()
+
+    def resume_writing(self) -> None:
+        """All is sent."""
+        super().resume_writing()
+        self._stop_judging()
 
     def _watch(self) -> None:
         awaited_seconds = None
@@ -79,12 +112,40 @@ class HastyProtocol(H11Protocol):
             self._closing.cancel()
             self._closing = None
 
+    def _judge_later(self) -> None:
+        self._owed_bytes = self._count_owed()
+        self._judging = self.loop.call_later(self.reading_seconds, self._judge)
+
+    def _judge(self) -> None:
+        """Nothing more is written meanwhile, so what is owed now and was not is what the peer has taken."""
+        if self._owed_bytes - self._count_owed() >= READING_RATE * self.reading_seconds:
+            self._judge_later()
+            return
+        reset = struct.pack("ii", 1, 0)  # or the kernel would go on keeping what it has of the answer
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        self.transport.abort()
+
+    def _stop_judging(self) -> None:
+        if self._judging is not None:
+            self._judging.cancel()
+            self._judging = None
+
+    def _count_owed(self) -> int:
+        """Bytes that the peer has not acknowledged.
+
+        Those in the kernel count: it takes no more before a good part of what it holds is gone, for which a
+        slow peer may need a minute.
+        """
+        connection = self.transport.get_extra_info("socket")
+        [in_kernel] = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return self.transport.get_write_buffer_size() + int(in_kernel)
+
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn is to serve `app`."""
     return uvicorn.Config(
         app,
-        http=protocol(settings.header_timeout),
+        http=protocol(settings.header_timeout, max_connections=_room_for_connections(settings)),
         log_config=None,  # the app logs its own requests, one JSON line each
         access_log=False,
         server_header=False,
@@ -94,9 +155,24 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def protocol(header_seconds: float, rest_seconds: float = REST_SECONDS) -> type[HastyProtocol]:
-    """The protocol with that patience, as uvicorn wants it: a class."""
-    patience = {"header_seconds": header_seconds, "rest_seconds": rest_seconds}
+def _room_for_connections(settings: Settings) -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(settings.max_connections, int(descriptors * DESCRIPTORS_SHARE))
+
+
+def protocol(
+    header_seconds: float,
+    rest_seconds: float = REST_SECONDS,
+    reading_seconds: float = READING_SECONDS,
+    max_connections: int = sys.maxsize,
+) -> type[HastyProtocol]:
+    """The protocol with that patience and room, as uvicorn wants it: a class."""
+    patience = {
+        "header_seconds": header_seconds,
+        "rest_seconds": rest_seconds,
+        "reading_seconds": reading_seconds,
+        "max_connections": max_connections,
+    }
     return type("Protocol", (HastyProtocol,), patience)
 
 

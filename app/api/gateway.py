@@ -7,6 +7,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -21,6 +22,9 @@ from app.logs import Logger
 from app.metrics import Metrics
 
 AWAY_SECONDS = 2  # after which a database may be back
+PART_BYTES = 256 * 1024
+CROWDED = "is_crowded"  # in the state of requests that came over a connection too many
+CROWDED_SECONDS = 5  # after which there may be fewer
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
@@ -89,13 +93,11 @@ class Gateway:
                 answer["x-request-id"] = exchange.request_id
                 answer.update(exchange.headers)
                 self._allow_origin(headers, answer)
-            await send(message)
+            for part in _parts(message):
+                await send(part)
 
         try:
-            if scope["method"] == "OPTIONS":
-                await self._options(scope, headers)(scope, receive, send_with_headers)
-            else:
-                await self._app(scope, receive, send_with_headers)
+            await self._answering(scope, headers, exchange)(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # the server ends and waits for its requests no longer
             if exchange.has_started:
                 raise
@@ -116,6 +118,15 @@ class Gateway:
                 await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         finally:
             self._note(scope, exchange, time.perf_counter() - started)
+
+    def _answering(self, scope: Scope, headers: Headers, exchange: Exchange) -> ASGIApp:
+        """Who answers this request: mostly the server behind."""
+        if scope["state"].get(CROWDED) and scope["path"] not in _QUIET:
+            crowded = Overloaded(
+                "too many connections are open; try again", retry_after_seconds=CROWDED_SECONDS
+            )
+            return respond(crowded, scope["path"], exchange.request_id)
+        return self._options(scope, headers) if scope["method"] == "OPTIONS" else self._app
 
     def _options(self, scope: Scope, headers: Headers) -> Response:
         """The answer to OPTIONS, for everybody and every path, with what a browser wants to know."""
@@ -158,6 +169,18 @@ class Gateway:
             **({"key": exchange.key_name} if exchange.key_name else {}),
             **exchange.facts,
         )
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """The message, a long body as several: to send, or to keep, all of it at once would hold up others."""
+    body = message.get("body", b"")
+    if len(body) <= PART_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), PART_BYTES):
+        end = start + PART_BYTES
+        more_body = end < len(body) or message.get("more_body", False)
+        yield {**message, "body": body[start:end], "more_body": more_body}
 
 
 def _request_id(headers: Headers) -> str:

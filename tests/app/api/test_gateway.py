@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from app.api.gateway import CROWDED
 from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, until
 
@@ -347,3 +348,40 @@ class _Visitor:
             self.headers += message["headers"]
         else:
             self.body += message["body"]
+
+
+async def test_over_a_connection_too_many_only_health_is_told(client: httpx2.AsyncClient) -> None:
+    app = client.app  # type: ignore[attr-defined]
+
+    async def crowded(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "state": {CROWDED: True}}, receive, send)
+
+    transport = httpx2.ASGITransport(crowded)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as beyond:
+        refused = await beyond.post(PATH, json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "5"
+        problem = await beyond.get("/api/v1/queue")
+        assert (problem.status_code, problem.json()["code"]) == (503, "overloaded")
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await beyond.get(path)).status_code == 200
+
+
+async def test_long_answers_are_sent_in_parts(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.gateway.PART_BYTES", 1000)
+    parts: list[int] = []
+
+    async def counting(scope: Any, receive: Any, send: Any) -> None:
+        async def count(message: Any) -> None:
+            parts.append(len(message.get("body", b"")))
+            await send(message)
+
+        await client.app(scope, receive, count)  # type: ignore[attr-defined]
+
+    transport = httpx2.ASGITransport(counting)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as counted:
+        answer = await counted.get("/openapi.json")
+    assert max(parts) == 1000 < sum(parts) == len(answer.content)
+    assert answer.json()["openapi"]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -249,6 +250,17 @@ def test_noise_on_the_line_is_one_line_of_json(tmp_path: Path) -> None:
         _, log = server.wait()
     [line] = [json.loads(line) for line in log.splitlines() if "Invalid HTTP" in line]
     assert line["level"] == "warning"
+
+
+def test_a_server_takes_all_the_descriptors_that_it_may_have(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))  # which a child inherits
+    try:
+        server = Held(tmp_path, grace_seconds=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with server:
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
 
 
 def is_ready(client: httpx2.Client) -> bool:
