@@ -237,7 +237,11 @@ class Settings(BaseSettings):
         30.0, ge=1, description="Seconds after which other servers take the jobs of a silent one"
     )
     job_ttl: float = Field(86_400.0, gt=0, description="Seconds that an ended job and its pictures are kept")
-    idempotency_ttl: float = Field(86_400.0, gt=0, description="Seconds that an Idempotency-Key is known")
+    idempotency_ttl: float = Field(
+        86_400.0,
+        gt=0,
+        description="Seconds that an Idempotency-Key is known, if its job and pictures are kept so long",
+    )
     file_ttl: float = Field(86_400.0, gt=0, description="Seconds that a picture is kept")
     url_ttl: float = Field(3_600.0, ge=1, description="Seconds that a signed URL works")
     outbound_allow: Receivers = Field(
@@ -263,6 +267,11 @@ class Settings(BaseSettings):
     def jobs_url(self) -> str:
         """The database of jobs, as SQLAlchemy names it."""
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'jobs.db'}"
+
+    @property
+    def key_ttl(self) -> float:
+        """Seconds that an idempotency key stands for its job: as long as that and its pictures are kept."""
+        return min(self.idempotency_ttl, self.job_ttl, self.file_ttl)
 
     @property
     def profiles_dir(self) -> Path:

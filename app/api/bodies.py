@@ -239,7 +239,9 @@ class NativeImageBody(GenerationMembers):
     decoder_num_inference_steps: DecoderSteps = 10
     output_quality: Quality100 = Field(90, description="Of JPEG and WebP")
     response_format: ResponseFormat | None = Field(
-        None, description="When absent: `b64_json` for callers that wait, else `url`"
+        None,
+        description="When absent: `b64_json` for callers that wait, else `url`, as a job that is asked for "
+        "later always has",
     )
     previews: NumPreviews = Field(0, description="Previews in its events, at most")
     user: Annotated[str, Field(max_length=256)] = Field("", description="Not used")

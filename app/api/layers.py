@@ -107,7 +107,7 @@ async def draw(request: Request, services: Services, exchange: Exchange, asked: 
         body=body,
         preference=Preference(),
         received=received,
-        idempotency=idempotency_of(request, asked.members, generation, services.settings.idempotency_ttl),
+        idempotency=idempotency_of(request, asked.members, generation, services.settings.key_ttl),
         metadata=asked.metadata,
     )
     submitted = await submit(services, exchange, order)

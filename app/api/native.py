@@ -126,7 +126,7 @@ def _order(
         body=body,
         preference=call.preference,
         received=received,
-        idempotency=idempotency_of(call.request, members, generation, services.settings.idempotency_ttl),
+        idempotency=idempotency_of(call.request, members, generation, services.settings.key_ttl),
         metadata=body.metadata,
         webhook=None if body.webhook is None else body.webhook.target(base),
     )

@@ -250,7 +250,7 @@ def _order(call: Call, body: ImageGenerationBody, members: Mapping[str, Any], re
         body=body,
         preference=call.preference,
         received=received,
-        idempotency=idempotency_of(call.request, members, generation, services.settings.idempotency_ttl),
+        idempotency=idempotency_of(call.request, members, generation, services.settings.key_ttl),
     )
 
 

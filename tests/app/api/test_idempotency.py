@@ -47,6 +47,15 @@ async def test_another_request_with_the_key_is_refused(client: httpx2.AsyncClien
     assert (await post(client, other)).status_code == 422
 
 
+@pytest.mark.parametrize("kept", ["file_ttl", "job_ttl"])
+async def test_a_key_stands_for_no_more_than_there_is(serve: Serve, kept: str) -> None:
+    async with serve(**{kept: 0.3}) as client:
+        assert (await post(client)).status_code == 200
+        await asyncio.sleep(0.7)
+        again = await post(client)
+        assert (again.status_code, "idempotency-replayed" in again.headers) == (200, False)
+
+
 async def test_many_at_once_are_one(client: httpx2.AsyncClient, runner: FakeRunner) -> None:
     with closed(runner.gate):
         asked = [asyncio.ensure_future(post(client)) for _ in range(20)]
