@@ -121,6 +121,7 @@ def create_app(
         docs_url=None,  # ours, which needs no other server
         redoc_url=None,
         redirect_slashes=False,
+        separate_input_output_schemas=False,  # one job, one schema
         telemetry=parts.tracing.config,
     )
     for part in (openai, native, models, jobs, webhooks, a1111, a1111_surroundings, huggingface, files):

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -222,7 +223,8 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         2048,
         ge=8,
-        description="Connections at once, at most three quarters of the descriptors; others get 503",
+        description="Connections at once, at most three quarters of the descriptors; an eighth more get 503, "
+        "the rest are closed",
     )
     header_timeout: float = Field(10.0, gt=0, description="Seconds in which a request's head must come")
     body_timeout: float = Field(30.0, gt=0, description="Seconds in which a request's body must come")
@@ -327,7 +329,16 @@ def engine_environment() -> dict[str, str]:
     chosen = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     if (allocator := _tcmalloc()) is not None:
         chosen["LD_PRELOAD"] = str(allocator)
-    return {**chosen, **os.environ}
+    return {**chosen, **os.environ, **_where_we_are()}
+
+
+def _where_we_are() -> dict[str, str]:
+    """Lets an engine find this very program where that was started from its folder, and is not installed."""
+    root = str(Path(__file__).parents[1])
+    if root in sys.path[1:]:
+        return {}
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _tcmalloc() -> Path | None:

@@ -412,6 +412,7 @@ def describe(app: FastAPI, *, needs_key: bool) -> None:
                 description=app.description,
                 routes=app.routes,
                 webhooks=app.webhooks.routes,
+                separate_input_output_schemas=False,
             )
             components = schema.setdefault("components", {})
             components["securitySchemes"] = SECURITY_SCHEMES

@@ -99,12 +99,14 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
     if problem["type"] == "extra_forbidden":
         instead = _instead(name, kind) if len(names) == 1 else None
         return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
+    if problem["type"].startswith("url_"):
+        return f"{name} must be an http or https URL"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{name} must be an object"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message = message.replace("a valid tuple", "a list")
     message = re.sub(r"^(?:String|List|Tuple|Dictionary) should", "should", message)
-    message = message.replace("should", "must", 1).replace(" after validation, not more", "")
+    message = re.sub(r" after validation, not \w+$", "", message.replace("should", "must", 1))
     if problem["type"] == "company":
         message = message.replace(problem["ctx"]["member"], names[0], 1)
     return f"{name} {message}" if problem["loc"] else message

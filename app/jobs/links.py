@@ -81,9 +81,12 @@ class SocketLink:
 
 
 class ProcessLauncher:
-    """Starts engine processes. They write their logs to our standard error."""
+    """Starts engine processes. They write their logs to our standard error.
 
-    def __init__(self, settings: Settings, *, program: Sequence[str] = ("-m", ENGINE)) -> None:
+    `-P`: whatever lies in the folder where the server was started is no part of it.
+    """
+
+    def __init__(self, settings: Settings, *, program: Sequence[str] = ("-P", "-m", ENGINE)) -> None:
         self._interpreter = sys.executable
         self._words = [*program, "--log-level", settings.log_level, "--log-format", settings.log_format]
 

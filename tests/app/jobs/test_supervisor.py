@@ -435,6 +435,20 @@ class TestProcesses:
         link.kill()
         await link.ended()
 
+    async def test_it_is_ours_whatever_lies_in_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = tmp_path / "app" / "engine" / "process.py"
+        other.parent.mkdir(parents=True)
+        for file in (other, other.with_name("__init__.py"), tmp_path / "app" / "__init__.py"):
+            file.write_text("import sys; sys.exit(3)")
+        monkeypatch.chdir(tmp_path)
+        link = await ProcessLauncher(Settings())()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(link.ended()), 1)
+        link.kill()
+        assert await link.ended() == -signal.SIGKILL
+
     async def test_a_stopped_process_can_be_killed(self, launcher: ProcessLauncher) -> None:
         link = await launcher()
         link.send(CONFIGURE)
