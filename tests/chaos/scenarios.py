@@ -21,6 +21,7 @@ WORK_SECONDS = 1.0  # about what a picture takes in company; kills come at a ran
 SEEN_SECONDS = 8.0
 HANG_SECONDS = 45.0  # from SIGSTOP to a successor: 30 s without a sign of life, and some
 AGAIN = 0.2  # share of the kills that are followed by another before the work has recovered
+ABOARD_SECONDS = 0.2  # in which a job that is running has begun, and is far from its end
 NUM_SAME = 50  # clients with one key
 SAME_WAYS = (Way.WAIT, Way.POLL, Way.WATCH)  # whose requests are the same
 PATIENCE_SECONDS = 300.0
@@ -102,12 +103,13 @@ def poison(num_good: int) -> Callable[[Site], Awaitable[Sequence[Outcome]]]:
 async def _die_of_it(site: Site, client: Client) -> dict[str, Any]:
     """Submit the poisonous job and kill whichever engine works on it; returns it when it has ended."""
     job = await client.submit(long_order(), "poison", Prefer="respond-async")
-    reached = 0.0
+    has_waited = True  # since the last kill
     while job["status"] not in FINAL:
-        fraction = job["progress"]["fraction"]
-        if job["status"] == "running" and fraction > reached:  # it is at work in this moment
-            reached = fraction + 0.01
+        has_waited |= job["status"] == "queued"
+        if has_waited and job["status"] == "running":
+            await asyncio.sleep(ABOARD_SECONDS)
             await site.send_engine(signal.SIGKILL, within=SEEN_SECONDS)
+            has_waited = False
         job = await client.job(job["id"])
     return job
 
