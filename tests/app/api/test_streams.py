@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -96,6 +97,30 @@ async def test_a_caller_who_leaves_closes_the_events(source: Source) -> None:
         await source.is_closed.wait()
     assert metrics.registry.get_sample_value("cascade_http_streams") == 0
     assert [message.get("body") for message in sent[1:3]] == [b": ping\n\n", b"1"]
+
+
+async def test_whoever_waits_does_so_from_the_first_moment_to_the_last(source: Source) -> None:
+    """In between, nobody else can find that nobody waits."""
+    moments: list[str] = []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        moments.append("waits")
+        yield
+        moments.append("has left")
+
+    async def send(message: object) -> None:
+        moments.append("is sent to")
+
+    response = respond_with_events(source.events(), {}, Metrics(), within=waiting())
+    assert moments == []
+    sending = asyncio.ensure_future(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
+    await asyncio.sleep(0)  # it has begun, and no more than that
+    assert moments[0] == "waits"
+    source.queue.put_nowait(b"")
+    await sending
+    assert source.is_closed.is_set()
+    assert (moments[1], moments[-1], moments.count("has left")) == ("is sent to", "has left", 1)
 
 
 async def test_a_slow_reader_holds_up_the_source_and_not_the_memory(source: Source) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from app.jobs import chores, keeping
 from app.jobs.database import Database
-from app.jobs.faults import NO_FAULTS
+from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.fleet import Fleet
 from app.jobs.store import JobStore
 from tests.app.jobs.conftest import sqlite_url
@@ -51,10 +51,20 @@ def url(memory: Path) -> str:
 
 
 @pytest.fixture
-async def store(url: str, databases: dict[str, Database]) -> JobStore:
+async def database(url: str, databases: dict[str, Database]) -> Database:
+    """One without jobs."""
+    return await kept(url, databases)
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
     """A store without jobs."""
-    database = await kept(url, databases)
-    return JobStore(database, time.time, time.monotonic, NO_FAULTS)
+    return store_of(database)
+
+
+def store_of(database: Database, faults: Faults = NO_FAULTS) -> JobStore:
+    """What another server has of the same database, or one with faults."""
+    return JobStore(Database(database._reader, database._writer, faults), time.time, time.monotonic, faults)
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Who submits, waits, watches, cancels and leaves."""
 
 import asyncio
-from collections.abc import AsyncGenerator, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from app.api.streams import respond_with_events
 from app.errors import (
     KeyReused,
     NotFound,
@@ -198,31 +197,17 @@ async def test_who_submits_again_keeps_a_job_that_was_about_to_be_dropped(
             assert (await server.ended(again.job)).status == JobStatus.SUCCEEDED
 
 
-async def test_who_joins_by_key_with_a_stream_keeps_the_job(serve: Serve) -> None:
+async def test_who_joins_by_key_keeps_the_job_when_the_first_leaves(serve: Serve) -> None:
     server = await serve()
     key = Idempotency("k", "f")
     first = await server.dispatcher.submit(job(1), key)
-
-    async def events() -> AsyncGenerator[bytes]:
-        yield (await server.dispatcher.wait(first.job.id)).status.encode()
-
-    with server.dispatcher.waiting(first.job):
-        again = await server.dispatcher.submit(job(1), key)
-        waiting = server.dispatcher.waiting(again.job)
-        response = respond_with_events(events(), {}, server.metrics, within=waiting)
-        sent: list[bytes] = []
-
-        async def send(message: MutableMapping[str, Any]) -> None:
-            sent.append(message.get("body", b""))
-
-        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
-        sending = asyncio.create_task(response(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
-        await asyncio.sleep(0)  # it has begun, and no more than that
-    [run] = await server.runs(1)
-    await asyncio.sleep(0.05)
-    server.engine.finish(run)
-    await sending
-    assert b"succeeded" in b"".join(sent)
+    with ExitStack() as joined:
+        with server.dispatcher.waiting(first.job):
+            again = await server.dispatcher.submit(job(1), key)
+            joined.enter_context(server.dispatcher.waiting(again.job))
+        server.engine.finish(*await server.runs(1))
+        assert (await server.ended(again.job)).status == JobStatus.SUCCEEDED
+    assert server.engine.canceled == []
 
 
 async def test_the_same_key_is_the_same_job(serve: Serve) -> None:

@@ -11,11 +11,12 @@ import pytest
 
 from app.engine.protocol import AnyFromEngine, Failed, Latents, Ready, Run
 from app.jobs import chores, keeping
+from app.jobs.database import Database
 from app.jobs.faults import Faults, InjectedFault
 from app.jobs.fleet import Fleet
 from app.jobs.job import Failure, Job, JobStatus
 from app.jobs.store import JobStore
-from tests.app.jobs.dispatcher.conftest import Serve
+from tests.app.jobs.dispatcher.conftest import Serve, store_of
 from tests.app.jobs.servers import Server, eventually, job, latents_of, pixels_of, until
 
 pytestmark = pytest.mark.anyio
@@ -77,13 +78,13 @@ class Diligent:
 
 @pytest.mark.parametrize(("point", "passage"), PASSAGES)
 async def test_an_error_at_any_point_loses_nothing(
-    url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch, point: str, passage: int
+    database: Database, serve: Serve, monkeypatch: pytest.MonkeyPatch, point: str, passage: int
 ) -> None:
     """The server lives on. Whoever waits gets one result, and every picture is there."""
     monkeypatch.setattr(chores, "OTHERS_ROUNDS", 10**9)  # nobody is told late of what happened here
     monkeypatch.setattr(chores, "IDLE_ROUNDS", 10**9)
     faults = Faults()
-    store = await JobStore.open(url, faults=faults)
+    store = store_of(database, faults)
     server = await serve(store=store, faults=faults)
     diligent = Diligent(server)
     with closed_to_claims(monkeypatch):
@@ -107,7 +108,6 @@ async def test_an_error_at_any_point_loses_nothing(
     await server.dispatcher.stop()
     counts = await store.counts()
     assert (counts.running, counts.queued) == (0, 0)
-    await store.close()
 
 
 async def test_an_end_that_was_committed_without_our_knowledge_is_told(
@@ -133,9 +133,14 @@ async def test_an_end_that_was_committed_without_our_knowledge_is_told(
 
 @pytest.mark.parametrize("moment", ["submitted", "claimed", "latents", "one picture", "all but the end"])
 async def test_a_killed_server_resumes_where_it_was(
-    folder: Path, url: str, store: JobStore, serve: Serve, monkeypatch: pytest.MonkeyPatch, moment: str
+    folder: Path,
+    database: Database,
+    store: JobStore,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
 ) -> None:
-    first = Server(folder, await JobStore.open(url))
+    first = Server(folder, store_of(database))
     await first.start()
     if moment == "submitted":
         monkeypatch.setattr(Fleet, "claim", no_claim)
@@ -152,7 +157,6 @@ async def test_a_killed_server_resumes_where_it_was(
         first.engine.finish(*runs)
         await eventually(lambda: _images(store, accepted, 2))
     await first.crash()
-    await first.store.close()
     monkeypatch.undo()
 
     second = await serve()
@@ -238,13 +242,13 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
 
 
 async def test_what_another_server_ends_is_told_here(
-    folder: Path, url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    folder: Path, database: Database, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.05)
-    here = Server(folder, await JobStore.open(url), is_sole=False, max_samples=0)
+    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.02)
+    here = Server(folder, store_of(database), is_sole=False, max_samples=0)
     here.dispatcher.engines[0].ready = Ready("cpu", "float32", 64, 64, 1, {})  # and not any more
     await here.dispatcher.start()
-    there = await serve(is_sole=False, store=await JobStore.open(url))
+    there = await serve(is_sole=False, store=store_of(database))
     accepted = await here.submit(5, 6)
     waiting = asyncio.create_task(here.ended(accepted))
     reading = asyncio.create_task(here.read(accepted))
@@ -263,8 +267,6 @@ async def test_what_another_server_ends_is_told_here(
     assert (await here.ended(canceled)).status == JobStatus.CANCELED
     await here.stop()
     await there.dispatcher.stop()
-    await here.store.close()
-    await there.store.close()
 
 
 async def test_a_database_that_goes_away_comes_back(
