@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 SERVER_READY := $(VENV)/.server-ready
 TESTS_READY := $(VENV)/.tests-ready
 
-.PHONY: help serve test test-quick test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
+.PHONY: help serve test test-quick quick-scheduling quick-jobs test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,13 @@ test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)
 
 test-quick: $(TESTS_READY)  ## Run the tests of scheduler and jobs, which need neither torch nor PostgreSQL: seconds
-	$(BIN)/pytest tests/app/jobs $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py) \
-		-k "not postgresql" $(ARGS)
+	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory quick-scheduling quick-jobs
+
+quick-scheduling:
+	$(BIN)/pytest -q tests/app/jobs/dispatcher $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py) $(ARGS)
+
+quick-jobs:
+	$(BIN)/pytest -q tests/app/jobs --ignore tests/app/jobs/dispatcher -k "not postgresql" $(ARGS)
 
 test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
 	$(BIN)/pytest -m slow $(ARGS)

@@ -13,6 +13,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+gc.disable()  # until all is imported, of which nothing is garbage
+
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("steady")
 
@@ -22,6 +24,7 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 def pytest_collection_finish() -> None:
     """Collect garbage more rarely, and not among what was imported: that took a sixth of short tests."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)
 
 

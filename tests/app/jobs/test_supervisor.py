@@ -445,7 +445,7 @@ class TestProcesses:
         monkeypatch.chdir(tmp_path)
         link = await ProcessLauncher(Settings())()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(link.ended()), 0.3)
+            await asyncio.wait_for(asyncio.shield(link.ended()), 0.15)
         link.kill()
         assert await link.ended() == -signal.SIGKILL
 
