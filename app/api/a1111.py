@@ -5,7 +5,6 @@ their forms hold.
 """
 
 import asyncio
-import base64
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -22,6 +21,7 @@ from pydantic_core import to_json
 from app.api.answers import ignored_params, picture_headers, replayed
 from app.api.deps import Services, TheExchange, TheServices, authenticate, count_request, read_json_object
 from app.api.description import A1111_RESPONSES, a1111_body
+from app.api.embedding import Embedding
 from app.api.gateway import Exchange
 from app.api.generation import require_success, wait_for_model
 from app.api.idempotency import read_key
@@ -168,10 +168,11 @@ async def _respond(
     drawn = await draw(request, services, exchange, asked)
     if drawn.job.status != JobStatus.CANCELED:  # by `interrupt`: what is there is the answer
         require_success(drawn.job)
-    write = partial(_answer, drawn.job, services, members, body)
-    content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
+    embedding = Embedding()
+    write = partial(_answer, drawn.job, services, members, body, embedding)
+    text = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
     ignored = _present(members).keys() - type(body).model_fields.keys()
-    return Response(content, media_type="application/json", headers=_headers(drawn, ignored))
+    return await embedding.respond(text, services, _headers(drawn, ignored))
 
 
 def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
@@ -228,14 +229,16 @@ def _headers(drawn: Drawn, ignored: Collection[str]) -> dict[str, str]:
     return told | replayed(drawn.is_replay) | ignored_params(ignored)
 
 
-def _answer(job: Job, services: Services, members: Mapping[str, Any], body: TextToImage) -> bytes:
-    """The whole answer as JSON. For a thread: it reads the files."""
-    contents = [services.images.read(image.name) for image in job.images]
+def _answer(
+    job: Job, services: Services, members: Mapping[str, Any], body: TextToImage, embedding: Embedding
+) -> bytes:
+    """The whole answer as JSON. For a thread: it reads the files, and repeats what was sent."""
+    infotexts = [_infotext(services.images.read(image.name)) for image in job.images]
     echo = {**members, **{name: None for name in ("init_images", "mask") if name in members}}
     answer = {
-        "images": [base64.b64encode(content).decode() for content in contents] if body.send_images else [],
+        "images": [embedding.base64_of(image) for image in job.images] if body.send_images else [],
         "parameters": echo,
-        "info": to_json(_info(job, body, [_infotext(content) for content in contents])).decode(),
+        "info": to_json(_info(job, body, infotexts)).decode(),
     }
     return to_json(answer)
 

@@ -1,6 +1,5 @@
 """Answers about jobs, in the forms that all contracts share: the job itself, accepted, or one raw picture."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -80,18 +79,11 @@ async def view(
     exchange: Exchange,
     base: str,
     *,
-    as_base64: bool = False,
+    images: list[ImageView] | None = None,
     progress: Progress | None = None,
 ) -> JobView:
-    """The job as it stands, its pictures as URLs under `base` or in base64; `progress` if not that of now."""
-    images: list[ImageView]
-    if as_base64:
-        loop = asyncio.get_running_loop()
-        encodings = [
-            loop.run_in_executor(services.encoders, _in_base64, image, services) for image in job.images
-        ]
-        images = list(await asyncio.gather(*encodings))
-    else:
+    """The job as it stands, its pictures as URLs under `base` and its progress that of now, unless given."""
+    if images is None:
         images = [image_view(image, url=file_url(image, services, base)) for image in job.images]
     now, position = await _standing(job, services)
     return job_view(
@@ -105,11 +97,6 @@ async def view(
     )
 
 
-def _in_base64(image: StoredImage, services: Services) -> ImageView:
-    """For a thread: it reads the file, and base64 of megabytes takes its time."""
-    return image_view(image, content=services.images.read(image.name))
-
-
 async def _standing(job: Job, services: Services) -> tuple[Progress, int | None]:
     """How far a job is, and how many are before it in the queue."""
     progress = services.dispatcher.progress(job)
@@ -120,29 +107,17 @@ async def _standing(job: Job, services: Services) -> tuple[Progress, int | None]
     return replace(progress, eta_seconds=eta_seconds), position or 0  # None: it was taken just now
 
 
-async def json_response(
-    content: JobView, services: Services, headers: Mapping[str, str], status: int = 200
-) -> Response:
-    """A job as JSON, which may be long: it is written off the event loop."""
-    loop = asyncio.get_running_loop()
-    text = await loop.run_in_executor(services.encoders, lambda: content.model_dump_json().encode())
-    return Response(text, status, headers, media_type="application/json")
-
-
 async def _accepted(call: Call, job: Job, headers: Mapping[str, str]) -> Response:
     """202: the job goes on, and where to ask for it."""
     base = public_base(call.request, call.services.settings)
-    return await json_response(
-        await view(job, call.services, call.exchange, base),
-        call.services,
-        {
-            **headers,
-            "Location": f"{JOBS}/{job.id}",
-            "Retry-After": str(POLL_SECONDS),
-            "Preference-Applied": call.preference.applied,
-        },
-        202,
-    )
+    told = await view(job, call.services, call.exchange, base)
+    headers = {
+        **headers,
+        "Location": f"{JOBS}/{job.id}",
+        "Retry-After": str(POLL_SECONDS),
+        "Preference-Applied": call.preference.applied,
+    }
+    return Response(told.model_dump_json(), 202, headers, media_type="application/json")
 
 
 async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:

@@ -2,18 +2,20 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 from app.api.answers import file_url, view
 from app.api.deps import Services
 from app.api.gateway import Exchange
-from app.api.generation import read_images
 from app.api.streams import sse
-from app.api.views import image_view, progress_view
+from app.api.views import ImageView, image_view, progress_view
 from app.jobs.events import NUMBERS_PER_CLAIM, Event, Preview, Queued
 from app.jobs.job import Job, Progress, StoredImage
+
+T = TypeVar("T")
 
 
 def last_number(job: Job) -> int:
@@ -65,18 +67,23 @@ class JobStream:
 
     async def _image(self, image: StoredImage, number: int) -> bytes:
         if self.as_base64:
-            [content] = await read_images(self.services, (image,))
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self.services.encoders,
-                lambda: sse("job.image", image_view(image, content=content), number=number),
+            return await self._off_the_loop(
+                lambda: sse("job.image", self._with_content(image), number=number)
             )
         url = file_url(image, self.services, self.base)
         return sse("job.image", image_view(image, url=url), number=number)
 
     async def _end(self, job: Job) -> bytes:
-        whole = await view(job, self.services, self.exchange, self.base, as_base64=self.as_base64)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.services.encoders, lambda: sse(f"job.{job.status}", whole, number=last_number(job))
-        )
+        images = None  # as URLs
+        if self.as_base64:
+            images = await self._off_the_loop(lambda: [self._with_content(image) for image in job.images])
+        whole = await view(job, self.services, self.exchange, self.base, images=images)
+        return await self._off_the_loop(lambda: sse(f"job.{job.status}", whole, number=last_number(job)))
+
+    def _with_content(self, image: StoredImage) -> ImageView:
+        content = self.services.images.read(image.name)
+        return image_view(image, in_base64=base64.b64encode(content).decode())
+
+    async def _off_the_loop(self, work: Callable[[], T]) -> T:
+        """To read files, and base64 of megabytes, takes its time."""
+        return await asyncio.get_running_loop().run_in_executor(self.services.encoders, work)

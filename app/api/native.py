@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.api.accept import prefers_events, raw_format
-from app.api.answers import VARY, Call, answer_when_ended, json_response, replayed, require_one, view
+from app.api.answers import VARY, Call, answer_when_ended, replayed, require_one, view
 from app.api.bodies import NativeImageBody, parse_native
 from app.api.deps import TheExchange, TheServices, authenticate, count_request, public_base
 from app.api.description import NATIVE_GENERATION, NATIVE_RESPONSES, NEEDS_KEY, problems
+from app.api.embedding import Embedding
 from app.api.forms import read_members
 from app.api.generation import (
     Order,
@@ -27,7 +28,7 @@ from app.api.job_events import JobStream
 from app.api.prefer import Preference, parse_prefer
 from app.api.sources import Received, receive
 from app.api.streams import respond_with_events
-from app.api.views import QueueView
+from app.api.views import QueueView, image_view
 from app.api.webhooks import check_receiver
 from app.jobs.job import Job
 from app.schemas import GenerationRequest
@@ -78,8 +79,12 @@ async def generate_images(
         return respond_with_events(stream.events(job), headers, services.metrics, retry=True, within=waiting)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
-        told = await view(job, services, exchange, base, as_base64=body.response_format != "url")
-        return await json_response(told, services, headers)
+        embedding = Embedding()
+        images = None  # as URLs
+        if body.response_format != "url":
+            images = [image_view(image, in_base64=embedding.base64_of(image)) for image in job.images]
+        told = await view(job, services, exchange, base, images=images)
+        return await embedding.respond(told.model_dump_json().encode(), services, headers)
 
     return await answer_when_ended(call, submitted, tell, {})
 

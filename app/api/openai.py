@@ -1,9 +1,6 @@
 """OpenAI's Images contract: `/v1/images/generations`, `edits` and `variations`, and `/v1/models`."""
 
-import asyncio
-import base64
 from collections.abc import Mapping
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -36,6 +33,7 @@ from app.api.description import (
     VARIATION,
     openai_errors,
 )
+from app.api.embedding import Embedding
 from app.api.forms import read_members
 from app.api.gateway import Exchange
 from app.api.generation import (
@@ -154,9 +152,9 @@ async def _respond(
         return _stream(call, submitted, body, event)
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
-        write = partial(_answer, body, job, services, base)
-        content = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
-        return Response(content, media_type="application/json", headers=headers)
+        embedding = Embedding()
+        answer = to_json(_answer(body, job, services, base, embedding))
+        return await embedding.respond(answer, services, headers)
 
     return await answer_when_ended(call, submitted, tell, ignored_params(body.ignored))
 
@@ -281,22 +279,27 @@ def _wants_base64(body: ImageGenerationBody) -> bool:
     return not _wants_url(body) or (is_edited and body.response_format is None)
 
 
-def _data(image: StoredImage, services: Services, base: str | None, *, as_base64: bool) -> dict[str, Any]:
-    """A picture in the answer: as a signed URL under `base`, where there is one, and as base64."""
+def _data(
+    image: StoredImage, services: Services, base: str | None, embedding: Embedding | None
+) -> dict[str, Any]:
+    """A picture in the answer: as a signed URL under `base` and as base64, as far as there are these."""
     data: dict[str, Any] = {"seed": image.seed}
     if base is not None:
         data["url"] = file_url(image, services, base)
-    if as_base64:
-        data["b64_json"] = base64.b64encode(services.images.read(image.name)).decode()
+    if embedding is not None:
+        data["b64_json"] = embedding.base64_of(image)
     return data
 
 
-def _answer(body: ImageGenerationBody, job: Job, services: Services, base: str | None) -> bytes:
-    """The whole answer as JSON. For a thread: it reads the files, and base64 of megabytes takes its time."""
+def _answer(
+    body: ImageGenerationBody, job: Job, services: Services, base: str | None, embedding: Embedding
+) -> dict[str, Any]:
+    """The whole answer."""
     generation, first = job.request, job.images[0]
+    pictures = embedding if _wants_base64(body) else None
     answer: dict[str, Any] = {
         "created": int(job.completed_at or job.created_at),
-        "data": [_data(image, services, base, as_base64=_wants_base64(body)) for image in job.images],
+        "data": [_data(image, services, base, pictures) for image in job.images],
         "background": "opaque",
         "output_format": generation.output_format,
         "quality": _quality(body),
@@ -305,4 +308,4 @@ def _answer(body: ImageGenerationBody, job: Job, services: Services, base: str |
     }
     if drawn := size_text(first.resampled_from):
         answer["resampled_from"] = drawn
-    return to_json(answer)
+    return answer

@@ -1,6 +1,5 @@
 """Jobs, pictures and models as callers see them."""
 
-import base64
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -132,8 +131,8 @@ class QueueView(BaseModel):
     eta_seconds: Seconds = Field(description="When the work of now should be done")
 
 
-def image_view(image: StoredImage, *, url: str | None = None, content: bytes | None = None) -> ImageView:
-    """A picture behind `url`, or with its `content`."""
+def image_view(image: StoredImage, *, url: str | None = None, in_base64: str | None = None) -> ImageView:
+    """A picture behind `url`, or with its content `in_base64`."""
     return ImageView(
         index=image.index,
         seed=image.seed,
@@ -143,7 +142,7 @@ def image_view(image: StoredImage, *, url: str | None = None, content: bytes | N
         bytes=image.num_bytes,
         sha256=image.sha256,
         url=url,
-        b64_json=None if content is None else base64.b64encode(content).decode(),
+        b64_json=in_base64,
         resampled_from=size_text(image.resampled_from),
         prompt_truncated=image.prompt_truncated or None,
     )

@@ -1,0 +1,60 @@
+"""Answers in JSON that hold pictures in base64, read and encoded as they are sent.
+
+What a slow reader has not taken yet is on the disk and not in memory, however many pictures it asked for.
+"""
+
+import asyncio
+import base64
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from starlette.responses import StreamingResponse
+
+from app.api.deps import Services
+from app.jobs.job import StoredImage
+
+PART_BYTES = 96 * 1024  # a multiple of three, so that the base64 of parts is that of the whole
+
+
+class Embedding:
+    """The pictures of one answer, and what stands for each in its JSON until it is sent."""
+
+    def __init__(self) -> None:
+        self._mark = secrets.token_hex(16)  # nobody can have written it into a prompt
+        self._names: list[str] = []
+
+    def base64_of(self, image: StoredImage) -> str:
+        """What to write for it. The order of the calls has to be that in the JSON."""
+        self._names.append(image.name)
+        return self._mark
+
+    async def respond(self, text: bytes, services: Services, headers: Mapping[str, str]) -> StreamingResponse:
+        """`text` with the pictures in it. Raises NotFound or DamagedFile for what cannot be sent."""
+        loop = asyncio.get_running_loop()
+        sizes = []
+        for name in self._names:
+            found = await loop.run_in_executor(services.encoders, services.images.examine, name)
+            sizes.append(found.size_bytes)
+        pieces = text.split(self._mark.encode())
+        length = sum(map(len, pieces)) + sum((size + 2) // 3 * 4 for size in sizes)
+        return StreamingResponse(
+            self._parts(pieces, sizes, services),
+            headers={**headers, "Content-Length": str(length)},
+            media_type="application/json",
+        )
+
+    async def _parts(
+        self, pieces: Sequence[bytes], sizes: Sequence[int], services: Services
+    ) -> AsyncIterator[bytes]:
+        """The pieces of the JSON, and between them the pictures."""
+        loop = asyncio.get_running_loop()
+
+        def encode(name: str, start: int, num_bytes: int) -> bytes:
+            return base64.b64encode(services.images.read_part(name, start, num_bytes))
+
+        for piece, name, size in zip(pieces[:-1], self._names, sizes, strict=True):
+            yield piece
+            for start in range(0, size, PART_BYTES):
+                num_bytes = min(PART_BYTES, size - start)
+                yield await loop.run_in_executor(services.encoders, encode, name, start, num_bytes)
+        yield pieces[-1]
