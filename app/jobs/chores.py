@@ -80,6 +80,8 @@ class Chores:
             position = await self._means.store.position(job)
             if position is not None:
                 events.publish(job.id, Queued(position))
+        elif is_watched and job.progress is not None and self._fleet.flight(job.id) is None:
+            events.publish(job.id, events.progress(job))
 
     async def _try(self, *chores: Callable[[], Awaitable[None]]) -> None:
         for chore in chores:
@@ -97,7 +99,7 @@ class Chores:
         """Before anything is claimed: after a long pause of ours nobody must take our jobs for lost."""
         now = asyncio.get_running_loop().time()
         if now - self._renewed_at >= min(self._lease_seconds / 3, RENEW_SECONDS):
-            await self._fleet.renew(self._lease_seconds)
+            await self._fleet.renew(self._lease_seconds, tells=not self._is_sole)
             self._renewed_at = now
 
     async def _expire(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from app.jobs import rows
-from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
+from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus, Progress
 from app.jobs.queue import CLAIM_ORDER, IS_QUEUED, IS_RUNNING
 from app.jobs.tables import jobs, pictures
 
@@ -48,6 +48,9 @@ _SAVE_PICTURE = update(pictures).where(
 _IS_MINE = (jobs.c.worker == bindparam("holder")) & IS_RUNNING
 _LOCK_MINE = rows.locking(select(jobs).where(_IS_MINE).order_by(jobs.c.number))
 _RENEW = update(jobs).where(_IS_MINE).values(lease_until=bindparam("until"))
+_TELL_PROGRESS = (
+    update(jobs).where(jobs.c.id == bindparam("told_id"), _IS_MINE).values(progress=bindparam("told"))
+)
 _WANTED_ENDED = (
     select(jobs.c.id, jobs.c.cancel_requested).where(_IS_MINE).order_by(jobs.c.number).with_for_update()
 )
@@ -75,10 +78,21 @@ def claim(connection: Connection, wanted: Claim, now: float) -> list[Job]:
     return [rows.put(connection, job.claimed(wanted.worker, now, wanted.lease_seconds)) for job in found]
 
 
-def renew(connection: Connection, worker: str, lease_seconds: float, now: float) -> list[str]:
-    """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
+def renew(
+    connection: Connection, worker: str, lease_seconds: float, now: float, progress: Mapping[str, Progress]
+) -> list[str]:
+    """Extend all leases of a worker, and tell of its jobs how far they are.
+
+    Returns those of them that somebody wants ended.
+    """
     found = connection.execute(_WANTED_ENDED, {"holder": worker}).all()
     connection.execute(_RENEW, {"holder": worker, "until": now + lease_seconds})
+    if progress:
+        told = [
+            {"told_id": job_id, "told": rows.to_json(each), "holder": worker}
+            for job_id, each in progress.items()
+        ]
+        connection.execute(_TELL_PROGRESS, told)
     return [row.id for row in found if row.cancel_requested]
 
 

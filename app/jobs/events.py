@@ -130,10 +130,11 @@ class EventHub:
         """Whether somebody reads the news of a job as they come."""
         return job_id in self._logs and self._logs[job_id].num_streams > 0
 
-    def progress(self, job_id: str) -> Progress | None:
-        """The latest that was said of how far a job is."""
-        event = self._logs.get(job_id, _Log()).events.get("progress")
-        return event.news if event is not None and isinstance(event.news, Progress) else None
+    def progress(self, job: Job) -> Progress:
+        """The furthest that was said of how far a job is, here or by another server."""
+        event = self._logs.get(job.id, _Log()).events.get("progress")
+        said = event.news if event is not None and isinstance(event.news, Progress) else Progress()
+        return job.progress if job.progress is not None and job.progress.fraction > said.fraction else said
 
     async def subscribe(
         self, job_id: str, last_id: int = 0, *, is_patient: bool = True

@@ -129,11 +129,15 @@ class Fleet:
                     done.add(slot)
         return True
 
-    async def renew(self, lease_seconds: float) -> None:
-        """Stay the holder of the jobs in our hands, and end those that somebody wants ended."""
+    async def renew(self, lease_seconds: float, *, tells: bool) -> None:
+        """Stay the holder of the jobs in our hands, and end those that somebody wants ended.
+
+        A fleet that `tells` lets other servers know how far they are.
+        """
         for slot in self.slots:
             if slot.flights:
-                for job_id in await self._store.renew(slot.worker, lease_seconds):
+                progress = {job_id: flight.progress() for job_id, flight in slot.flights.items() if tells}
+                for job_id in await self._store.renew(slot.worker, lease_seconds, progress):
                     await self.cancel(job_id)
 
     async def cancel(self, job_id: str) -> None:
@@ -263,8 +267,7 @@ class Fleet:
         if is_replay:
             self._means.metrics.replays.labels("decoder" if latents else "prior").inc()
         self._events.begin_claim(job)
-        said = self._events.progress(job.id)
-        flight.fraction = said.fraction if said is not None else 0.0
+        flight.fraction = self._events.progress(job).fraction
         for image in job.images:
             self._events.publish(job.id, image)
         if flaw is not None:

@@ -36,7 +36,7 @@ class Forecast:
             return Progress("done", steps, steps, 1.0, 0.0)
         flight = self._fleet.flight(job.id)
         if flight is None:
-            return self._events.progress(job.id) or Progress()
+            return self._events.progress(job)
         progress = flight.progress()
         self._events.publish(job.id, progress)  # remembered: when another claim goes on, it falls not below
         return progress

@@ -137,6 +137,7 @@ class Job:
     images: tuple[StoredImage, ...] = ()  # in order of index; grows while it runs
     failure: Failure | None = None
     timings: Timings = Timings()
+    progress: Progress | None = None  # as its worker last told other servers, where there are any
 
     @property
     def is_finished(self) -> bool:

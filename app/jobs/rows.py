@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, Select, bindparam, insert, select, update
 
-from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings, Webhook
+from app.jobs.job import Failure, Job, JobStatus, Progress, StoredImage, Timings, Webhook
 from app.jobs.tables import deliveries, inputs, jobs, pictures
 from app.schemas import GenerationRequest
 
@@ -154,6 +154,7 @@ def _job(row: Row[Any], images: tuple[StoredImage, ...]) -> Job:
         images=images,
         failure=None if row.failure is None else msgspec.json.decode(row.failure, type=Failure),
         timings=msgspec.json.decode(row.timings, type=Timings),
+        progress=None if row.progress is None else msgspec.json.decode(row.progress, type=Progress),
     )
 
 

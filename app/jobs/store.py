@@ -4,8 +4,9 @@ Each method of the store is one transaction, committed when it returns.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Self
 
 from sqlalchemy import Connection, bindparam, delete, select, update
@@ -15,7 +16,7 @@ from app.jobs import claims, keys, outbox, pages, queue, rows
 from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
 from app.jobs.faults import NO_FAULTS, Faults
-from app.jobs.job import Job, JobStatus, StoredImage
+from app.jobs.job import Job, JobStatus, Progress, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
 from app.jobs.outbox import Busy, Delivery
@@ -35,6 +36,7 @@ __all__ = [
 ]  # all that others need of the database
 
 NOBODY = Busy()
+NOTHING: Mapping[str, Progress] = MappingProxyType({})
 PRUNED_AT_ONCE = 200  # others write between two such transactions
 
 # Built once, like all that is asked often.
@@ -191,9 +193,14 @@ class JobStore:
         for silent in self._watch.silent(leases, lease_seconds):
             await self._database.write(claims.release_lost, silent, leases[silent], self._clock())
 
-    async def renew(self, worker: str, lease_seconds: float) -> Sequence[str]:
-        """Extend all leases of a worker; returns those of its jobs that somebody wants ended."""
-        return await self._database.write(claims.renew, worker, lease_seconds, self._clock())
+    async def renew(
+        self, worker: str, lease_seconds: float, progress: Mapping[str, Progress] = NOTHING
+    ) -> Sequence[str]:
+        """Extend all leases of a worker, and tell other servers the progress of its jobs, by their ids.
+
+        Returns those of its jobs that somebody wants ended.
+        """
+        return await self._database.write(claims.renew, worker, lease_seconds, self._clock(), progress)
 
     async def save_latents(self, job: Job, index: int, latents: bytes) -> bool:
         """Keep what Stage C made of a picture; False when the job is not held under this fence any more."""

@@ -50,6 +50,7 @@ jobs = Table(
     Column("webhook", Text),  # Webhook
     Column("timings", Text, nullable=False),  # Timings
     Column("failure", Text),  # Failure
+    Column("progress", Text),  # Progress, where other servers are asked, too
     Index("ix_jobs_status_number", "status", "number"),
     Index("ix_jobs_tenant_created_at", "tenant", "created_at", "id"),
     Index("ix_jobs_completed_at", "completed_at"),

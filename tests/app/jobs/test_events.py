@@ -1,12 +1,14 @@
 """The hub of events: order, numbers, what is kept, and for how long."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from app.jobs.events import KEPT_SECONDS, MAX_ENDED, NUMBERS_PER_CLAIM, Event, EventHub, Preview, Queued
 from app.jobs.job import Job, Progress, StoredImage
 from app.schemas import GenerationRequest
+from tests.app.jobs.stores import new_job
 from tests.app.jobs.virtual_time import BACKEND
 
 pytestmark = pytest.mark.anyio
@@ -192,12 +194,20 @@ async def test_asking_leaves_nothing_behind(hub: EventHub) -> None:
     assert list(hub.unended()) == []
 
 
+def test_progress_is_the_furthest_that_was_said(hub: EventHub) -> None:
+    job = new_job(id="a")
+    assert hub.progress(job) == Progress()
+    near, far = Progress("prior", 1, 20, 0.1), Progress("decoder", 2, 10, 0.7)
+    assert hub.progress(replace(job, progress=near)) == near
+    hub.publish("a", far)
+    assert hub.progress(replace(job, progress=near)) == far
+    assert hub.progress(replace(job, progress=replace(far, fraction=0.8))).fraction == 0.8
+
+
 async def test_what_may_still_have_news(hub: EventHub) -> None:
     hub.publish("a", step(1))
     hub.publish("b", ended())
     waiting = asyncio.create_task(hub.final("c"))
     await settle()
     assert list(hub.unended()) == [("a", False, False), ("c", True, False)]
-    assert hub.progress("a") == step(1)
-    assert hub.progress("b") is None
     waiting.cancel()

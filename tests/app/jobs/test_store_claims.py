@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from app.errors import QueueFull
-from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus
+from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus, Progress
 from app.jobs.store import Claim, JobStore
 from tests.app.jobs.stores import (
     LEASE_SECONDS,
@@ -156,6 +156,18 @@ async def test_a_worker_that_renews_keeps_its_jobs(store: JobStore, clock: Clock
     for _ in range(3):
         assert await store.renew("one", LEASE_SECONDS) == []
         assert await look(store, clock, times=3) == []
+
+
+async def test_a_worker_tells_how_far_its_jobs_are(store: JobStore, clock: Clock) -> None:
+    job, foreign = await add_running(store), await add_running(store, worker="two")
+    progress = Progress("decoder", 3, 10, 0.8, 1.5)
+    await store.renew("one", LEASE_SECONDS, {job.id: progress, foreign.id: progress})
+    told = await stored(store, job)
+    assert told.progress == progress
+    assert (await stored(store, foreign)).progress is None
+    await store.renew("one", LEASE_SECONDS)
+    await store.move(job, job.released())
+    assert (await stored(store, job)).progress == progress, "who goes on with it does not begin at nothing"
 
 
 async def test_the_jobs_of_a_silent_worker_are_taken(store: JobStore, clock: Clock) -> None:

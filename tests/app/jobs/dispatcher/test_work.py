@@ -229,9 +229,8 @@ async def test_steps_are_told_to_those_who_watch_and_to_those_who_come_later(ser
     assert flight is not None
     server.engine.step(run, 3)
     await until(lambda: flight.share_left() == 1.0 and flight._steps)
-    untold = server.dispatcher.events.progress(accepted.id)
-    assert untold is not None
-    assert untold.step == 0  # nobody watches: only that it was begun
+    untold = server.dispatcher.events.progress(accepted)
+    assert (untold.stage, untold.step) == ("prior", 0)  # nobody watches: only that it was begun
     steps: list[int] = []
 
     async def watch() -> None:
