@@ -4,6 +4,7 @@ Whoever sees something tells it by a method named after it; the names and labels
 here alone.
 """
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Literal, get_args
@@ -58,6 +59,8 @@ class Metrics:
             "cascade_http_request_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=registry
         )
         self.streams = Gauge("cascade_http_streams", "Event streams that are open", registry=registry)
+
+        self.watch("tasks", "Tasks of the server's event loop", _num_tasks)
 
     def _describe_jobs(self) -> None:
         registry = self.registry
@@ -193,3 +196,10 @@ class Metrics:
         if shape not in self._shapes and len(self._shapes) < MAX_SHAPES:
             self._shapes.add(shape)
         return shape if shape in self._shapes else "other"
+
+
+def _num_tasks() -> float:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # there is no loop here
+        return 0

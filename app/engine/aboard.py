@@ -31,6 +31,10 @@ class Aboard:
     def __contains__(self, run: Run) -> bool:
         return run.job in self._jobs and run.index in self._jobs[run.job].pictures
 
+    def at(self, job: str, index: int) -> Picture:
+        """One of them. KeyError when it is not here."""
+        return self._jobs[job].pictures[index]
+
     def of(self, job: str) -> list[Picture]:
         """The pictures of a job."""
         return list(self._jobs[job].pictures.values()) if job in self._jobs else []

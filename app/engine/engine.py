@@ -150,7 +150,7 @@ class Engine:
 
     def _step(self, batch: Batch) -> list[Picture]:
         """Advance a batch by one step; returns the pictures that could be."""
-        pictures = [picture for entry in batch.entries if isinstance(picture := entry.track, Picture)]
+        pictures = [self._aboard.at(entry.job, entry.index) for entry in batch.entries]
         if any(picture.run.is_alone for picture in pictures):
             self._finisher.wait_until_idle()
         self._faults.hit("engine_before_step")
@@ -230,10 +230,13 @@ class Engine:
         self._drop(run.job)
         if isinstance(error, AppError):
             self._logger.info("a picture failed", job=run.job, index=run.index, code=error.code)
+            told = error
         else:
             self._logger.error("a picture failed", job=run.job, index=run.index, exc_info=error)
-            error = GenerationFailed("the model failed on this picture; the server's log says why")
-        self._send(Failed(run.job, run.index, error.code, error.message))
+            told = GenerationFailed("the model failed on this picture; the server's log says why")
+        self._send(Failed(run.job, run.index, told.code, told.message))
+        # Its frames lead to ours, which hold it: pictures would stay until the collector comes by.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def _drop(self, job: str) -> None:
         """Forget a job, wherever its pictures are."""

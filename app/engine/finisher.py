@@ -87,6 +87,7 @@ class Finisher:
         try:
             while (work := self._take()) is not None:
                 work()
+                del work  # with its pictures, while there is nothing to do
         except Exception as error:  # the device is gone; the loop is to say so
             self._report(error)
         finally:

@@ -36,11 +36,8 @@ class Picture:
             steps_left=steps,
             cost_left=0.0,
             is_alone=run.is_alone,
-            track=track,
         )
-        picture = cls(run, track, entry)
-        entry.track = picture
-        return picture
+        return cls(run, track, entry)
 
     @property
     def key(self) -> BatchKey:

@@ -4,6 +4,7 @@ Everything heavy is imported inside the methods, which only an engine process ca
 steps and checks, the finisher's decodes and shows.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -110,7 +111,10 @@ class CascadeRunner:
             raise ModelUnusable(str(error)) from error
         give_way(models.device)
         suit_threads(models)
-        return self.take(models, configure)
+        ready = self.take(models, configure)
+        gc.collect()
+        gc.freeze()  # or each look at what stays for ever would hold up a tick for a tenth of a second
+        return ready
 
     def take(self, models: "Models", configure: Configure) -> Ready:
         """Work with a checkpoint that is loaded already."""

@@ -57,7 +57,6 @@ class Entry:
     steps_left: int  # of this stage
     cost_left: float  # seconds that the whole rest of the picture takes alone
     is_alone: bool  # stepped only while nothing else is in work
-    track: object  # of the runner
     is_begun: bool = field(default=False, init=False)  # this and the next two are the scheduler's own
     since: int = field(default=0, init=False)  # the tick from which on it waits
     whole_cost: float = field(default=0.0, init=False)  # `cost_left` when it came

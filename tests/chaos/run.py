@@ -32,6 +32,7 @@ from tests.chaos.faults import (
     engine_points,
     server_points,
 )
+from tests.chaos.leaks import leak
 from tests.chaos.neighbours import kill_one, roll
 from tests.chaos.orders import NUM_ORDERS, NUM_QUICK_ORDERS, all_orders
 from tests.chaos.scenarios import hang, kill_engine, kill_server, poison, same_key
@@ -96,6 +97,7 @@ def full_scenarios() -> list[Scenario]:
         Scenario("SIGTERM under load", drain, 10),
         Scenario("SIGTERM of two servers by turns", roll, 20),
         Scenario("kill -9 of one of two servers", kill_one, 20),
+        Scenario("5,000 small jobs, 20,000 refusals", leak, 50),
         *(Scenario(f"kill at {point}", at_points([point], SERVER_PASSAGES), 20) for point in server_points()),
         *(Scenario(f"kill at {point}", at_points([point], ENGINE_PASSAGES), 20) for point in engine_points()),
     ]
@@ -218,7 +220,10 @@ async def _endure(scenario: Scenario, site: Site, end: float) -> Row:
         miss = str(error)
     finally:
         site.end()
-    notes = ", ".join(f"{what} {min(times):.1f}..{max(times):.1f} s" for what, times in site.notes.items())
+    notes = ", ".join(
+        f"{what} {min(figures):.1f}..{max(figures):.1f} {unit}"
+        for (what, unit), figures in site.notes.items()
+    )
     return Row(scenario, time.monotonic() - start, site.kills, found, notes, miss)
 
 

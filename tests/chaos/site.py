@@ -44,7 +44,7 @@ class Site:
     chance: Random = field(init=False)
     others: list[ServerProcess] = field(default_factory=list)  # servers beside the first
     belongings: ExitStack = field(default_factory=ExitStack)  # what ends with the site
-    notes: dict[str, list[float]] = field(default_factory=dict)  # seconds of what, as the table shows them
+    notes: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # of what in which unit
     kills: int = 0
 
     def __post_init__(self) -> None:
@@ -96,9 +96,9 @@ class Site:
             transport=transport,
         )
 
-    def note(self, what: str, seconds: float) -> None:
-        """Remember how long something took."""
-        self.notes.setdefault(what, []).append(seconds)
+    def note(self, what: str, figure: float, unit: str = "s") -> None:
+        """Remember for the table how long something took, or another figure."""
+        self.notes.setdefault((what, unit), []).append(figure)
 
     async def pause(self, seconds: float) -> None:
         """A random part of `seconds`, so that what follows comes at any point of the work."""

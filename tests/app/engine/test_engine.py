@@ -1,5 +1,6 @@
 """The loop, driven in the test's own thread on a clock that only steps move."""
 
+import gc
 from collections.abc import Sequence
 from threading import Event
 
@@ -19,6 +20,8 @@ from app.engine.protocol import (
     Progressed,
     WantPreviews,
 )
+from app.engine.scheduler import Entry
+from app.errors import OutOfMemory
 from tests.app.engine.bench import STEP_SECONDS, Bench, asked, run, wait_until
 from tests.app.fakes import FakeRunner, FakeTrack, decoded, digest
 
@@ -42,6 +45,25 @@ def test_every_picture_is_the_one_that_was_asked_for(bench: Bench) -> None:
         ("c", 0): decoded(asked("c", width=128), 0).pixels,
     }
     assert bench.pulse.num_samples == 0
+
+
+@pytest.mark.parametrize("end", ["made", "canceled", "wrong", "too large"])
+def test_what_is_done_with_is_freed_without_a_collector(bench: Bench, runner: FakeRunner, end: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        match end:
+            case "canceled":
+                bench.during(3, Cancel("a"))
+            case "wrong":
+                runner.broken["a"] = ValueError("odd")
+            case "too large":
+                runner.broken["a"] = OutOfMemory("too large")
+        bench.work(run("a"), run("b"))
+        wait_until(lambda: not any(isinstance(thing, Picture | Entry) for thing in gc.get_objects()))
+        assert not any(isinstance(thing, Picture | Entry) for thing in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_callers_step_together(bench: Bench) -> None:

@@ -30,7 +30,6 @@ def test_its_entry_says_what_the_scheduler_needs() -> None:
     assert (entry.job, entry.index, entry.tenant, entry.priority) == ("a", 2, "me", 5)
     assert (entry.key, entry.rows, entry.steps_left) == (BatchKey("prior", (64, 64)), 2, 4)
     assert (entry.arrived, entry.deadline, entry.is_alone) == (97.0, 160.0, True)
-    assert entry.track is one
     assert picture().entry.deadline is None
 
 

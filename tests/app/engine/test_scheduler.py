@@ -111,7 +111,6 @@ def entry(
         steps_left=steps,
         cost_left=cost_left,
         is_alone=is_alone,
-        track=None,
     )
 
 

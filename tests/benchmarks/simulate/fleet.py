@@ -156,6 +156,7 @@ class Together(Fleet):
         self._queues: dict[str, deque[Picture]] = {}  # of the tenants that wait, the next one first
         self._free = [(0, number) for number in range(num_devices)]  # a heap: pictures aboard, device
         self._events: list[tuple[float, int, Picture | int]] = []
+        self._aboard: dict[str, Picture] = {}  # by the jobs of their entries
 
     def run(
         self, pictures: Iterable[Picture], *, until: float = inf, answer: Answer = lambda picture: None
@@ -188,7 +189,9 @@ class Together(Fleet):
             del self._queues[tenant]
             if queue:
                 self._queues[tenant] = queue  # behind all others
-            device.scheduler.add(self._entry(picture))
+            entry = self._entry(picture)
+            self._aboard[entry.job] = picture
+            device.scheduler.add(entry)
             self._set_aboard(number, num_aboard + 1)
             if device.batch is None:
                 self._begin_tick(device, number)
@@ -238,20 +241,17 @@ class Together(Fleet):
             steps_left=picture.prior_steps,
             cost_left=picture.alone(self.speed),
             is_alone=False,
-            track=picture,
         )
 
     def _advance(self, device: Device, entry: Entry) -> Picture | None:
-        picture = entry.track
-        assert isinstance(picture, Picture)
         entry.steps_left -= 1
         entry.cost_left -= self.speed.tick(entry.key.stage, entry.rows)
         if entry.steps_left:
             return None
         device.scheduler.remove(entry)
         if entry.key.stage == "decoder":
-            return picture
+            return self._aboard.pop(entry.job)
         entry.key = BatchKey("decoder", self.speed.shapes["decoder"])
-        entry.rows, entry.steps_left = 1, picture.decoder_steps
+        entry.rows, entry.steps_left = 1, self._aboard[entry.job].decoder_steps
         device.scheduler.add(entry)
         return None
