@@ -172,7 +172,7 @@ async def _respond(
     write = partial(_answer, drawn.job, services, members, body, embedding)
     text = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
     ignored = _present(members).keys() - type(body).model_fields.keys()
-    return await embedding.respond(text, services, _headers(drawn, ignored))
+    return await embedding.respond(text, services.images, _headers(drawn, ignored))
 
 
 def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:

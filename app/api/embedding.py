@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from starlette.responses import StreamingResponse
 
-from app.api.deps import Services
 from app.jobs.job import StoredImage
+from app.storage.images import ImageStore
 
 PART_BYTES = 96 * 1024  # a multiple of three, so that the base64 of parts is that of the whole
 
@@ -28,33 +28,28 @@ class Embedding:
         self._names.append(image.name)
         return self._mark
 
-    async def respond(self, text: bytes, services: Services, headers: Mapping[str, str]) -> StreamingResponse:
+    async def respond(self, text: bytes, images: ImageStore, headers: Mapping[str, str]) -> StreamingResponse:
         """`text` with the pictures in it. Raises NotFound or DamagedFile for what cannot be sent."""
-        loop = asyncio.get_running_loop()
-        sizes = []
-        for name in self._names:
-            found = await loop.run_in_executor(services.encoders, services.images.examine, name)
-            sizes.append(found.size_bytes)
+        sizes = [(await asyncio.to_thread(images.examine, name)).size_bytes for name in self._names]
         pieces = text.split(self._mark.encode())
         length = sum(map(len, pieces)) + sum((size + 2) // 3 * 4 for size in sizes)
         return StreamingResponse(
-            self._parts(pieces, sizes, services),
+            self._parts(pieces, sizes, images),
             headers={**headers, "Content-Length": str(length)},
             media_type="application/json",
         )
 
     async def _parts(
-        self, pieces: Sequence[bytes], sizes: Sequence[int], services: Services
+        self, pieces: Sequence[bytes], sizes: Sequence[int], images: ImageStore
     ) -> AsyncIterator[bytes]:
         """The pieces of the JSON, and between them the pictures."""
-        loop = asyncio.get_running_loop()
 
         def encode(name: str, start: int, num_bytes: int) -> bytes:
-            return base64.b64encode(services.images.read_part(name, start, num_bytes))
+            return base64.b64encode(images.read_part(name, start, num_bytes))
 
         for piece, name, size in zip(pieces[:-1], self._names, sizes, strict=True):
             yield piece
             for start in range(0, size, PART_BYTES):
                 num_bytes = min(PART_BYTES, size - start)
-                yield await loop.run_in_executor(services.encoders, encode, name, start, num_bytes)
+                yield await asyncio.to_thread(encode, name, start, num_bytes)
         yield pieces[-1]

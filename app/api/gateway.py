@@ -111,7 +111,11 @@ class Gateway:
                 "the database of the jobs does not answer; try again", retry_after_seconds=AWAY_SECONDS
             )
             await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
-        except Exception:
+        except Exception as failure:
+            if exchange.has_started and isinstance(failure.__cause__ or failure, AppError):
+                reason = str(failure.__cause__ or failure)  # such as a picture that was removed meanwhile
+                self._logger.info("answer broken off", request_id=exchange.request_id, reason=reason)
+                return
             self._logger.exception("request failed", request_id=exchange.request_id)
             if not exchange.has_started:
                 error = AppError("the server failed on this request; its log says why", headers=DO_NOT_REPEAT)

@@ -80,12 +80,15 @@ class Engine:
                 batch = self._scheduler.next(self._clock())
                 self._is_idle = batch is None
                 if batch is not None:
-                    with self._pulse.busy(self._cost.step_seconds(batch.key, batch.rows)):
-                        pictures = self._step(batch)
-                        self._update(pictures, batch.key.stage)
-                        self._publish(pictures)
+                    self._tick(batch)
         finally:
             self._finisher.close()
+
+    def _tick(self, batch: Batch) -> None:
+        with self._pulse.busy(self._cost.step_seconds(batch.key, batch.rows)):
+            pictures = self._step(batch)
+            self._update(pictures, batch.key.stage)
+            self._publish(pictures)
 
     def _listen(self) -> bool:
         """Do as the inbox says, and wait for it while there is nothing to step. False when all is done."""

@@ -134,7 +134,7 @@ class EventHub:
         """The furthest that was said of how far a job is, here or by another server."""
         event = self._logs.get(job.id, _Log()).events.get("progress")
         said = event.news if event is not None and isinstance(event.news, Progress) else Progress()
-        return job.progress if job.progress is not None and job.progress.fraction > said.fraction else said
+        return said if job.progress is None or job.progress.fraction < said.fraction else job.progress
 
     async def subscribe(
         self, job_id: str, last_id: int = 0, *, is_patient: bool = True

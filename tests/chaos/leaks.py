@@ -15,8 +15,8 @@ from tests.chaos.site import Missed, Site
 
 JOBS_PER_ROUND = 100
 REFUSALS_PER_ROUND = 400
-WARM_ROUNDS = 15  # until batches of all sizes were met, and memory that is freed is used again
-NUM_CLIENTS = 16
+WARM_ROUNDS = 10  # until batches of all sizes were met: for each, oneDNN keeps code, megabytes of it
+NUM_CLIENTS = 4  # not more, or new sizes of batches would come for a long time
 REST_SECONDS = 10.0  # connections that are kept for the next request are closed, and rounds have been made
 MOST_GROWTH = 20e6  # bytes of a process
 SLACK = 2  # descriptors, threads, tasks

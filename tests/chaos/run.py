@@ -97,7 +97,7 @@ def full_scenarios() -> list[Scenario]:
         Scenario("SIGTERM under load", drain, 10),
         Scenario("SIGTERM of two servers by turns", roll, 20),
         Scenario("kill -9 of one of two servers", kill_one, 20),
-        Scenario("5,000 small jobs, 20,000 refusals", leak, 50),
+        Scenario("thousands of small jobs and refusals", leak, 50),
         *(Scenario(f"kill at {point}", at_points([point], SERVER_PASSAGES), 20) for point in server_points()),
         *(Scenario(f"kill at {point}", at_points([point], ENGINE_PASSAGES), 20) for point in engine_points()),
     ]

@@ -3,14 +3,11 @@
 import asyncio
 import base64
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from app.api.deps import Services
 from app.api.embedding import PART_BYTES, Embedding
 from app.errors import DamagedFile, NotFound
 from app.jobs.job import StoredImage
@@ -20,7 +17,7 @@ from tests.app.jobs.stores import new_image
 pytestmark = pytest.mark.anyio
 
 
-SCOPE = {"type": "http", "asgi": {"spec_version": "2.4"}}
+SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}
 
 
 class Shelf:
@@ -36,7 +33,6 @@ class Shelf:
             return read_part(name, start, num_bytes)
 
         self.images.read_part = counted  # type: ignore[method-assign]
-        self.services = cast(Services, SimpleNamespace(images=self.images, encoders=ThreadPoolExecutor(2)))
 
     def put(self, content: bytes) -> StoredImage:
         return new_image(name=self.images.save(content, "png"))
@@ -81,7 +77,7 @@ async def test_the_pictures_are_those_of_the_files(shelf: Shelf, sizes: tuple[in
     embedding, reader = Embedding(), Reader()
     shown = [embedding.base64_of(shelf.put(content(size))) for size in sizes]
     text = json.dumps({"prompt": 'a "circle", й', "pictures": shown, "end": True}).encode()
-    response = await embedding.respond(text, shelf.services, {"X-Job-Id": "7"})
+    response = await embedding.respond(text, shelf.images, {"X-Job-Id": "7"})
     await response(SCOPE, receive, reader.send)
     told = json.loads(reader.body)
     assert (told["prompt"], told["end"]) == ('a "circle", й', True)
@@ -95,7 +91,7 @@ async def test_the_pictures_are_those_of_the_files(shelf: Shelf, sizes: tuple[in
 async def test_what_is_not_taken_is_not_read(shelf: Shelf) -> None:
     embedding, reader = Embedding(), Reader()
     text = embedding.base64_of(shelf.put(content(20 * PART_BYTES))).encode()
-    response = await embedding.respond(text, shelf.services, {})
+    response = await embedding.respond(text, shelf.images, {})
     reader.goes_on.clear()
     sending = asyncio.ensure_future(response(SCOPE, receive, reader.send))
     await asyncio.sleep(0.05)
@@ -114,12 +110,12 @@ async def test_a_picture_that_cannot_be_sent_is_known_before_anything_is(
         text = embedding.base64_of(image).encode()
         spoil(tmp_path / image.name)
         with pytest.raises(error):
-            await embedding.respond(text, shelf.services, {})
+            await embedding.respond(text, shelf.images, {})
 
 
 async def test_a_picture_that_is_removed_meanwhile_ends_the_answer(shelf: Shelf, tmp_path: Path) -> None:
     embedding, image, reader = Embedding(), shelf.put(content(1000)), Reader()
-    response = await embedding.respond(embedding.base64_of(image).encode(), shelf.services, {})
+    response = await embedding.respond(embedding.base64_of(image).encode(), shelf.images, {})
     (tmp_path / image.name).unlink()
     with pytest.raises(NotFound):
         await response(SCOPE, receive, reader.send)

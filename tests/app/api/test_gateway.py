@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from app.api.gateway import CROWDED
+from app.errors import NotFound
 from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, until
 
@@ -85,6 +86,22 @@ async def test_an_unforeseen_error_is_an_answer_of_the_family(
     assert answer.headers["x-request-id"].startswith("req_")
     assert "secret" not in answer.text
     assert "inner secret" in capsys.readouterr().err
+
+
+async def test_a_picture_that_is_removed_while_it_is_sent_is_no_fault_of_ours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    def gone(*_: object) -> bytes:
+        raise NotFound("there is no such file")
+
+    async with serve(log_level="info", log_format="json") as client:
+        monkeypatch.setattr(inside(client).images, "read_part", gone)
+        with pytest.raises(AssertionError):  # of the client, whose answer does not come to an end
+            await client.post(PATH, json={"prompt": "x"})
+    log = capsys.readouterr().err
+    assert '"answer broken off"' in log
+    assert "there is no such file" in log
+    assert "Traceback" not in log
 
 
 async def test_options_needs_no_key_and_names_the_methods(serve: Serve) -> None:

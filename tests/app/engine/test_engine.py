@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Sequence
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given
@@ -47,6 +47,14 @@ def test_every_picture_is_the_one_that_was_asked_for(bench: Bench) -> None:
     assert bench.pulse.num_samples == 0
 
 
+def out_of_memory(tracks: Sequence[FakeTrack]) -> None:
+    if any(track.run.job == "a" for track in tracks):
+        try:
+            raise RuntimeError("cannot allocate")
+        except RuntimeError as error:
+            raise OutOfMemory("too large") from error
+
+
 @pytest.mark.parametrize("end", ["made", "canceled", "wrong", "too large"])
 def test_what_is_done_with_is_freed_without_a_collector(bench: Bench, runner: FakeRunner, end: str) -> None:
     gc.collect()
@@ -58,12 +66,15 @@ def test_what_is_done_with_is_freed_without_a_collector(bench: Bench, runner: Fa
             case "wrong":
                 runner.broken["a"] = ValueError("odd")
             case "too large":
-                runner.broken["a"] = OutOfMemory("too large")
-        bench.work(run("a"), run("b"))
+                runner.on_step = out_of_memory
+        Thread(target=bench.engine.run, daemon=True).start()
+        bench.tell(run("a"), run("b"))
+        wait_until(lambda: len(bench.of(Pixels)) + len(bench.failed) + (end == "canceled") == 2)
         wait_until(lambda: not any(isinstance(thing, Picture | Entry) for thing in gc.get_objects()))
         assert not any(isinstance(thing, Picture | Entry) for thing in gc.get_objects())
     finally:
         gc.enable()
+        bench.tell(HungUp())
 
 
 def test_callers_step_together(bench: Bench) -> None:

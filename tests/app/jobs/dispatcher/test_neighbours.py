@@ -37,17 +37,21 @@ async def test_progress_is_told_by_servers_that_do_not_draw(
     accepted = await here.submit(5)
     reading = asyncio.create_task(here.read(accepted))
     [run] = await there.runs(1)
-    there.engine.step(run, 1, remaining=2.0)
-    there.engine.step(run, 3, remaining=1.0)
 
     async def progress() -> Progress:
         now = await here.store.get(accepted.id, None)
         assert now is not None
         return here.dispatcher.progress(now)
 
+    async def is_begun() -> bool:
+        return (await progress()).stage == "prior"
+
     async def is_told() -> bool:
         return (await progress()).step == 3
 
+    await eventually(is_begun)  # before its first step
+    there.engine.step(run, 1, remaining=2.0)
+    there.engine.step(run, 3, remaining=1.0)
     await eventually(is_told)
     told = await progress()
     assert (told.stage, told.steps) == ("prior", 20)
