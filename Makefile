@@ -28,7 +28,7 @@ serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)
 
-SCHEDULING_TESTS := tests/app/jobs/dispatcher $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py)
+SCHEDULING_TESTS := tests/app/jobs/dispatcher tests/app/jobs/test_supervisor.py $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py)
 
 # In two processes, but in one when ARGS chooses among the tests. Make 3.81 cannot keep what they print apart.
 test-quick: $(TESTS_READY)  ## Run the tests of scheduler and jobs, which need neither torch nor PostgreSQL: seconds
@@ -42,7 +42,7 @@ quick-scheduling:
 	$(BIN)/pytest -q $(SCHEDULING_TESTS)
 
 quick-jobs:
-	$(BIN)/pytest -q tests/app/jobs --ignore tests/app/jobs/dispatcher -k "not postgresql"
+	$(BIN)/pytest -q tests/app/jobs --ignore tests/app/jobs/dispatcher --ignore tests/app/jobs/test_supervisor.py -k "not postgresql"
 
 test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
 	$(BIN)/pytest -m slow $(ARGS)

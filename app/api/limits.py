@@ -39,7 +39,7 @@ class RateLimit:
         if is_over:
             retry_after_seconds = min(seconds_left, WINDOW_SECONDS - 1)
             raise RateLimited(
-                f"this key may ask {limit} times a minute; try again in {retry_after_seconds} seconds",
+                f"{limit} requests a minute are taken, not more; try again in {retry_after_seconds} seconds",
                 headers={**headers, "Retry-After": str(retry_after_seconds)},
             )
         return headers

@@ -153,6 +153,9 @@ class Dispatcher:
         self.close()
         loop = asyncio.get_running_loop()
         end = loop.time() + grace_seconds
+        if flights := self._fleet.flights:
+            told = "stopping when what is in work is done; another signal stops at once"
+            self._logger.info(told, jobs=len(flights), seconds_at_most=round(grace_seconds))
         while self._fleet.flights and loop.time() < end:
             self._changed.clear()
             with suppress(TimeoutError):

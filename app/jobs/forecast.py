@@ -1,11 +1,12 @@
 """How far jobs are, and when they will be done: from the steps that are left and what lies before them."""
 
 import time
+from dataclasses import replace
 
 from app.engine.cost import CostModel, retry_after_seconds
 from app.jobs.events import EventHub
 from app.jobs.fleet import Fleet
-from app.jobs.job import Job, Progress
+from app.jobs.job import Job, JobStatus, Progress
 from app.jobs.queue import QueueCounts
 from app.jobs.store import JobStore
 from app.jobs.supervisor import EngineState
@@ -31,6 +32,8 @@ class Forecast:
 
     def progress(self, job: Job) -> Progress:
         """How far a job is, as far as it is known here."""
+        if job.is_finished and job.status != JobStatus.SUCCEEDED:
+            return replace(self._events.progress(job), stage="done", eta_seconds=0.0)
         if job.is_finished:
             steps = job.request.decoder_num_inference_steps
             return Progress("done", steps, steps, 1.0, 0.0)

@@ -40,11 +40,17 @@ async def test_a_queued_job_that_is_canceled_never_runs(serve: Serve) -> None:
 async def test_a_running_job_that_is_canceled_frees_the_device(serve: Serve) -> None:
     server = await serve()
     accepted = await server.submit(1, 2)
-    await server.runs(2)
+    [run, _] = await server.runs(2)
+    server.engine.step(run, 1, remaining=2.0)
+    server.engine.step(run, 3, remaining=1.0)
+    await until(lambda: server.dispatcher.progress(accepted).fraction > 0.2)
     assert (await server.dispatcher.cancel(accepted.id, "somebody else")) is None
     canceled = await server.dispatcher.cancel(accepted.id, "")
     assert canceled is not None
     assert canceled.status == JobStatus.CANCELED
+    progress = server.dispatcher.progress(canceled)
+    assert (progress.stage, progress.eta_seconds) == ("done", 0.0)
+    assert 0.2 < progress.fraction < 0.3, "not as if all were done"
     assert server.engine.canceled == [accepted.id]
     assert server.sample("cascade_jobs_total", outcome="canceled", reason="") == 1
     again = await server.dispatcher.cancel(accepted.id)

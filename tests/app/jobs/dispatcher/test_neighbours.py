@@ -49,6 +49,11 @@ async def test_progress_is_told_by_servers_that_do_not_draw(
     async def is_told() -> bool:
         return (await progress()).step == 3
 
+    async def is_streamed() -> bool:
+        return (
+            here.dispatcher.progress(accepted).step == 3
+        )  # by events alone: what was accepted tells nothing
+
     await eventually(is_begun)  # before its first step
     there.engine.step(run, 1, remaining=2.0)
     there.engine.step(run, 3, remaining=1.0)
@@ -57,6 +62,7 @@ async def test_progress_is_told_by_servers_that_do_not_draw(
     assert (told.stage, told.steps) == ("prior", 20)
     assert 0.4 < told.fraction < 0.6
     assert told.eta_seconds is not None
+    await eventually(is_streamed)
     there.engine.step(run, 7, "decoder", remaining=0.5)
 
     async def is_in_stage_b() -> bool:
