@@ -17,7 +17,7 @@ given = $(if $(filter command,$(origin $(1))),$(2) '$($(1))')
 SERVER_READY := $(VENV)/.server-ready
 TESTS_READY := $(VENV)/.tests-ready
 
-.PHONY: help serve test test-quick quick-scheduling quick-jobs test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
+.PHONY: help serve test test-quick quick-dispatcher quick-jobs test-slow test-gpu check format lint types imports deployment chaos bench bench-serve bench-gpu train evaluate gallery install constraints clean
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,21 +28,22 @@ serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (
 test: $(TESTS_READY)  ## Install what is missing and run the fast tests
 	$(BIN)/pytest $(ARGS)
 
-SCHEDULING_TESTS := tests/app/jobs/dispatcher tests/app/jobs/test_supervisor.py $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py)
+DISPATCHER_TESTS := tests/app/jobs/dispatcher tests/app/jobs/test_supervisor.py
+SCHEDULER_TESTS := $(addprefix tests/app/engine/test_,caps.py cost.py fairness.py scheduler.py)
 
 # In two processes, but in one when ARGS chooses among the tests. Make 3.81 cannot keep what they print apart.
 test-quick: $(TESTS_READY)  ## Run the tests of scheduler and jobs, which need neither torch nor PostgreSQL: seconds
 ifdef ARGS
-	$(BIN)/pytest -q tests/app/jobs $(SCHEDULING_TESTS) -k "not postgresql" $(ARGS)
+	$(BIN)/pytest -q tests/app/jobs $(SCHEDULER_TESTS) -k "not postgresql" $(ARGS)
 else
-	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) --no-print-directory quick-scheduling quick-jobs
+	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) --no-print-directory quick-dispatcher quick-jobs
 endif
 
-quick-scheduling:
-	$(BIN)/pytest -q $(SCHEDULING_TESTS)
+quick-dispatcher:
+	$(BIN)/pytest -q $(DISPATCHER_TESTS)
 
 quick-jobs:
-	$(BIN)/pytest -q tests/app/jobs --ignore tests/app/jobs/dispatcher --ignore tests/app/jobs/test_supervisor.py -k "not postgresql"
+	$(BIN)/pytest -q tests/app/jobs $(addprefix --ignore=,$(DISPATCHER_TESTS)) $(SCHEDULER_TESTS) -k "not postgresql"
 
 test-slow: $(TESTS_READY)  ## Run the tests that take longer than a few seconds
 	$(BIN)/pytest -m slow $(ARGS)
