@@ -112,9 +112,9 @@ class Gateway:
             )
             await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         except Exception as failure:
-            if exchange.has_started and isinstance(failure.__cause__ or failure, AppError):
-                reason = str(failure.__cause__ or failure)  # such as a picture that was removed meanwhile
-                self._logger.info("answer broken off", request_id=exchange.request_id, reason=reason)
+            cause = failure.__cause__ or failure
+            if exchange.has_started and isinstance(cause, AppError):  # as a picture removed meanwhile
+                self._logger.info("answer broken off", request_id=exchange.request_id, reason=str(cause))
                 return
             self._logger.exception("request failed", request_id=exchange.request_id)
             if not exchange.has_started:

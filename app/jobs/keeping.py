@@ -97,6 +97,7 @@ class Keeper:
         """End a job, unless it just ended otherwise."""
         async with flight.lock:
             if not flight.is_over:
+                self._events.publish(flight.job.id, flight.progress())  # which is how far it will have been
                 await self._end(flight, moved(flight.job))
 
     async def read_inputs(self, job: Job) -> dict[str, bytes]:
