@@ -76,12 +76,12 @@ class ProgressView(BaseModel):
 
 
 class TimingsView(BaseModel):
-    """Seconds spent where."""
+    """Where the seconds of a job went, by the picture done last. Together they are the whole time."""
 
-    queued: Seconds
-    prior: Seconds
-    decoder: Seconds
-    encode: Seconds
+    queued: Seconds = Field(description="Until the first step of that picture, and what a crash undid")
+    prior: Seconds = Field(description="In Stage C, waits between its steps included")
+    decoder: Seconds = Field(description="In Stage B, likewise")
+    encode: Seconds = Field(description="In Stage A, to a file, into storage")
 
 
 class JobUrls(BaseModel):

@@ -8,8 +8,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
-from app.engine.protocol import Cancel, Expect, Pixels, Run, Stepped, WantPreviews
-from app.jobs.job import Job, Progress, StoredImage, Timings
+from app.engine.protocol import Cancel, Expect, Run, Stepped, WantPreviews
+from app.jobs.job import Job, Progress, StoredImage
 from app.jobs.supervisor import Supervisor
 
 ALMOST_DONE = 0.99  # what a fraction is at most before the job has ended
@@ -39,7 +39,6 @@ class Flight:
     writes: set["asyncio.Task[None]"] = field(default_factory=set)
     _steps: dict[int, Stepped] = field(default_factory=dict)
     _longest: dict[int, float] = field(default_factory=dict)  # seconds that were left of each, at the most
-    _seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missing = set(range(self.job.num_images)) - {image.index for image in self.job.images}
@@ -78,21 +77,6 @@ class Flight:
         """The job once a picture is in the database."""
         images = sorted([*self.job.images, image], key=lambda image: image.index)
         return replace(self.job, images=tuple(images))
-
-    def arrived(self, made: Pixels, encode_seconds: float) -> None:
-        """Take note of what a picture took; of several, which share the device, the longest counts."""
-        phases = {
-            "prior": made.prior_seconds,
-            "decoder": made.decoder_seconds,
-            "encode": made.decode_seconds + encode_seconds,
-        }
-        for phase, seconds in phases.items():
-            self._seconds[phase] = max(self._seconds.get(phase, 0.0), seconds)
-
-    @property
-    def timings(self) -> Timings:
-        """Where the time went."""
-        return Timings(queued=self.job.timings.queued, **self._seconds)
 
     def share_left(self) -> float:
         """Of the work, 0 to 1."""

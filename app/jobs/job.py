@@ -83,12 +83,16 @@ class StoredImage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that the pictures of a job spent where; of several pictures the sum over the job's own time."""
+    """Where the seconds of a job went, by the picture done last: together they are the whole time."""
 
-    queued: float = 0.0
+    queued: float = 0.0  # until its first step, in the queue and aboard; also what a crash undid
     prior: float = 0.0
     decoder: float = 0.0
     encode: float = 0.0
+
+    def within(self, seconds: float) -> "Timings":
+        """With all of `seconds` that no stage took as time in the queue."""
+        return replace(self, queued=max(0.0, seconds - self.prior - self.decoder - self.encode))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ class Job:
             lease_until=now + lease_seconds,
             fence=self.fence + 1,
             started_at=self.started_at or now,
-            timings=replace(self.timings, queued=max(0.0, (self.started_at or now) - self.created_at)),
+            timings=self._waited(self.started_at or now),
         )
 
     def as_started(self) -> "Job":
@@ -185,7 +189,7 @@ class Job:
             completed_at=None,
             images=(),
             failure=None,
-            timings=Timings(queued=self.timings.queued),
+            timings=self._waited(self.started_at or self.created_at),
         )
 
     def released(self, *, crashed: bool = False) -> "Job":
@@ -200,11 +204,12 @@ class Job:
         )
 
     def succeeded(self, now: float, timings: Timings | None = None) -> "Job":
-        """Running to succeeded; every picture is stored already."""
+        """Running to succeeded; every picture is stored already. `timings` are those of the last one."""
         self._require(JobStatus.RUNNING)
         if len(self.images) != self.num_images:
             raise IllegalMove(f"{self.id} has {len(self.images)} of {self.num_images} pictures")
-        return self._ended(JobStatus.SUCCEEDED, now, timings=timings or self.timings)
+        timings = timings and timings.within(now - self.created_at)
+        return self._ended(JobStatus.SUCCEEDED, now, timings=timings)
 
     def failed(self, failure: Failure, now: float) -> "Job":
         """Ended by an error."""
@@ -233,6 +238,9 @@ class Job:
             failure=failure,
             timings=timings or self.timings,
         )
+
+    def _waited(self, until: float) -> Timings:
+        return Timings().within(until - self.created_at)
 
     def _require(self, *allowed: JobStatus) -> None:
         if self.status not in allowed:

@@ -18,7 +18,7 @@ from app.errors import AppError, InvalidRequest, StorageFull, UnsupportedParamet
 from app.jobs.events import EventHub, Preview
 from app.jobs.faults import Faults
 from app.jobs.flights import Flight, Slot
-from app.jobs.job import Failure, Job, JobStatus, StoredImage
+from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
 from app.jobs.notes import Notes
 from app.jobs.pictures import encode_preview, keep_picture
 from app.jobs.room import Room
@@ -213,12 +213,13 @@ class Keeper:
             self._pixels.release()
         if image is None:
             return
-        flight.arrived(message, time.monotonic() - began)
+        encode = message.decode_seconds + time.monotonic() - began
+        timings = Timings(prior=message.prior_seconds, decoder=message.decoder_seconds, encode=encode)
         if image.resampled_from is not None:
             self._means.cost.drawn = image.resampled_from
         async with flight.lock:
             if not flight.is_over:
-                await self._add_picture(flight, image)
+                await self._add_picture(flight, image, timings)
 
     async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
         """The picture in its file, as soon as there is room for one; None when nobody wants it any more."""
@@ -235,10 +236,10 @@ class Keeper:
         finally:
             self._means.room.suffices(keep)
 
-    async def _add_picture(self, flight: Flight, image: StoredImage) -> None:
+    async def _add_picture(self, flight: Flight, image: StoredImage, timings: Timings) -> None:
         job = flight.job_with(image)
         is_last = len(job.images) == job.num_images
-        ended = job.succeeded(self._means.clock(), flight.timings) if is_last else None
+        ended = job.succeeded(self._means.clock(), timings) if is_last else None
         if not await self.persist(partial(self._store.save_image, flight.job, image, ended)):
             await self._let_go(flight)
             return

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+from datetime import datetime
 from io import BytesIO
 from typing import Any
 
@@ -42,6 +43,8 @@ async def test_a_waiting_caller_gets_the_ended_job(client: httpx2.AsyncClient) -
     assert job["progress"] == {"stage": "done", "fraction": 1.0, "step": 10, "steps": 10, "eta_seconds": 0}
     assert (job["queue_position"], job["error"], job["metadata"]) == (None, None, {"order": "A-99"})
     assert set(job["timings"]) == {"queued", "prior", "decoder", "encode"}
+    created, completed = (datetime.fromisoformat(job[name]) for name in ("created_at", "completed_at"))
+    assert sum(job["timings"].values()) == pytest.approx((completed - created).total_seconds(), abs=0.01)
     for index, image in enumerate(job["images"]):
         content = base64.b64decode(image.pop("b64_json"))
         assert image == {

@@ -1,0 +1,21 @@
+"""What a job says of itself."""
+
+from dataclasses import replace
+
+from app.jobs.job import JobStatus, Timings
+from tests.app.jobs.stores import new_image, new_job
+
+
+def test_its_timings_add_up_to_the_time_it_took() -> None:
+    job = new_job()
+    running = replace(job.claimed("one", job.created_at + 1.0, 60.0), images=(new_image(),))
+    assert running.timings == Timings(queued=1.0)
+    done = running.succeeded(job.created_at + 10.0, Timings(prior=3.0, decoder=2.0, encode=0.5))
+    assert done.status == JobStatus.SUCCEEDED
+    assert done.timings == Timings(queued=4.5, prior=3.0, decoder=2.0, encode=0.5)
+
+
+def test_its_timings_are_never_negative() -> None:
+    job = new_job()
+    running = replace(job.claimed("one", job.created_at, 60.0), images=(new_image(),))
+    assert running.succeeded(job.created_at + 1.0, Timings(prior=3.0)).timings == Timings(prior=3.0)
