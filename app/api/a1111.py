@@ -22,6 +22,7 @@ from app.api.answers import ignored_params, picture_headers, replayed
 from app.api.deps import Services, TheExchange, TheServices, authenticate, count_request, read_json_object
 from app.api.description import A1111_RESPONSES, a1111_body
 from app.api.embedding import Embedding
+from app.api.examples import PICTURE
 from app.api.gateway import Exchange
 from app.api.generation import require_success, wait_for_model
 from app.api.idempotency import read_key
@@ -109,7 +110,7 @@ async def text_to_image(request: Request, services: TheServices, exchange: TheEx
     responses=A1111_RESPONSES,
     openapi_extra=a1111_body(
         ImageToImage,
-        {"init_images": ["iVBORw0KGgo…"], "prompt": "the same at night", "denoising_strength": 0.6},
+        {"init_images": [PICTURE], "prompt": "the same at night", "denoising_strength": 0.6},
     ),
 )
 async def image_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:

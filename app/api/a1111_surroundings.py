@@ -16,6 +16,7 @@ from app.api.a1111 import LAYER, SAMPLERS
 from app.api.bodies import given_picture
 from app.api.deps import Services, TheExchange, TheServices, authenticate, read_json_object, read_json_or_null
 from app.api.description import NEEDS_KEY, a1111_errors, json_body
+from app.api.examples import PICTURE
 from app.api.generation import resolve_model
 from app.api.infotext import parse_parameters
 from app.api.sources import Source, content_of, invalid_picture
@@ -227,7 +228,7 @@ for name in ("interrupt", "skip"):
     operation_id="a1111ReadPicture",
     summary="The settings that are written into a picture",
     responses=a1111_errors(400, 401, 413, 415),
-    openapi_extra=json_body({"image": {"type": "string"}}, {"image": "iVBORw0KGgo…"}),
+    openapi_extra=json_body({"image": {"type": "string"}}, {"image": PICTURE}),
 )
 async def read_picture(request: Request, services: TheServices) -> dict[str, Any]:
     """Of `image`, in base64: the text `parameters` as it is, and read."""

@@ -13,6 +13,7 @@ from app.api.bodies import (
     ImageVariationBody,
     NativeImageBody,
 )
+from app.api.examples import MASK_URI, PICTURE, PICTURE_URI
 from app.api.failures import A1111Error, HuggingFaceError, OpenAIError, Problem
 from app.api.forms import STRUCTURED, WITH_PICTURE
 from app.api.views import JobView
@@ -245,16 +246,14 @@ GENERATION_RESPONSES: Responses = {
     **openai_errors(*_ERRORS),
 }
 
-_PICTURE = "data:image/png;base64,iVBORw0KGgo…"
-
 EDIT = _generation(
     ImageEditBody,
     "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
     {
-        "edit": {"image": _PICTURE, "prompt": "the same on a green background", "strength": 0.6},
-        "inpainting": {"image": _PICTURE, "mask": _PICTURE, "prompt": "a blue square", "feather": 8},
+        "edit": {"image": PICTURE_URI, "prompt": "the same on a green background", "strength": 0.6},
+        "inpainting": {"image": PICTURE_URI, "mask": MASK_URI, "prompt": "a blue square", "feather": 8},
         "several": {
-            "images": [{"image_url": _PICTURE}, {"image_url": _PICTURE}],
+            "images": [{"image_url": PICTURE_URI}, {"image_url": PICTURE_URI}],
             "prompt": "the first in the manner of the second",
         },
     },
@@ -264,7 +263,7 @@ EDIT = _generation(
 VARIATION = _generation(
     ImageVariationBody,
     "`image/png` (jpeg, webp) first in preference: the bytes of one picture",
-    {"simple": {"image": _PICTURE, "n": 2}},
+    {"simple": {"image": PICTURE_URI, "n": 2}},
     without=("image_prompts", "mask", "strength", "feather", "anchor"),
     requires=("image",),
 )
@@ -289,20 +288,20 @@ NATIVE_GENERATION = _generation(
             "deadline_seconds": 600,
             "metadata": {"order": "A-99"},
         },
-        "image-to-image": {"prompt": "the same at night", "image": _PICTURE, "strength": 0.6},
-        "inpainting": {"prompt": "a red door", "image": _PICTURE, "mask": _PICTURE, "feather": 8},
+        "image-to-image": {"prompt": "the same at night", "image": PICTURE_URI, "strength": 0.6},
+        "inpainting": {"prompt": "a red door", "image": PICTURE_URI, "mask": MASK_URI, "feather": 8},
         "outpainting": {
             "prompt": "a wide landscape",
-            "image": _PICTURE,
+            "image": PICTURE_URI,
             "anchor": "center",
             "width": 1024,
             "height": 512,
         },
         "image prompts": {
             "prompt": "in the snow",
-            "image_prompts": [{"image": _PICTURE, "weight": 1.0}],
+            "image_prompts": [{"image": PICTURE_URI, "weight": 1.0}],
         },
-        "control": {"prompt": "a house", "control": {"type": "canny", "image": _PICTURE, "scale": 0.8}},
+        "control": {"prompt": "a house", "control": {"type": "canny", "image": PICTURE_URI, "scale": 0.8}},
         "LoRA": {"prompt": "a cat", "loras": [{"name": "sketch", "scale": 0.8}]},
     },
 )
@@ -393,7 +392,7 @@ HF_IMAGE_TO_IMAGE = _layer(
                 "target_size": {"type": "object", "properties": {"width": _WHOLE, "height": _WHOLE}},
                 **_STEPS,
             },
-            {"inputs": "iVBORw0KGgo…", "parameters": {"prompt": "the same at night", "strength": 0.6}},
+            {"inputs": PICTURE, "parameters": {"prompt": "the same at night", "strength": 0.6}},
         ),
         **PICTURE_CONTENT,
     },

@@ -133,7 +133,7 @@ def _refuse_repeated(name: str, number: int) -> None:
 
 def _params(values: list[str]) -> dict[str, Any]:
     members: dict[str, Any] = {}
-    for value in values:
+    for value in filter(None, values):
         parsed = _json("params", value)
         if not isinstance(parsed, dict):
             raise InvalidRequest("params must be a JSON object", param="params", code="invalid_type")

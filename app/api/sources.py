@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, 
 from pydantic_core import PydanticCustomError
 
 from app.api.deps import Services
+from app.api.examples import PICTURE_URI
 from app.errors import InvalidRequest, NotFound
 from app.schemas import Control, ControlKind, ControlScale, ImagePrompt, PictureRef, Share, Weight
 from app.storage.decoding import BrokenPicture, encode_picture, mask_of, opaque, transparency
@@ -63,9 +64,7 @@ _FORMS = "a data URI or base64 of a PNG, JPEG or WebP; in multipart bodies a fil
 Picture = Annotated[
     InstanceOf[Source],
     BeforeValidator(parse_source),
-    WithJsonSchema(
-        {"type": "string", "description": _FORMS, "examples": ["data:image/png;base64,iVBORw0K…"]}
-    ),
+    WithJsonSchema({"type": "string", "description": _FORMS, "examples": [PICTURE_URI]}),
 ]
 
 
