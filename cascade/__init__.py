@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cascade.errors import CheckpointError, InvalidSetting
+    from cascade.errors import CheckpointError, FlawedResult, InvalidSetting
     from cascade.pipeline import Cascade
     from cascade.tasks.autoencode import DecodeSettings
     from cascade.tasks.generation import GeneratedImage, Progress
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "Control",
     "DecodeSettings",
+    "FlawedResult",
     "GeneratedImage",
     "ImagePrompt",
     "ImageSettings",
@@ -38,6 +39,7 @@ _HOMES = {
     "CheckpointError": "cascade.errors",
     "Control": "cascade.tasks.settings",
     "DecodeSettings": "cascade.tasks.autoencode",
+    "FlawedResult": "cascade.errors",
     "GeneratedImage": "cascade.tasks.generation",
     "ImagePrompt": "cascade.tasks.settings",
     "ImageSettings": "cascade.tasks.settings",

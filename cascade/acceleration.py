@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cascade.networks.unet import Condition, UNet
+from cascade.recent import Recent
 from cascade.sampling.denoise import Network
 
 Compile = Literal["off", "graphs", "full"]
 GRAPH_ROWS = (1, 2, 4, 8, 16)
+MAX_GRAPHS = 16  # of a network; the buffers of one hold up to 0.7 GB of keys and values at full size
 
 _KINDS = 64  # of blocks by width, skip and size of the map: more are not compiled
 
@@ -104,13 +106,14 @@ class _Graph:
 class Graphs:
     """A network whose calls of up to 16 rows replay a graph; missing rows are filled with zeros.
 
-    The graph of a shape is recorded when it is first called, so whoever cannot wait calls it before.
+    The graph of a shape and a number of tokens is recorded by the first call, so whoever cannot wait calls
+    it before. The graphs that were not used for longest are dropped.
     """
 
     def __init__(self, network: Denoiser, record: Recorder) -> None:
         self._network = network
         self._record = record
-        self._graphs: dict[tuple[torch.Size, int], _Graph] = {}
+        self._graphs: Recent[tuple[torch.Size, int, int], _Graph] = Recent(MAX_GRAPHS)
 
     def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise, as the network does."""
@@ -118,12 +121,9 @@ class Graphs:
         # What ControlNets and LoRAs add is not recorded.
         if size is None or condition.control is not None or condition.adapters is not None:
             return self._network(latents, ratio, condition)
-        place = (latents.shape[1:], size)
-        if place not in self._graphs:
-            self._graphs[place] = self._recorded(latents, condition, size)
-        graph, rows = self._graphs[place], len(latents)
-        if not _has_room(graph.condition, condition):  # for the tokens of image prompts and of long texts
-            return self._network(latents, ratio, condition)
+        key = (latents.shape[1:], condition.num_tokens, size)
+        graph = self._graphs.get(key, lambda _: self._recorded(latents, condition, size))
+        rows = len(latents)
         graph.latents[:rows] = latents
         graph.ratio[:rows] = ratio
         if graph.holds is not condition:
@@ -146,11 +146,6 @@ class Graphs:
 
 def _room(like: Tensor, rows: int) -> Tensor:
     return like.new_zeros(rows, *like.shape[1:])
-
-
-def _has_room(room: Condition, condition: Condition) -> bool:
-    pairs = zip(room.keys_values, condition.keys_values, strict=True)
-    return all(place.shape[1:] == rows.shape[1:] for place, rows in pairs)
 
 
 def _fill(room: Condition, condition: Condition) -> None:

@@ -156,8 +156,8 @@ class TextEncoder:
             raise InvalidSetting(
                 "prompt", f"may have {MAX_PROMPT_CHARACTERS} characters, but has {len(prompt)}"
             )
-        for word in adapter.words if adapter and weighted else ():  # their brackets are no weights
-            prompt = prompt.replace(word, re.sub(r"([()\[\]])", r"\\\1", word))
+        if weighted and adapter is not None and adapter.words:
+            prompt = _learned_words(adapter).sub(_escape_brackets, prompt)  # theirs are no weights
         read = read_weights(prompt) if weighted else WeightedText(prompt, (1.0,) * len(prompt))
         plain = self.encode([read.text], adapter=adapter)
         is_long = long and plain.truncated[0]
@@ -230,13 +230,11 @@ class TextEncoder:
         tokenizer nor the table is changed: other requests do not know the word.
         """
         words = list(adapter.words) if adapter else []
-        longest_first = sorted(words, key=len, reverse=True)
-        pattern = f"({'|'.join(map(re.escape, longest_first))})"
         numbers = {word.lower(): index for index, word in enumerate(words, self._table.num_embeddings)}
         ids: list[int] = []
         places: list[tuple[int, int]] = []
         start = 0
-        for part in re.split(pattern, text, flags=re.IGNORECASE) if words else [text]:
+        for part in _learned_words(adapter).split(text) if adapter and words else [text]:
             if part.lower() in numbers:
                 ids.append(numbers[part.lower()])
                 places.append((start, start + len(part)))
@@ -271,6 +269,16 @@ class TextEncoder:
     @property
     def _table(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
+
+
+def _learned_words(adapter: Adapter) -> re.Pattern[str]:
+    """Matches any word that an adapter has taught, in any case and the longest first."""
+    longest_first = sorted(adapter.words, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+
+
+def _escape_brackets(match: re.Match[str]) -> str:
+    return re.sub(r"([()\[\]])", r"\\\1", match[0])
 
 
 def _changed_weight(weight: Tensor, change: Change) -> Tensor:

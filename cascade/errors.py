@@ -1,4 +1,4 @@
-"""The two errors that a user of the library can cause and mend."""
+"""The errors that a user of the library meets: two can be mended, the third asks for another seed."""
 
 
 class InvalidSetting(ValueError):
@@ -12,3 +12,7 @@ class InvalidSetting(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: names the file, and the tensors where some are at fault."""
+
+
+class FlawedResult(ArithmeticError):
+    """What a stage made cannot be a picture: its values are not finite, or all the same."""

@@ -1,7 +1,7 @@
 """What the engine asks of a runner, which calls the networks. The engine knows pictures and rows, no tensors.
 
-Two threads call a runner: the loop (load, expect, start, begin, step, check, retry_in_fp32) and, beside it,
-the finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
+Two threads call a runner: the loop (load, expect, start, begin, step, check, retry_in_fp32, drop) and, beside
+it, the finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +94,9 @@ class Runner(Protocol[Kind]):
 
     def preview(self, track: Kind) -> tuple[int, int, bytes] | None:
         """Width, height and pixels of what Stage C has in mind now. None where the model has no previewer."""
+
+    def drop(self, track: Kind) -> None:
+        """Keep nothing of a picture that nobody wants any more."""
 
     def cap(self, key: BatchKey) -> int:
         """Rows that may be stepped together."""

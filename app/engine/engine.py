@@ -247,6 +247,7 @@ class Engine:
             self._finisher.drop(picture)
             if picture.is_in_queue:
                 self._scheduler.remove(picture.entry)
+                self._runner.drop(picture.track)
             self._let_go(picture)
 
     def _let_go(self, picture: Picture) -> None:

@@ -203,6 +203,10 @@ class CascadeRunner:
             image = self._at_work.preview(track.drawing)
         return None if image is None else (*image.size, image.tobytes())
 
+    def drop(self, track: CascadeTrack) -> None:
+        """Keep nothing of a picture that nobody wants any more."""
+        self._at_work.forget(track.drawing)
+
     def cap(self, key: BatchKey) -> int:
         """Rows that may be stepped together."""
         return self._caps.cap(key)
@@ -315,11 +319,11 @@ def _refusals() -> Iterator[None]:
 @contextmanager
 def _flaws() -> Iterator[None]:
     """What cannot be a picture fails the job that asked for it."""
-    from cascade.tasks.drawing import Flawed
+    from cascade import FlawedResult
 
     try:
         yield
-    except Flawed as error:
+    except FlawedResult as error:
         raise GenerationFailed(f"{error}; another seed may do better") from error
 
 

@@ -84,6 +84,11 @@ class Condition:
         rows += [] if self.features is None else [self.features]
         return sum(each.numel() * each.element_size() for each in rows)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that each block attends to; rows with different numbers cannot share a call."""
+        return self.keys_values[0].shape[-2] if self.keys_values else 0
+
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
         """The rows of several conditions of one network, in order.

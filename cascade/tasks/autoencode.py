@@ -4,22 +4,19 @@ What the latents say is drawn anew rather than unpacked: shapes, colours and pla
 surface is not.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from cascade.conditioning import TextEmbeddings, encode_texts
 from cascade.models import Models
-from cascade.networks.unet import Condition
-from cascade.sampling.denoise import Sample, denoise
 from cascade.sizes import plan_size
+from cascade.tasks.drawing import Drawing, Studio
 from cascade.tasks.encoding import encode
-from cascade.tasks.generation import Progress
+from cascade.tasks.generation import Progress, draw
 from cascade.tasks.latents import Latents
-from cascade.tasks.picture import Picture, begin_decoder, decode_chunk, finish
-from cascade.tasks.picture import decode as decode_pixels
+from cascade.tasks.picture import Picture
 from cascade.tasks.settings import ImageSettings
 
 _NO_CAPTION = "-"  # stands in settings for the empty text, which they refuse as a prompt
@@ -76,53 +73,21 @@ def decode_all(
 
     Raises:
         InvalidSetting: a setting is wrong, or other models made the latents; nothing was computed.
+        FlawedResult: a stage made no picture of one of them, not in fp32 either.
     """
-    decodings = [_planned(models, *pair) for pair in zip(latents, settings, strict=True)]
-    texts = encode_texts(models.decoder_text_encoder, ["", *(each.caption for each in decodings)])
-    groups: dict[tuple[int, int], list[_Decoding]] = {}
-    for each in decodings:
-        groups.setdefault(each.picture.plan.decoder_grid, []).append(each)
-    total = sum(max(each.picture.decoder_steps for each in group) for group in groups.values())
-    step = num_decoded = 0
-    for group in groups.values():
-        samples = [_begin(models, each, texts) for each in group]
-        for _ in denoise(models.stage_b, samples, Condition.cat):
-            step += 1
-            yield Progress("decoder", step, total)
-        chunk = decode_chunk(group[0].picture.plan)
-        for start in range(0, len(group), chunk):
-            some = group[start : start + chunk]
-            pictures = [each.picture for each in some]
-            results = [sample.result for sample in samples[start : start + chunk]]
-            images = finish(decode_pixels(models, pictures, results), pictures)
-            for each, image in zip(some, images, strict=True):
-                each.image = image
-            num_decoded += len(some)
-            yield Progress("decode", num_decoded, len(decodings))
-    return [each.image for each in decodings if each.image is not None]
+    studio = Studio(models, {"decoder": models.stage_b})
+    drawings = [_planned(models, *pair) for pair in zip(latents, settings, strict=True)]
+    return (yield from draw(studio, drawings))
 
 
-@dataclass(slots=True, eq=False)
-class _Decoding:
-    """Latents on their way to a picture."""
-
-    latents: Latents
-    picture: Picture
-    caption: str
-    image: Image.Image | None = None
-
-
-def _planned(models: Models, latents: Latents, wanted: DecodeSettings) -> _Decoding:
+def _planned(models: Models, latents: Latents, wanted: DecodeSettings) -> Drawing:
     request = wanted.of(latents)
     plan = plan_size(request.width, request.height, models.native)
     if not wanted.any_model:
         latents.check_model(models)
-    return _Decoding(latents, Picture(request, plan), wanted.prompt if wanted.prompt.strip() else "")
-
-
-def _begin(models: Models, each: _Decoding, texts: Mapping[str, TextEmbeddings]) -> Sample[Condition]:
-    own = {"": texts[""], each.picture.settings.prompt: texts[each.caption]}
-    return begin_decoder(models, each.picture, each.latents.values.to(models.device), own)
+    drawing = Drawing(Picture(request, plan), models, caption=wanted.prompt if wanted.prompt.strip() else "")
+    drawing.resume(latents.values.to(models.device))
+    return drawing
 
 
 def reconstruct_all(

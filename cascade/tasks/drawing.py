@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import TextEmbeddings, TextEncoder, pad_chunks
+from cascade.errors import FlawedResult
 from cascade.models import Models
 from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition, Constants, UNet
@@ -32,7 +33,6 @@ from cascade.tasks.picture import (
     finished,
     flaw,
     look_at,
-    num_tokens,
     prior_condition,
     to_images,
 )
@@ -56,22 +56,25 @@ class TextKey:
 ConditionKey = tuple[TextKey, int, int, Adapter | None]
 
 
-class Flawed(ArithmeticError):
-    """What a stage made cannot be a picture: not finite, or all the same."""
-
-
 @dataclass(slots=True, eq=False)
 class Drawing:
     """One picture on its way through the stages. "decode" is where Stage A is all that is left."""
 
     picture: Picture
     models: Models
+    caption: str | None = None  # what Stage B reads in place of the prompt
     given: Given = NOTHING  # what its own pictures tell, once it has begun
     stage: Literal["prior", "decoder", "decode"] = "prior"
     text: TextEmbeddings | None = None  # of the prompt
     sample: Sample[Condition] | None = None  # of the stage in work, once it has begun
     semantic: Tensor | None = None  # (16, h, w) fp32: the result of Stage C
     latents: Tensor | None = None  # (4, h, w) fp32: the result of Stage B
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The prompt, or the caption in its place, and the negative prompt."""
+        prompt, negative = self.picture.settings.texts
+        return prompt if self.caption is None else self.caption, negative
 
     def resume(self, semantic: Tensor) -> None:
         """Go on from the result of Stage C that was kept of an earlier run."""
@@ -95,11 +98,11 @@ class Drawing:
             self.semantic, self.stage = None, "prior"
 
     def check(self) -> None:
-        """Raise `Flawed` when the stage that ended last made nothing that can be gone on with."""
+        """Raise `FlawedResult` when the stage that ended last made nothing that can be gone on with."""
         result = self.latents if self.stage == "decode" else self.semantic
         assert result is not None
         if fault := flaw(result):
-            raise Flawed(f"the latents of Stage {'B' if self.stage == 'decode' else 'C'} are {fault}")
+            raise FlawedResult(f"the latents of Stage {'B' if self.stage == 'decode' else 'C'} are {fault}")
 
 
 class Studio:
@@ -140,7 +143,7 @@ class Studio:
         groups: dict[int, list[Sample[Condition]]] = {}
         for drawing in drawings:
             if drawing.sample is not None:
-                groups.setdefault(num_tokens(drawing.sample), []).append(drawing.sample)
+                groups.setdefault(drawing.sample.condition.num_tokens, []).append(drawing.sample)
         network = in_parts(self._network(drawings[0]), rows)
         # Of a second try nothing is remembered: its weights are to go when it ends.
         known = self._batches if drawings[0].models is self.models else Recent(0)
@@ -155,6 +158,11 @@ class Studio:
                 drawing.end_stage()
                 self._batches.clear()  # they hold on to what is done with
 
+    def forget(self, drawing: Drawing) -> None:
+        """Keep nothing of a drawing that is not gone on with."""
+        if drawing.sample is not None:
+            self._batches.clear()
+
     def retry_in_fp32(self, drawing: Drawing) -> bool:
         """Go back to where the stage that ended last began, with fp32 weights; False where it had them."""
         if self.models.dtype is torch.float32 or drawing.models is not self.models:
@@ -168,7 +176,7 @@ class Studio:
 
     @torch.inference_mode()
     def decode(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
-        """Stage A, of drawings of one size; raises `Flawed`. Each picture is finished when called.
+        """Stage A, of drawings of one size; raises `FlawedResult`. Each picture is finished when called.
 
         That is apart, because it takes a core as long as the size asked for is large, and no network.
         """
@@ -196,7 +204,7 @@ class Studio:
             pixels = decode(self.models.in_fp32("stage_a"), pictures, latents)
             faults = [flaw(each) for each in pixels]
         for fault in filter(None, faults):
-            raise Flawed(f"the pixels are {fault}")
+            raise FlawedResult(f"the pixels are {fault}")
         drawn = zip(to_images(pixels), pictures, strict=True)
         return [partial(finished, image, picture) for image, picture in drawn]
 
@@ -217,9 +225,9 @@ class Studio:
         keys = self._keys(drawing)
         if drawing.semantic is not None:
             encoder = models.decoder_text_encoder
-            texts = {key.text: self._text(encoder, key) for key in keys}
+            pooled = [self._text(encoder, key).pooled for key in keys]
             constants = self._constants_of(models.stage_b)
-            sample = begin_decoder(models, picture, drawing.semantic, texts, given, constants=constants)
+            sample = begin_decoder(models, picture, drawing.semantic, pooled, given, constants=constants)
         else:
             condition, unguided = self._conditions_of(drawing, keys)
             sample = begin_prior(models, picture, condition, unguided, given)
@@ -228,7 +236,7 @@ class Studio:
     def _keys(self, drawing: Drawing) -> tuple[TextKey, TextKey]:
         """Of the prompt and of the negative prompt."""
         settings = drawing.picture.settings
-        prompt, negative = settings.texts
+        prompt, negative = drawing.texts
         adapter = drawing.given.adapter
         adapter = adapter if adapter is not None and adapter.changes_text else None
         key = TextKey(prompt, settings.weighted_prompt, settings.long_prompt, adapter)

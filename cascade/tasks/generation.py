@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.errors import FlawedResult
 from cascade.models import Models
 from cascade.tasks.drawing import Drawing, Studio
-from cascade.tasks.picture import decode, decode_chunk, finish, plan_pictures
+from cascade.tasks.picture import decode_chunk, plan_pictures
 from cascade.tasks.settings import ImageSettings
 
 R = TypeVar("R")
@@ -51,6 +52,7 @@ def generate(
 
     Raises:
         InvalidSetting: the checkpoint cannot do what is asked for; nothing was drawn.
+        FlawedResult: a stage made no picture of one of the requests, not in fp32 either.
     """
     studio = Studio(models, {"prior": models.stage_c, "decoder": models.stage_b})
     per_request = [
@@ -59,11 +61,22 @@ def generate(
     drawings = [drawing for group in per_request for drawing in group]
     for drawing in drawings:
         studio.begin(drawing)
+    images = iter((yield from draw(studio, drawings)))
+    return [[_finished(drawing, next(images)) for drawing in group] for group in per_request]
+
+
+def draw(studio: Studio, drawings: Sequence[Drawing]) -> Generator[Progress, None, list[Image.Image]]:
+    """Take drawings through the stages that they have ahead; returns their pictures in order."""
     yield from _run_stage(studio, "prior", drawings)
     yield from _run_stage(studio, "decoder", drawings)
     images: dict[Drawing, Image.Image] = {}
-    yield from _decode(models, drawings, images)
-    return [[_finished(drawing, images[drawing]) for drawing in group] for group in per_request]
+    for group in _by_shape(drawings, "decoder"):
+        chunk = decode_chunk(group[0].picture.plan)
+        for start in range(0, len(group), chunk):
+            some = group[start : start + chunk]
+            images.update(zip(some, (finish() for finish in studio.decode(some)), strict=True))
+            yield Progress("decode", len(images), len(drawings))
+    return [images[drawing] for drawing in drawings]
 
 
 def run_to_end(run: Generator[Progress, None, R], watch: Callable[[Progress], None] | None = None) -> R:
@@ -88,24 +101,25 @@ def _run_stage(
     for group in groups:
         while active := [drawing for drawing in group if drawing.stage == stage]:
             studio.step(active, _ALL_ROWS)
+            for drawing in active:
+                if drawing.stage != stage:
+                    _check(studio, drawing)
             step += 1
             latents = torch.stack([_seen(drawing) for drawing in group]) if stage == "prior" else None
             yield Progress(stage, step, sum(lengths), latents)
 
 
-def _decode(
-    models: Models, drawings: Sequence[Drawing], images: dict[Drawing, Image.Image]
-) -> Iterator[Progress]:
-    """Stage A: from latents to pixels, a few pictures at a time."""
-    for group in _by_shape(drawings, "decoder"):
-        chunk = decode_chunk(group[0].picture.plan)
-        for start in range(0, len(group), chunk):
-            some = group[start : start + chunk]
-            pictures = [drawing.picture for drawing in some]
-            latents = [drawing.latents for drawing in some if drawing.latents is not None]
-            pixels = decode(models, pictures, latents)
-            images.update(zip(some, finish(pixels, pictures), strict=True))
-            yield Progress("decode", len(images), len(drawings))
+def _check(studio: Studio, drawing: Drawing) -> None:
+    """Look at what a stage has made; what less precision has spoiled is made again in fp32."""
+    try:
+        drawing.check()
+    except FlawedResult:
+        if not studio.retry_in_fp32(drawing):
+            raise
+        stage = drawing.stage
+        while drawing.stage == stage:
+            studio.step([drawing], _ALL_ROWS)
+        drawing.check()
 
 
 def _by_shape(drawings: Iterable[Drawing], stage: Literal["prior", "decoder"]) -> list[list[Drawing]]:

@@ -6,7 +6,7 @@ far as it likes and joins the samples of many callers.
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -198,14 +198,19 @@ def begin_decoder(
     models: Models,
     picture: Picture,
     semantic: Tensor,
-    texts: Mapping[str, TextEmbeddings],
+    pooled: Sequence[Tensor],
     given: Given = NOTHING,
     *,
     constants: Constants | None = None,
 ) -> Sample[Condition]:
-    """A picture as noise, before the first step of Stage B; `semantic`, (16, h, w), is Stage C's result."""
+    """A picture as noise, before the first step of Stage B.
+
+    Args:
+        semantic: the result of Stage C, (16, h, w).
+        pooled: embeddings of the prompt and of the negative prompt, (1, 1, d) each.
+    """
     settings, size = picture.settings, picture.plan.decoder_grid
-    prompt, negative = (texts[text].pooled for text in settings.texts)
+    prompt, negative = pooled
     is_guided = settings.decoder_guidance_scale > 1
     wanted, nothing = semantic[None], torch.zeros_like(semantic)[None]
     condition = models.stage_b.prepare(wanted, prompt, size, constants=constants)
@@ -225,12 +230,6 @@ def begin_decoder(
         device=models.device,
         known=_known(picture, "decoder known", given.latents, given.latents_free),
     )
-
-
-def num_tokens(sample: Sample[Condition]) -> int:
-    """Tokens of the condition: samples of different numbers cannot share a call of the network."""
-    keys_values = sample.condition.keys_values
-    return keys_values[0].shape[-2] if keys_values else 0
 
 
 def decode(models: Models, pictures: Sequence[Picture], latents: Iterable[Tensor]) -> Tensor:
@@ -273,11 +272,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels (b, 3, h, w), nominally in 0..1, as 8-bit pictures."""
     values = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def finish(pixels: Tensor, pictures: Sequence[Picture]) -> list[Image.Image]:
-    """Decoded pixels as pictures of exactly the sizes asked for, with what was to be kept laid over them."""
-    return [finished(image, picture) for image, picture in zip(to_images(pixels), pictures, strict=True)]
 
 
 def finished(image: Image.Image, picture: Picture) -> Image.Image:

@@ -94,9 +94,10 @@ class Rehearsal:
 
     def _decoder(self) -> Sample[Condition]:
         texts = encode_texts(self._models.decoder_text_encoder, self._picture.settings.texts)
+        pooled = [texts[text].pooled for text in self._picture.settings.texts]
         semantic = torch.zeros(self._picture.prior_shape, device=self._models.device)
         constants = self._decoder_constants
-        return begin_decoder(self._models, self._picture, semantic, texts, constants=constants)
+        return begin_decoder(self._models, self._picture, semantic, pooled, constants=constants)
 
     @cached_property
     def _prior_constants(self) -> Constants:

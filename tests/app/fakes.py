@@ -89,6 +89,7 @@ class FakeRunner:
         self.lora_dirs: tuple[str, ...] = ()
         self.on_step: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
         self.on_decode: Callable[[Sequence[FakeTrack]], None] = lambda tracks: None
+        self.dropped: list[FakeTrack] = []
         self.on_finish: Callable[[FakeTrack], None] = lambda track: None
         self.counts: Counter[str] = Counter()
         self.configure: Configure | None = None
@@ -174,6 +175,9 @@ class FakeRunner:
 
     def preview(self, track: FakeTrack) -> tuple[int, int, bytes] | None:
         return (1, 1, bytes(colour(track.request, track.run.seed))) if self.has_previewer else None
+
+    def drop(self, track: FakeTrack) -> None:
+        self.dropped.append(track)
 
     def cap(self, key: BatchKey) -> int:
         return self.caps.get(key, self.first_cap)

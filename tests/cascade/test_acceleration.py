@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade import acceleration
 from cascade.acceleration import Graphs, accelerate, repeated_blocks
 from cascade.networks.unet import Condition
 from tests.cascade.small_models import small_cascade
@@ -107,6 +108,18 @@ def test_shapes_have_graphs_of_their_own(recorder: Recorder) -> None:
     assert recorder.num_recorded == 2
 
 
+def test_the_graphs_not_used_for_longest_are_dropped(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "MAX_GRAPHS", 2)
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    for rows in (1, 2, 1, 4, 1):
+        assert close(graphs, rows)
+    assert recorder.num_recorded == 3, "the one of one row stayed"
+    assert close(graphs, 2)
+    assert recorder.num_recorded == 4
+
+
 def test_a_network_without_a_map_in_its_condition(recorder: Recorder) -> None:
     graphs = Graphs(CASCADE.stage_c, recorder)
     condition = CASCADE.stage_c.prepare(torch.randn(3, 6, 8), torch.randn(3, 1, 8), torch.zeros(3, 1, 4))
@@ -143,7 +156,7 @@ def test_rows_with_control_are_run_without_a_graph(recorder: Recorder) -> None:
     assert recorder.num_recorded == 1
 
 
-def test_another_number_of_tokens_runs_without_the_graph(recorder: Recorder) -> None:
+def test_another_number_of_tokens_has_a_graph_of_its_own(recorder: Recorder) -> None:
     def step(num_images: int) -> tuple[Tensor, Tensor, Condition]:
         images = torch.ones(2, num_images, 4)
         condition = CASCADE.stage_c.prepare(torch.ones(2, 6, 8), torch.ones(2, 1, 8), images)
@@ -153,7 +166,7 @@ def test_another_number_of_tokens_runs_without_the_graph(recorder: Recorder) -> 
     for num_images in (1, 2, 1):
         given = step(num_images)
         assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)
-    assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
+    assert (recorder.num_recorded, recorder.num_replayed) == (2, 3)
 
 
 @pytest.mark.slow

@@ -77,6 +77,13 @@ def test_what_is_done_with_is_freed_without_a_collector(bench: Bench, runner: Fa
         bench.tell(HungUp())
 
 
+def test_the_runner_forgets_what_is_canceled(bench: Bench, runner: FakeRunner) -> None:
+    bench.during(2, Cancel("a"))
+    bench.work(run("a"), run("b"))
+    assert [track.run.job for track in runner.dropped] == ["a"]
+    assert set(bench.made) == {("b", 0)}
+
+
 def test_callers_step_together(bench: Bench) -> None:
     bench.work(run("a"), run("b"), run("c"))
     assert [sorted(batch) for batch in bench.batches] == [["a", "b", "c"]] * 4

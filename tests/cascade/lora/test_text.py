@@ -93,6 +93,8 @@ def test_a_learned_token_among_weights_and_chunks(models: Models, added: Tensor,
     plain = encoder.encode(["a [new] circle"], adapter=adapter)
     read = encoder.encode(["a [new] circle"], adapter=adapter, weighted=True, long=True)
     assert torch.equal(plain.hidden, read.hidden)
+    for written in ("a [NEW] circle", "a [New] circle"):
+        assert torch.equal(encoder.encode([written], adapter=adapter, weighted=True).hidden, plain.hidden)
     more = encoder.encode(["a ([new]:1.5) circle"], adapter=adapter, weighted=True)
     changed = (more.hidden - plain.hidden).abs().amax(dim=-1)[0] > 1e-6
     assert changed.nonzero().flatten().tolist() == [2]

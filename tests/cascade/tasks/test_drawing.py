@@ -1,5 +1,6 @@
 """Drawings in a studio, with the real networks at tiny dimensions: alone, in company, resumed, gone wrong."""
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade.errors import FlawedResult
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import Condition
 from cascade.pipeline import Cascade
 from cascade.sampling.denoise import Network
-from cascade.tasks.drawing import Drawing, Flawed, Studio
+from cascade.tasks.drawing import Drawing, Studio
 from cascade.tasks.picture import from_bytes, plan_pictures, to_bytes
 from cascade.tasks.settings import ImageSettings
 from tests.cascade.small_models import WordEncoder, small_cascade
@@ -203,14 +205,14 @@ def test_latents_that_are_no_picture_are_told(
         studio.step([drawing], 99)
         if drawing.stage == "decoder" and stage == "decoder":
             drawing.check()
-    with pytest.raises(Flawed, match=f"Stage {'C' if stage == 'prior' else 'B'} are {words}"):
+    with pytest.raises(FlawedResult, match=f"Stage {'C' if stage == 'prior' else 'B'} are {words}"):
         drawing.check()
 
 
 def test_latents_that_are_all_the_same_are_told(studio: Studio) -> None:
     drawing = draw(studio)
     drawing.resume(torch.full(drawing.picture.prior_shape, 0.25))
-    with pytest.raises(Flawed, match="all the same"):
+    with pytest.raises(FlawedResult, match="all the same"):
         drawing.check()
 
 
@@ -218,7 +220,7 @@ def test_pixels_that_are_no_picture_are_told(studio: Studio, cascade: Cascade) -
     drawing = draw(studio)
     finish(studio, drawing)
     drawing.latents = torch.full(drawing.picture.decoder_shape, float("inf"))
-    with pytest.raises(Flawed, match="pixels are not finite"):
+    with pytest.raises(FlawedResult, match="pixels are not finite"):
         studio.decode([drawing])
 
 
@@ -239,7 +241,7 @@ def test_a_stage_that_failed_in_bf16_is_made_again_in_fp32(stage: str) -> None:
     for each in (drawing, other):
         while each.stage in ("prior", stage):
             studio.step([each], 99)
-        with pytest.raises(Flawed):
+        with pytest.raises(FlawedResult):
             each.check()
         assert studio.retry_in_fp32(each)
     assert (drawing.stage, drawing.sample) == (stage, None)
@@ -263,6 +265,17 @@ def test_the_copy_in_fp32_is_gone_when_nobody_needs_it() -> None:
     del drawing
     assert len(studio._in_fp32) == 0
     assert weight() is None
+
+
+def test_nothing_is_kept_of_a_drawing_that_is_given_up(studio: Studio) -> None:
+    drawing = draw(studio)
+    studio.step([drawing], 99)
+    assert drawing.sample is not None
+    latents = weakref.ref(drawing.sample.latents)
+    studio.forget(drawing)
+    del drawing
+    gc.collect()
+    assert latents() is None
 
 
 def test_in_fp32_there_is_no_second_try(studio: Studio) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from cascade.config import ScheduleConfig
-from cascade.errors import InvalidSetting
+from cascade.errors import FlawedResult, InvalidSetting
 from cascade.pipeline import Cascade
 from cascade.sizes import NativeSizes
 from cascade.tasks.generation import GeneratedImage, Progress, generate
@@ -332,3 +333,29 @@ def test_a_picture_is_a_pillow_image(cascade: Cascade) -> None:
     [made] = cascade.text_to_image("a red circle", **QUICK)
     assert isinstance(made.image, Image.Image)
     assert made.image.mode == "RGB"
+
+
+@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+def test_what_cannot_be_a_picture_is_an_error(stage: str) -> None:
+    cascade = small_cascade()
+    with torch.no_grad():
+        getattr(cascade, stage).clf[1].bias.fill_(float("nan"))
+    letter = stage[-1].upper()
+    with pytest.raises(FlawedResult, match=f"latents of Stage {letter} are not finite"):
+        one(cascade, request())
+
+
+@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+def test_what_failed_in_bf16_is_made_again_in_fp32(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = small_cascade(dtype=torch.bfloat16)
+    for network in (cascade.stage_a, cascade.stage_b, cascade.stage_c):
+        network.to(torch.bfloat16)
+    broken = getattr(cascade, stage)
+    original = type(broken).forward
+
+    def forward(network: Any, *inputs: Any) -> Tensor:
+        noise = original(network, *inputs)
+        return noise * float("nan") if network is broken else noise
+
+    monkeypatch.setattr(type(broken), "forward", forward)
+    assert pixels(one(cascade, request())).std() > 1
