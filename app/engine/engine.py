@@ -185,15 +185,16 @@ class Engine:
     def _update(self, pictures: list[Picture], stage: str) -> None:
         """Bring the queue up to where the pictures stand after a step of `stage`."""
         for picture in pictures:
-            if picture.track.step == 0:
+            if picture.key.stage != stage:
                 self._end_stage(picture, stage)
             if picture.is_dropped:
                 continue
-            if picture.key == picture.entry.key:
-                picture.follow(self._cost.alone(picture.track.work))
+            cost_left = self._cost.alone(picture.track.work)
+            if picture.is_in_place:
+                picture.entry.cost_left = cost_left
                 continue
             self._scheduler.remove(picture.entry)
-            picture.follow(self._cost.alone(picture.track.work))
+            picture.follow(cost_left)
             if picture.is_drawn:
                 self._hand_over(picture)
             else:

@@ -23,7 +23,7 @@ class Picture:
     @classmethod
     def aboard(cls, run: Run, track: Track, now: float) -> "Picture":
         """A picture that just arrived, to be queued after `follow`."""
-        key, rows, steps = track.work[0]
+        key, rows, _ = track.work[0]
         entry = Entry(
             job=run.job,
             index=run.index,
@@ -33,7 +33,6 @@ class Picture:
             arrived=now - run.waited,
             key=key,
             rows=rows,
-            steps_left=steps,
             cost_left=0.0,
             is_alone=run.is_alone,
         )
@@ -49,10 +48,21 @@ class Picture:
         """Whether only Stage A is left."""
         return self.key.stage == "decode"
 
-    def follow(self, remaining: float) -> None:
-        """Take what the scheduler knows of it from where the runner has got."""
-        self.entry.key, self.entry.rows, self.entry.steps_left = self.track.work[0]
-        self.entry.cost_left = remaining
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the scheduler has it where its next step belongs."""
+        key, rows, _ = self.track.work[0]
+        return (key, rows) == (self.entry.key, self.entry.rows)
+
+    @property
+    def steps(self) -> int:
+        """Number of all steps of the stage in work."""
+        return self.track.step + sum(work.steps for work in self.track.work if work.key == self.key)
+
+    def follow(self, cost_left: float) -> None:
+        """Tell its entry, which is in no queue, where it stands."""
+        self.entry.key, self.entry.rows, _ = self.track.work[0]
+        self.entry.cost_left = cost_left
 
     def end_stage(self, stage: str, now: float) -> None:
         """Take down how long it spent there, waiting between its steps included."""
@@ -64,21 +74,20 @@ class Picture:
         """Whether the step just taken is one of `count` that, spread over Stage C, are to be shown."""
         if self.key.stage != "prior":
             return False
-        steps = self.track.step + self.track.work[0].steps
-        due = (count + 1) * self.track.step // steps
+        due = (count + 1) * self.track.step // self.steps
         is_due = self.num_previews < due <= count
         self.num_previews = max(self.num_previews, due)
         return is_due
 
     def progress(self) -> Stepped:
         """Where it stands."""
-        key, _, steps_left = self.track.work[0]
+        stage = self.key.stage
         return Stepped(
             job=self.run.job,
             index=self.run.index,
-            stage="encode" if key.stage == "decode" else key.stage,
+            stage="encode" if stage == "decode" else stage,
             step=self.track.step,
-            steps=self.track.step + steps_left,
+            steps=self.steps,
             remaining=self.entry.cost_left,
         )
 

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from cascade import ImageSettings
     from cascade.models import Models
     from cascade.tasks.drawing import Drawing, Studio
-    from cascade.tasks.picture import Picture
     from cascade.tasks.rehearsal import Rehearsal
 
 MAX_ROWS = 64
@@ -48,36 +47,26 @@ FP32 = "fp32"  # in a key: steps of a second try, with weights of their own
 
 @dataclass(slots=True, eq=False)
 class CascadeTrack:
-    """One picture on its way through the stages."""
+    """One picture on its way through the stages, as the engine sees it."""
 
     drawing: "Drawing"
-    work: list[Work]
-    step: int = 0
     latents: bytes | None = None
-    ended: list[Work] = field(default_factory=list)
+    step: int = field(init=False)
+    work: list[Work] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.follow()
 
     def follow(self) -> None:
-        """Take note of a step that the drawing has made, the last one of a stage or not."""
-        key, rows, steps_left = self.work[0]
-        self.step += 1
-        if self.drawing.stage == key.stage:
-            self.work[0] = Work(key, rows, steps_left - 1)
-            return
-        if key.stage == "prior" and self.drawing.semantic is not None:
+        """Take note of where the drawing stands."""
+        drawing = self.drawing
+        self.step, self.work = drawing.step, _work_ahead(drawing)
+        if drawing.semantic is None:
+            self.latents = None
+        elif self.latents is None:
             from cascade.tasks.picture import to_bytes
 
-            self.latents = to_bytes(self.drawing.semantic)
-        self.ended.append(Work(key, rows, self.step))
-        self.work.pop(0)
-        self.step = 0
-
-    def go_back(self) -> None:
-        """Follow the drawing to before the stage that ended last, which is made again in fp32."""
-        key, rows, steps = self.ended.pop()
-        self.work.insert(0, Work(BatchKey(key.stage, key.shape, FP32), rows, steps))
-        self.step = 0
-        if key.stage == "prior":
-            self.latents = None
+            self.latents = to_bytes(drawing.semantic)
 
 
 class CascadeRunner:
@@ -156,15 +145,11 @@ class CascadeRunner:
         from cascade.tasks.picture import from_bytes
 
         drawing = self._drawing(run.request, run.seed, run.inputs)
-        picture = drawing.picture
-        track = CascadeTrack(drawing, _work(picture))
         if run.latents is not None:
             with suppress(ValueError):  # kept by a server with another model: begin at the beginning
-                track.drawing.resume(from_bytes(run.latents, picture.prior_shape, self._models.device))
-                track.latents = run.latents
-                if track.work[0].key.stage == "prior":
-                    track.work.pop(0)
-        return track
+                shape = drawing.picture.prior_shape
+                drawing.resume(from_bytes(run.latents, shape, self._models.device))
+        return CascadeTrack(drawing, run.latents)
 
     def begin(self, track: CascadeTrack) -> None:
         """Encode the text and the pictures that came, and draw the noise."""
@@ -187,8 +172,7 @@ class CascadeRunner:
         """Go back to the beginning of the stage that ended last, with a copy of its network in fp32."""
         with _memory_errors():
             is_back = self._at_work.retry_in_fp32(track.drawing)
-        if is_back:
-            track.go_back()
+        track.follow()
         return is_back
 
     def decode(self, tracks: Sequence[CascadeTrack]) -> list[Callable[[], Decoded]]:
@@ -396,15 +380,28 @@ def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]
     )
 
 
-def _work(picture: "Picture") -> list[Work]:
-    """All that lies ahead of a picture."""
-    plan = picture.plan
-    work = [
-        Work(BatchKey("prior", plan.prior_grid), picture.prior_rows, picture.prior_steps),
-        Work(BatchKey("decoder", plan.decoder_grid), picture.decoder_rows, picture.decoder_steps),
-        Work(BatchKey("decode", plan.decoder_grid), 1, 1),
-    ]
-    return [part for part in work if part.steps]  # at strength 0 Stage C has nothing to do
+def _work_ahead(drawing: "Drawing") -> list[Work]:
+    """All steps that lie ahead of a picture. With a guidance interval Stage C has up to three parts."""
+    picture, plan, step = drawing.picture, drawing.picture.plan, drawing.step
+    decode = Work(BatchKey("decode", plan.decoder_grid), 1, 1)
+    if drawing.stage == "decode":
+        return [decode]
+    if drawing.stage == "decoder":
+        return [_decoder_work(drawing, step), decode]
+    key = BatchKey("prior", plan.prior_grid, FP32 if drawing.fp32_stage == "prior" else "")
+    guided = picture.settings.guided_steps
+    prior = []
+    for end, rows in ((guided.start, 1), (guided.stop, 2), (picture.prior_steps, 1)):
+        if end > step:
+            prior.append(Work(key, rows, end - step))
+            step = end
+    return [*prior, _decoder_work(drawing, 0), decode]
+
+
+def _decoder_work(drawing: "Drawing", step: int) -> Work:
+    picture = drawing.picture
+    key = BatchKey("decoder", picture.plan.decoder_grid, FP32 if drawing.fp32_stage == "decoder" else "")
+    return Work(key, picture.decoder_rows, picture.decoder_steps - step)
 
 
 def _decoded(track: CascadeTrack, finished: Callable[[], "Image"]) -> Decoded:

@@ -42,8 +42,8 @@ class BatchKey(NamedTuple):
 class Entry:
     """One picture aboard, as far as its turn depends on it.
 
-    While it is in the scheduler, only `steps_left` and `cost_left` may change; for the rest it is removed
-    before and added again after.
+    While it is in the scheduler, only `cost_left` may change; for the rest it is removed before and added
+    again after.
     """
 
     job: str
@@ -54,7 +54,6 @@ class Entry:
     arrived: float
     key: BatchKey
     rows: int  # 2 where guided
-    steps_left: int  # of this stage
     cost_left: float  # seconds that the whole rest of the picture takes alone
     is_alone: bool  # stepped only while nothing else is in work
     is_begun: bool = field(default=False, init=False)  # this and the next two are the scheduler's own

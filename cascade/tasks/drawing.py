@@ -69,6 +69,12 @@ class Drawing:
     sample: Sample[Condition] | None = None  # of the stage in work, once it has begun
     semantic: Tensor | None = None  # (16, h, w) fp32: the result of Stage C
     latents: Tensor | None = None  # (4, h, w) fp32: the result of Stage B
+    fp32_stage: Literal["prior", "decoder"] | None = None  # the stage that is made, or was, once more in fp32
+
+    @property
+    def step(self) -> int:
+        """Number of steps that were made of the stage in work."""
+        return 0 if self.sample is None else self.sample.step
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -96,6 +102,7 @@ class Drawing:
             self.latents, self.stage = None, "decoder"
         else:
             self.semantic, self.stage = None, "prior"
+        self.fp32_stage = self.stage
 
     def check(self) -> None:
         """Raise `FlawedResult` when the stage that ended last made nothing that can be gone on with."""
@@ -165,9 +172,10 @@ class Studio:
 
     def retry_in_fp32(self, drawing: Drawing) -> bool:
         """Go back to where the stage that ended last began, with fp32 weights; False where it had them."""
-        if self.models.dtype is torch.float32 or drawing.models is not self.models:
+        ended = "decoder" if drawing.stage == "decode" else "prior"
+        network: Literal["stage_b", "stage_c"] = "stage_b" if ended == "decoder" else "stage_c"
+        if self.models.dtype is torch.float32 or drawing.fp32_stage == ended:
             return False
-        network: Literal["stage_b", "stage_c"] = "stage_b" if drawing.stage == "decode" else "stage_c"
         models = self._in_fp32.get(network)
         if models is None:
             models = self._in_fp32[network] = self.models.in_fp32(network)

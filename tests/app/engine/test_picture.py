@@ -28,7 +28,7 @@ def test_its_entry_says_what_the_scheduler_needs() -> None:
     one = picture(deadline=60.0, is_alone=True)
     entry = one.entry
     assert (entry.job, entry.index, entry.tenant, entry.priority) == ("a", 2, "me", 5)
-    assert (entry.key, entry.rows, entry.steps_left) == (BatchKey("prior", (64, 64)), 2, 4)
+    assert (entry.key, entry.rows) == (BatchKey("prior", (64, 64)), 2)
     assert (entry.arrived, entry.deadline, entry.is_alone) == (97.0, 160.0, True)
     assert picture().entry.deadline is None
 
@@ -37,7 +37,7 @@ def test_its_entry_follows_the_runner() -> None:
     one = picture()
     step(one, 4)
     one.follow(1.5)
-    assert (one.entry.key, one.entry.rows, one.entry.steps_left) == (BatchKey("decoder", (64, 64)), 1, 1)
+    assert (one.entry.key, one.entry.rows) == (BatchKey("decoder", (64, 64)), 1)
     assert one.entry.cost_left == 1.5
     assert one.progress() == Stepped("a", 2, "decoder", 0, 1, 1.5)
     step(one)

@@ -220,7 +220,8 @@ def test_pictures_and_what_goes_with_them_survive_it_too(runner: CascadeRunner) 
     assert settings.loras == (LoRAUse("ink", -0.5),)
     assert settings.weighted_prompt
     assert settings.long_prompt
-    assert track.work[0] == Work(BatchKey("prior", PRIOR), 2, 4)
+    prior = [work for work in track.work if work.key.stage == "prior"]
+    assert [(work.rows, work.steps) for work in prior] == [(1, 1), (2, 2), (1, 1)]
     with pytest.raises(InvalidRequest):  # this model has nothing of all that
         runner.begin(track)
 
@@ -268,8 +269,24 @@ def test_in_less_precision_a_failed_stage_is_made_again() -> None:
     assert track.work[0] == Work(BatchKey("prior", PRIOR, "fp32"), 2, 2)
     assert track.step == 0
     assert track.latents is None
+    for _ in range(2):
+        runner.step([track])
+    assert runner.retry_in_fp32(track) is False
+    assert track.work[0].key == BatchKey("decoder", DECODER)
+    finished(runner, track)
+    assert runner.retry_in_fp32(track), "Stage B has a second try of its own"
     finished(runner, track)
     assert runner.retry_in_fp32(track) is False
+
+
+def test_guidance_for_a_part_of_the_run_is_work_in_parts(runner: CascadeRunner) -> None:
+    members: dict[str, Any] = {"guidance_interval": (0.25, 0.75), "prior_num_inference_steps": 8}
+    track = begun(runner, **members)
+    rows = []
+    while track.work[0].key.stage == "prior":
+        rows.append(track.work[0].rows)
+        runner.step([track])
+    assert rows == [1, 1, 2, 2, 2, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

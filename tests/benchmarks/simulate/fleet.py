@@ -157,6 +157,7 @@ class Together(Fleet):
         self._free = [(0, number) for number in range(num_devices)]  # a heap: pictures aboard, device
         self._events: list[tuple[float, int, Picture | int]] = []
         self._aboard: dict[str, Picture] = {}  # by the jobs of their entries
+        self._steps_left: dict[Entry, int] = {}  # of the stage that a picture is in
 
     def run(
         self, pictures: Iterable[Picture], *, until: float = inf, answer: Answer = lambda picture: None
@@ -229,7 +230,7 @@ class Together(Fleet):
         return done
 
     def _entry(self, picture: Picture) -> Entry:
-        return Entry(
+        entry = Entry(
             job=str(next(self._numbers)),
             index=0,
             tenant=picture.tenant,
@@ -238,20 +239,22 @@ class Together(Fleet):
             arrived=picture.arrived,
             key=BatchKey("prior", self.speed.shapes["prior"]),
             rows=picture.rows,
-            steps_left=picture.prior_steps,
             cost_left=picture.alone(self.speed),
             is_alone=False,
         )
+        self._steps_left[entry] = picture.prior_steps
+        return entry
 
     def _advance(self, device: Device, entry: Entry) -> Picture | None:
-        entry.steps_left -= 1
+        self._steps_left[entry] -= 1
         entry.cost_left -= self.speed.tick(entry.key.stage, entry.rows)
-        if entry.steps_left:
+        if self._steps_left[entry]:
             return None
         device.scheduler.remove(entry)
         if entry.key.stage == "decoder":
+            del self._steps_left[entry]
             return self._aboard.pop(entry.job)
         entry.key = BatchKey("decoder", self.speed.shapes["decoder"])
-        entry.rows, entry.steps_left = 1, self._aboard[entry.job].decoder_steps
+        entry.rows, self._steps_left[entry] = 1, self._aboard[entry.job].decoder_steps
         device.scheduler.add(entry)
         return None

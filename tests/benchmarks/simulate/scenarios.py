@@ -178,7 +178,7 @@ def decision(aboard: int, tenants: int, shapes: int) -> Decision:
     for number in range(aboard):
         key = BatchKey("prior", (6, 6 + number % shapes))
         tenant = str(number % tenants)
-        scheduler.add(Entry(f"{number}", 0, tenant, 0, None, number, key, 2, 20, 1.0, False))
+        scheduler.add(Entry(f"{number}", 0, tenant, 0, None, number, key, 2, 1.0, False))
     taken = []
     for _ in range(1_000):
         began = time.thread_time()
