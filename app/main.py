@@ -32,6 +32,7 @@ from app.api.description import describe
 from app.api.failures import install_handlers
 from app.api.gateway import Gateway
 from app.api.limits import RateLimit
+from app.api.origins import Origins
 from app.api.tracing import Tracing, make_tracing
 from app.api.uploads import Uploads
 from app.api.webhooks import message_body
@@ -134,7 +135,7 @@ def create_app(
     app.add_middleware(
         Gateway,
         server=app,
-        cors_origins=settings.cors_origins,
+        origins=Origins(settings),
         metrics=parts.metrics,
         logger=parts.logger,
     )

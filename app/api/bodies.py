@@ -55,6 +55,12 @@ _ENDS: tuple[WebhookType, ...] = ("image.job.succeeded", "image.job.failed", "im
 _EMPTY: tuple[object, ...] = (None, False, "", "false", [], {})
 
 
+def _usual_name(output_format: object) -> object:
+    """JPEG and jpg are jpeg."""
+    name = output_format.lower() if isinstance(output_format, str) else output_format
+    return "jpeg" if name == "jpg" else name
+
+
 class GenerationMembers(BaseModel):
     """What every contract's body has: the picture, and how the job of making it is treated."""
 
@@ -78,7 +84,7 @@ class GenerationMembers(BaseModel):
     decoder_guidance_scale: DecoderGuidance = 0.0
     preset: Preset = Field("official", description="Sampling as the official code does it, or as diffusers")
     sampler: Sampler = "ddpm"
-    output_format: OutputFormat = "png"
+    output_format: Annotated[OutputFormat, BeforeValidator(_usual_name)] = "png"
     embed_metadata: bool = Field(False, description="Write prompt, seed and settings into the file")
     priority: Priority = Field(0, description="Among the jobs of one key; higher goes first")
     deadline_seconds: DeadlineSeconds | None = Field(

@@ -5,7 +5,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import ipaddress
 import re
 from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from app.api.gateway import Exchange
 from app.api.limits import RateLimit
+from app.api.origins import is_trusted
 from app.api.tracing import Tracing
 from app.api.uploads import Uploads
 from app.api.values import LONG_BYTES, parse_json, require_few
@@ -198,7 +198,7 @@ def public_base(request: Request, settings: Settings) -> str:
         return settings.public_base_url
     scheme = request.url.scheme
     host = request.headers.get("host", "")
-    if request.client is not None and _is_trusted(request.client.host, settings):
+    if request.client is not None and is_trusted(request.client.host, settings):
         scheme = request.headers.get("x-forwarded-proto", scheme).partition(",")[0].strip()
         host = request.headers.get("x-forwarded-host", host).partition(",")[0].strip()
     if scheme not in ("http", "https") or not _HOST.fullmatch(host):
@@ -208,11 +208,3 @@ def public_base(request: Request, settings: Settings) -> str:
 
 def _here(anywhere: re.Match[str]) -> str:
     return "[::1]" if ":" in anywhere[1] else "127.0.0.1"
-
-
-def _is_trusted(address: str, settings: Settings) -> bool:
-    try:
-        client = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return any(client in network for network in settings.trusted_proxies)

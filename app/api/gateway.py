@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.failures import METHODS, allowed_methods, respond
-from app.errors import DO_NOT_REPEAT, AppError, Overloaded, ShuttingDown
+from app.api.origins import Origins
+from app.errors import DO_NOT_REPEAT, AppError, Forbidden, InvalidRequest, Overloaded, ShuttingDown
 from app.jobs.database import DatabaseAway
 from app.logs import Logger
 from app.metrics import Metrics
@@ -27,6 +28,9 @@ CROWDED = "is_crowded"  # in the state of requests that came over a connection t
 CROWDED_SECONDS = 5  # after which there may be fewer
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
+_ABSOLUTE = re.compile(
+    r"^https?://[^/]*/?", re.IGNORECASE
+)  # a target as for a proxy: RFC 9112, section 3.2.2
 _QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
 
 EXPOSED_HEADERS = (
@@ -66,13 +70,13 @@ class Gateway:
         app: ASGIApp,
         *,
         server: FastAPI,
-        cors_origins: tuple[str, ...],
+        origins: Origins,
         metrics: Metrics,
         logger: Logger,
     ) -> None:
         self._app = app
         self._server = server
-        self._cors_origins = cors_origins
+        self._origins = origins
         self._metrics = metrics
         self._logger = logger
 
@@ -82,6 +86,7 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        scope["path"] = _ABSOLUTE.sub("/", scope["path"])
         exchange = Exchange(_request_id(headers))
         scope.setdefault("state", {})["exchange"] = exchange
         started = time.perf_counter()
@@ -130,13 +135,20 @@ class Gateway:
                 "too many connections are open; try again", retry_after_seconds=CROWDED_SECONDS
             )
             return respond(crowded, scope["path"], exchange.request_id)
-        return self._options(scope, headers) if scope["method"] == "OPTIONS" else self._app
+        if scope["method"] == "OPTIONS":
+            return self._options(scope, headers)
+        try:
+            _check_framing(headers)
+            self._origins.check(scope, headers)
+        except (Forbidden, InvalidRequest) as error:
+            return respond(error, scope["path"], exchange.request_id)
+        return self._app
 
     def _options(self, scope: Scope, headers: Headers) -> Response:
         """The answer to OPTIONS, for everybody and every path, with what a browser wants to know."""
         allowed = ", ".join(allowed_methods(self._server, scope))
         response = Response(status_code=204, headers={"Allow": allowed})
-        if self._is_allowed(headers.get("origin")) and "access-control-request-method" in headers:
+        if self._origins.allows(headers.get("origin")) and "access-control-request-method" in headers:
             response.headers["Access-Control-Allow-Methods"] = ", ".join(METHODS)
             response.headers["Access-Control-Allow-Headers"] = headers.get(
                 "access-control-request-headers", "*"
@@ -145,16 +157,13 @@ class Gateway:
         return response
 
     def _allow_origin(self, headers: Headers, answer: MutableHeaders) -> None:
-        if not self._cors_origins:
+        if not self._origins.has_any:
             return
         answer.add_vary_header("Origin")
         origin = headers.get("origin")
-        if origin is not None and self._is_allowed(origin):
+        if origin is not None and self._origins.allows(origin):
             answer["Access-Control-Allow-Origin"] = origin
             answer["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
-
-    def _is_allowed(self, origin: str | None) -> bool:
-        return origin is not None and ("*" in self._cors_origins or origin in self._cors_origins)
 
     def _note(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
         """One log line and the figures of a request that has ended."""
@@ -173,6 +182,13 @@ class Gateway:
             **({"key": exchange.key_name} if exchange.key_name else {}),
             **exchange.facts,
         )
+
+
+def _check_framing(headers: Headers) -> None:
+    """Refuse a body of two lengths, which hides a request from one of two servers (RFC 9112, section 6.1)."""
+    if "transfer-encoding" in headers and "content-length" in headers:
+        both = "a request must have Content-Length or Transfer-Encoding, not both"
+        raise InvalidRequest(both, headers={"Connection": "close"})
 
 
 def _parts(message: Message) -> Iterator[Message]:

@@ -23,6 +23,7 @@ CODES = {  # what pydantic calls a mistake -> our code of it; others are "invali
     "string_type": "invalid_type",
     "int_type": "invalid_type",
     "int_parsing": "invalid_type",
+    "int_parsing_size": "integer_out_of_range",
     "int_from_float": "invalid_type",
     "float_type": "invalid_type",
     "float_parsing": "invalid_type",
@@ -101,6 +102,8 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
         return f"{name} is no member of this request" + (f", use {instead}" if instead else "")
     if problem["type"].startswith("url_"):
         return f"{name} must be an http or https URL"
+    if problem["type"] == "int_parsing_size":
+        return f"{name} must be a smaller number"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{name} must be an object"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")

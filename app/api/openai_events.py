@@ -15,7 +15,6 @@ from app.api.deps import Services
 from app.api.failures import openai_error
 from app.api.generation import outcome_error, read_images
 from app.api.streams import sse
-from app.api.views import size_text
 from app.errors import AppError, ShuttingDown, StorageFull
 from app.jobs.events import News, Preview
 from app.jobs.job import Job, Progress, StoredImage
@@ -82,7 +81,7 @@ class ImageStream:
             return []
         loop = asyncio.get_running_loop()
         converted = loop.run_in_executor(self.services.encoders, _converted, preview.content, job.request)
-        return [await self._partial(job, index, *await converted)]
+        return [await self._partial(job, index, await converted)]
 
     async def _picture(self, job: Job, image: StoredImage) -> list[bytes]:
         if image.index in self._completed:
@@ -91,15 +90,14 @@ class ImageStream:
         [content] = await read_images(self.services, (image,))
         told = []
         if self.num_previews and not self._previews[image.index]:
-            told.append(await self._partial(job, image.index, content, (image.width, image.height)))
+            told.append(await self._partial(job, image.index, content))
         more = {"usage": usage(image.prompt_tokens), "seed": image.seed}
         return [*told, await self._told("completed", job, image.index, content, more)]
 
-    async def _partial(self, job: Job, index: int, content: bytes, size: tuple[int, int]) -> bytes:
+    async def _partial(self, job: Job, index: int, content: bytes) -> bytes:
         number = self._previews[index]
         self._previews[index] += 1
-        more = {"partial_image_index": number, "size": size_text(size)}
-        return await self._told("partial_image", job, index, content, more)
+        return await self._told("partial_image", job, index, content, {"partial_image_index": number})
 
     async def _told(self, name: str, job: Job, index: int, content: bytes, more: dict[str, Any]) -> bytes:
         generation, kind = job.request, f"{self.family}.{name}"
@@ -107,7 +105,7 @@ class ImageStream:
             "type": kind,
             "b64_json": "",
             "created_at": int(self.services.clock()),
-            "size": f"{generation.width}x{generation.height}",
+            "size": f"{generation.width}x{generation.height}",  # also of a partial picture, which is smaller
             "quality": self.quality,
             "background": "opaque",
             "output_format": generation.output_format,
@@ -128,7 +126,7 @@ def _error(ended: Job | None, reason: AppError) -> AppError | None:
     return outcome_error(ended)
 
 
-def _converted(preview: bytes, generation: GenerationRequest) -> tuple[bytes, tuple[int, int]]:
-    """A preview in the format of the pictures, with their mark; and its size, which is smaller."""
+def _converted(preview: bytes, generation: GenerationRequest) -> bytes:
+    """A preview in the format of the pictures, with their mark."""
     with Image.open(BytesIO(preview)) as image:
-        return encode(image.convert("RGB"), generation.output_format, generation.output_quality), image.size
+        return encode(image.convert("RGB"), generation.output_format, generation.output_quality)

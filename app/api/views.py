@@ -68,8 +68,10 @@ class ImageView(BaseModel):
 class ProgressView(BaseModel):
     """How far the work is. The fraction never falls."""
 
-    fraction: Seconds
-    stage: Literal["queued", "loading", "prior", "decoder", "encode", "done"]
+    fraction: Seconds = Field(description="Of the work of the whole job, 0 to 1")
+    stage: Literal["queued", "loading", "prior", "decoder", "encode", "done"] = Field(
+        description="Of the picture that is least far, as are the steps"
+    )
     step: int
     steps: int
     eta_seconds: Seconds | None

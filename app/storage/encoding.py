@@ -115,7 +115,7 @@ def _png_texts(parameters: str | None) -> PngInfo:
     texts = PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", XMP)
     if parameters is not None:
-        texts.add_itxt("parameters", parameters)
+        texts.add_itxt("parameters", parameters.replace("\0", ""))  # as PNG's section 11.3.3.4 wants it
     return texts
 
 

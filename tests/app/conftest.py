@@ -49,7 +49,7 @@ def serve(tmp_path: Path, runner: FakeRunner) -> Serve:
         async with app.router.lifespan_context(app):
             if wait:
                 await app.state.services.dispatcher.wait_loaded(10)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as client:
+            async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
                 client.app = app  # type: ignore[attr-defined]  # for tests that look inside
                 yield client
             runner.gate.set()

@@ -122,7 +122,7 @@ async def main(folder: Path) -> None:
     async with app.router.lifespan_context(app):
         await app.state.services.dispatcher.wait_loaded(fakes.PATIENCE_SECONDS)
         transport = httpx2.ASGITransport(app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
             await use(client, runner, disk)
     say(f"left unfinished: {disk.num_unfinished()}")
     disk.fill()

@@ -64,7 +64,7 @@ def asking(*answers: httpx2.Response | Exception) -> tuple[Client, list[httpx2.R
             raise given
         return given
 
-    return Client("http://server.test", httpx2.MockTransport(answer)), asked
+    return Client("http://server", httpx2.MockTransport(answer)), asked
 
 
 def ok(content: Any, status: int = 200) -> httpx2.Response:
@@ -146,7 +146,7 @@ async def test_all_jobs_are_read_page_by_page() -> None:
 
 @pytest.mark.anyio
 async def test_patience_ends() -> None:
-    client = Client("http://server.test", httpx2.MockTransport(lambda _: ok(job("running"))))
+    client = Client("http://server", httpx2.MockTransport(lambda _: ok(job("running"))))
     assert (await client.make(ORDER, "t", Way.POLL, 0.02)).status == "unanswered"
 
 
@@ -160,7 +160,7 @@ async def test_who_waits_for_a_webhook_asks_nobody_meanwhile() -> None:
             asked.append(request)
             return waiting.pop(0)
 
-        client = Client("http://server.test", httpx2.MockTransport(reply), receiver)
+        client = Client("http://server", httpx2.MockTransport(reply), receiver)
         making = asyncio.create_task(client.make(ORDER, "t", Way.HOOK, 5))
         async with httpx2.AsyncClient() as server:
             await server.post(receiver.url, json={"data": job("succeeded") | {"id": "job_of_another"}})

@@ -66,7 +66,7 @@ class Watcher:
     ) -> AsyncIterator["Watcher"]:
         """Ask, and read in the background until the block is left."""
         path, _, query = url.partition("?")
-        given = {"host": "server.test", "content-type": "application/json", **(headers or {})}
+        given = {"host": "server", "content-type": "application/json", **(headers or {})}
         scope = {
             "type": "http",
             "method": method,
@@ -76,7 +76,7 @@ class Watcher:
             "headers": [(name.encode(), value.encode()) for name, value in given.items()],
             "scheme": "http",
             "client": ("127.0.0.1", 1),
-            "server": ("server.test", 80),
+            "server": ("server", 80),
             "http_version": "1.1",
         }
         unread = [json.dumps(body).encode() if body is not None else b""]

@@ -53,7 +53,7 @@ def post(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     lifespan = app.router.lifespan_context(app)
     loop.run_until_complete(lifespan.__aenter__())
     loop.run_until_complete(app.state.services.dispatcher.wait_loaded(10))
-    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server.test")
+    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server")
 
     def post(content: bytes, headers: dict[str, str], path: str = OPENAI) -> httpx2.Response:
         raw = {name.encode(): value.strip().encode("latin-1") for name, value in headers.items()}

@@ -127,7 +127,7 @@ async def test_names_cannot_be_steered(serve: Serve) -> None:
             answer = await client.get(f"/files/{name}")
             assert answer.status_code in (403, 404)
             # Even with a genuine signature, which nobody outside can make.
-            decoded = httpx2.URL(f"http://server.test/files/{name}").path.removeprefix("/files/")
+            decoded = httpx2.URL(f"http://server/files/{name}").path.removeprefix("/files/")
             answer = await client.get(f"/files/{name}?{signer.sign(decoded)}")
             assert answer.status_code == 404
             assert "secret" not in answer.text or "secret" in name

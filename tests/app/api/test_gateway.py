@@ -340,10 +340,10 @@ class _Visitor:
             "path": PATH,
             "raw_path": PATH.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"server.test")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"server")],
             "scheme": "http",
             "client": ("127.0.0.1", 1),
-            "server": ("server.test", 80),
+            "server": ("server", 80),
             "http_version": "1.1",
         }
         app = client.app  # type: ignore[attr-defined]
@@ -374,7 +374,7 @@ async def test_over_a_connection_too_many_only_health_is_told(client: httpx2.Asy
         await app({**scope, "state": {CROWDED: True}}, receive, send)
 
     transport = httpx2.ASGITransport(crowded)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as beyond:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as beyond:
         refused = await beyond.post(PATH, json={"prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "5"
@@ -398,7 +398,30 @@ async def test_long_answers_are_sent_in_parts(
         await client.app(scope, receive, count)  # type: ignore[attr-defined]
 
     transport = httpx2.ASGITransport(counting)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://server.test") as counted:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as counted:
         answer = await counted.get("/openapi.json")
     assert max(parts) == 1000 < sum(parts) == len(answer.content)
     assert answer.json()["openapi"]
+
+
+async def test_a_body_of_two_lengths_ends_the_connection(client: httpx2.AsyncClient) -> None:
+    headers = {"content-length": "200", "transfer-encoding": "chunked", "content-type": "application/json"}
+    answer = await client.post(PATH, content=b"{}", headers=headers)
+    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+    assert "not both" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("http://server/healthz", 200), ("HTTPS://x:1/healthz", 200), ("http://x", 200), ("http://x/a", 404)],
+)
+async def test_a_target_may_be_absolute(client: httpx2.AsyncClient, target: str, status: int) -> None:
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": target}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await client.app(scope | {"headers": [], "query_string": b""}, None, send)  # type: ignore[attr-defined]
+    assert sent[0]["status"] == status
+    assert target not in str(sent)

@@ -77,7 +77,7 @@ async def test_a_job_from_waiting_to_done(client: httpx2.AsyncClient, runner: Fa
         assert running["queue_position"] is None
         assert running["progress"]["eta_seconds"] > 0
     done = await ended(client, job)
-    assert done["images"][0]["url"].startswith("http://server.test/files/")
+    assert done["images"][0]["url"].startswith("http://server/files/")
     assert (await client.get(done["images"][0]["url"])).status_code == 200
 
 

@@ -175,6 +175,12 @@ async def test_raw_bytes_for_one_picture(client: httpx2.AsyncClient) -> None:
         assert answer.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("name", ["jpg", "JPEG", "Jpg"])
+async def test_formats_are_known_by_their_usual_names(client: httpx2.AsyncClient, name: str) -> None:
+    answer = await client.post(PATH, json={"prompt": "x", "output_format": name})
+    assert answer.json()["output_format"] == "jpeg"
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 async def test_every_picture_says_that_a_model_made_it(
     client: httpx2.AsyncClient, output_format: str
@@ -222,7 +228,7 @@ async def test_urls_are_absolute_and_open_without_a_key(serve: Serve) -> None:
             PATH, json={"prompt": "x", "response_format": "url", "output_format": "webp"}, headers=key
         )
         url = answer.json()["data"][0]["url"]
-        assert url.startswith("http://server.test/files/")
+        assert url.startswith("http://server/files/")
         assert url.partition("?")[0].endswith(".webp")
         picture = await client.get(url)
         assert picture.headers["content-type"] == "image/webp"
@@ -233,9 +239,9 @@ async def test_the_base_of_urls(serve: Serve) -> None:
     forwarded = {"x-forwarded-proto": "https", "x-forwarded-host": "pictures.example"}
     members = {"prompt": "x", "response_format": "url"}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "http://server.test/files/"),
+        ({}, "http://server/files/"),
         ({"trusted_proxies": "127.0.0.0/8"}, "https://pictures.example/files/"),
-        ({"trusted_proxies": "10.0.0.0/8"}, "http://server.test/files/"),
+        ({"trusted_proxies": "10.0.0.0/8"}, "http://server/files/"),
         ({"public_base_url": "https://cdn.example/"}, "https://cdn.example/files/"),
     ]
     for settings, expected in cases:
@@ -248,7 +254,7 @@ async def test_the_base_of_urls(serve: Serve) -> None:
         "[::]:80": "[::1]:80",
         "0.0.0.0.x": None,
     }
-    async with serve() as client:
+    async with serve(host="0.0.0.0", allow_anonymous=True) as client:
         for host, told in hosts.items():
             answer = await client.post(PATH, json=members, headers={"host": host})
             assert answer.json()["data"][0]["url"].startswith(f"http://{told or host}/files/")

@@ -57,6 +57,7 @@ async def generate(client: httpx2.AsyncClient, **members: Any) -> httpx2.Respons
         ({"sampler": "euler"}, "sampler", "invalid_value"),
         ({"preset": "mine"}, "preset", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
+        ({"seed": 1e30}, "seed", "integer_out_of_range"),
         ({"output_compression": 101}, "output_compression", "integer_out_of_range"),
         ({"response_format": "file"}, "response_format", "invalid_value"),
         ({"background": "transparent"}, "background", "unsupported_parameter"),

@@ -66,7 +66,7 @@ async def test_the_end_of_a_job_is_told_with_its_pictures(
         one.pop("urls")
         [image] = one["images"]
         url = image.pop("url")
-        assert url.startswith("http://server.test/files/")
+        assert url.startswith("http://server/files/")
         assert (await client.get(url)).status_code == 200
     assert message["data"] == now
     assert (now["metadata"], now["request"]["seed"]) == ({"order": "A-99"}, 7)
@@ -239,4 +239,4 @@ async def test_what_was_not_told_is_told_after_a_restart(serve: Serve, receiver:
     async with serve(outbound_allow="127.0.0.1"):
         first, second = await calls(receiver, 2)
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
-    assert second.message["data"]["images"][0]["url"].startswith("http://server.test/files/")
+    assert second.message["data"]["images"][0]["url"].startswith("http://server/files/")

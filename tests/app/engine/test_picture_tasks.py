@@ -97,9 +97,7 @@ async def client(cascade: Cascade, tmp_path: Path) -> AsyncIterator[httpx2.Async
     async with app.router.lifespan_context(app):
         await app.state.services.dispatcher.wait_loaded(120)
         transport = httpx2.ASGITransport(app)
-        async with httpx2.AsyncClient(
-            transport=transport, base_url="http://server.test", timeout=120
-        ) as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
             yield client
 
 

@@ -99,3 +99,8 @@ def test_png_finds_what_repeats() -> None:
         runs_only = BytesIO()
         image.convert("RGB").save(runs_only, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
         assert len(encode(image.convert("RGB"), "png", 90)) < 0.6 * len(runs_only.getvalue())
+
+
+def test_no_text_has_a_zero(image: Image.Image) -> None:
+    content = encode(image, "png", 90, "a red \0 circle")
+    assert reopened(content).info["parameters"] == "a red  circle"

@@ -50,7 +50,7 @@ def test_both_servers_get_the_same_mix() -> None:
 
 
 def client_of(server: httpx2.MockTransport) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(transport=server, base_url="http://server.test")
+    return httpx2.AsyncClient(transport=server, base_url="http://server")
 
 
 @pytest.mark.anyio
