@@ -13,7 +13,7 @@ CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")  # of th
 
 
 def _check_counts(config: object, but: tuple[str, ...] = ()) -> None:
-    """Raise unless all whole numbers of a config are at least 1."""
+    """Raise unless all whole numbers of a config, except the fields `but`, are at least 1."""
     for field in fields(config):  # type: ignore[arg-type]  # always a dataclass of this module
         value = getattr(config, field.name)
         if field.type not in (int, tuple[int, ...]) or field.name in but:
@@ -113,7 +113,7 @@ class StageAConfig:
 
 @dataclass(frozen=True, slots=True)
 class EffNetStage:
-    """A stage of EfficientNet-V2: `kind` is "fused" (FusedMBConv) or "mbconv" (with squeeze, excitation)."""
+    """A stage of EfficientNet-V2: `kind` is "fused" (FusedMBConv) or "mbconv" (with squeeze-excitation)."""
 
     kind: str
     expand: int
@@ -156,7 +156,7 @@ class ControlNetConfig:
 
     `mode` names the backbone: "effnet" (EfficientNet-V2 features of a picture), "large" (residual blocks over
     a latent of Stage C) or "simple" (two convolutions over any map). `injections` are the ResBlocks of Stage
-    C, in the order in which they run and repeats counted, before which the projections are added.
+    C, in running order with repeats counted, before which the projections are added.
 
     Dimensions that the mode does not have are 0 or empty.
     """
@@ -191,7 +191,7 @@ class ControlNetConfig:
 
     @property
     def kind(self) -> str:
-        """What it is controlled by, as the shapes tell it; "custom" where none of the published ones fits."""
+        """Kind of control, inferred from the shapes; "custom" if none of the published ones fits."""
         if self.mode == "effnet":
             return {1: "canny", 4: "inpainting"}.get(self.in_channels, "custom")
         return {"large": "super_resolution", "simple": "identity"}[self.mode]
@@ -213,7 +213,7 @@ class PreviewerConfig:
 class ScheduleConfig:
     """The cosine schedule of noise levels, as the checkpoint's scheduler configuration states it.
 
-    `clamp_min` and `clamp_max` bound the share of signal (abar) before the shift; `scaler` is the time
+    `clamp_min` and `clamp_max` bound the signal fraction (abar) before the shift; `scaler` is the time
     warp of diffusers' scheduler; `shift` moves all levels towards more noise (1: none).
     """
 
@@ -225,16 +225,16 @@ class ScheduleConfig:
 
 
 def _check_stages(stem_channels: int, stages: tuple[EffNetStage, ...]) -> None:
-    """Raise unless the stages of an EfficientNet can follow each other."""
+    """Raise unless every stage of an EfficientNet gets as many channels as it needs."""
     entering = (stem_channels, *(stage.channels for stage in stages))
     for stage, channels in zip(stages, entering, strict=False):
-        if stage.kind == "mbconv" and channels < 4:  # a quarter of them is what it squeezes to
+        if stage.kind == "mbconv" and channels < 4:  # it squeezes to a quarter of them
             raise CheckpointError(f"a stage of the kind mbconv needs 4 channels before it, has {channels}")
 
 
 def _check_unet(config: StageBConfig | StageCConfig) -> None:
     """Raise unless a UNet of Stage B or C can be built and run."""
-    _check_counts(config, but=("num_attention_heads",))  # of levels without attention any number is stated
+    _check_counts(config, but=("num_attention_heads",))  # any number on levels without attention
     _check_patterns(config.block_types_per_layer)
     for name in _PER_LEVEL:
         if len(getattr(config, name)) != len(config.block_out_channels):
@@ -262,7 +262,7 @@ def _check_patterns(patterns: tuple[str, ...]) -> None:
             raise CheckpointError(
                 f"block_types_per_layer: {min(unknown)!r} is not a known block; known are C, T and A"
             )
-        if not pattern.startswith("C"):  # nowhere else would the skip of a level be joined
+        if not pattern.startswith("C"):  # only a first block C joins the level's skip
             raise CheckpointError(
                 f"block_types_per_layer: {pattern!r} must begin with C, which joins the skip"
             )

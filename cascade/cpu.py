@@ -1,4 +1,4 @@
-"""What a program that owns its process does to run networks well on a CPU; the library does none of it."""
+"""CPU settings for a program that owns its process; the library itself applies none of them."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from cascade.models import Models
 
-_NICENESS = 5  # beyond that of the process that started us
+_NICENESS = 5  # above that of the parent process
 _SMALL = 50_000_000  # parameters
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -19,9 +19,9 @@ _M_MMAP_THRESHOLD = -3
 def keep_freed_memory() -> None:
     """Tell glibc not to return freed blocks to the system.
 
-    Activations of a batch are so large that otherwise the kernel maps and clears them anew in every step,
-    a fifth of the time of eight rows of the embedded Stage B. A single picture gains nothing. Does nothing
-    where the C library is another one.
+    Otherwise the kernel maps and clears the large activations of a batch anew in every step: a fifth of the
+    time of eight rows of the embedded Stage B. A single picture gains nothing. With another C library, this
+    does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -36,9 +36,9 @@ def keep_freed_memory() -> None:
 def suit_threads(models: "Models") -> None:
     """Run small networks on one thread.
 
-    Threads share an operation of the embedded checkpoint for microseconds and meet again at its end. That
-    gains little, and where another process wants the same core, each meeting costs a slice of the scheduler:
-    a picture of half a second was seen to take half a minute.
+    Operations of the embedded checkpoint take microseconds, so sharing them between threads gains little. If
+    another process wants the same core, each join of the threads costs a scheduler time slice: a picture of
+    half a second was seen to take half a minute.
     """
     import torch
 
@@ -49,10 +49,10 @@ def suit_threads(models: "Models") -> None:
 
 
 def give_way(device: "torch.device") -> None:
-    """Let the process that started this one come first where a network takes the processor itself.
+    """Lower the priority below that of the parent process if networks run on the CPU.
 
-    It takes all that it can get, and a server would wait for whole slices of the scheduler before it says a
-    word. Holds for this thread and those that it starts.
+    They take all the time they can get, and a server would wait whole scheduler time slices before it could
+    answer. Applies to this thread and those that it starts.
     """
     if device.type == "cpu":
         parent, own = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getppid(), 0))

@@ -1,4 +1,4 @@
-"""What a program must know of a device to plan its work: its name and its memory."""
+"""Name and memory of a device, as a program needs them to plan its work."""
 
 import platform
 import resource
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-_SHARE = 0.9  # of what is free: others want some, too, and estimates err
+_SHARE = 0.9  # of the free memory: others need some, too, and estimates err
 
 
 def device_name(device: torch.device) -> str:
-    """What a device calls itself; what was measured on one holds for its like."""
+    """Return the model name of a device; measurements on it hold for devices of the same name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -19,7 +19,7 @@ def device_name(device: torch.device) -> str:
 
 
 def limit_bytes(device: torch.device) -> int:
-    """What this process may grow to on a device."""
+    """Return the bytes to which this process may grow on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int((torch.cuda.memory_reserved(device) + free) * _SHARE)
@@ -28,7 +28,7 @@ def limit_bytes(device: torch.device) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """What this process holds now."""
+    """Return the bytes that this process holds now."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -36,10 +36,10 @@ def used_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held so far."""
+    """Return the most bytes that this process has held so far."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
-    # The figure of getrusage begins with that of the process that started this one.
+    # Not from getrusage, whose figure starts from that of the parent process.
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     return kilobytes[0] * 1024 if kilobytes else used_bytes(device)
@@ -52,7 +52,7 @@ def _available_bytes() -> int:
 
 
 def _group_limit_bytes() -> int | None:
-    """What the container is allowed, where there is one."""
+    """Return the memory limit of the container, if there is one."""
     try:
         return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):  # no such group, or "max"

@@ -1,8 +1,8 @@
-"""The errors that a user of the library meets: two can be mended, the third asks for another seed."""
+"""The errors that a user of the library meets: two are to be fixed, the third asks for another seed."""
 
 
 class InvalidSetting(ValueError):
-    """An argument is wrong: names the field and says what is allowed."""
+    """Raised for a wrong argument: names the field and says what is allowed."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -11,8 +11,8 @@ class InvalidSetting(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: names the file, and the tensors where some are at fault."""
+    """Raised if a checkpoint cannot be used: names the file, and the tensors at fault, if any."""
 
 
 class FlawedResult(ArithmeticError):
-    """What a stage made cannot be a picture: its values are not finite, or all the same."""
+    """Raised if the values that a stage made cannot be a picture: not finite, or all equal."""

@@ -1,4 +1,4 @@
-"""Everything that a checkpoint brings, loaded: networks, encoders and the constants that go with them."""
+"""The loaded contents of a checkpoint: networks, encoders and the constants that go with them."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -23,18 +23,18 @@ DIFFUSERS_SCALE_FACTOR = 0.3764  # left over from an earlier model, in diffusers
 
 
 class LoRAs(Protocol):
-    """The LoRAs that can be asked for by name: `cascade.lora.LoRALibrary`."""
+    """Interface of a collection of named LoRAs: `cascade.lora.LoRALibrary`."""
 
     def names(self) -> list[str]:
-        """The names that can be asked for."""
+        """Return the names of the installed LoRAs."""
 
     def adapter(self, models: "Models", uses: Sequence[tuple[str, float]]) -> Adapter | None:
-        """Some of them by name and scale; raises `InvalidSetting` for one that is not there."""
+        """Return the adapter of some LoRAs by name and scale; raise `InvalidSetting` for an unknown name."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Models:
-    """The parts of one checkpoint. None changes while pictures are made, so that requests can share them."""
+    """The parts of one checkpoint. They do not change while pictures are made, so requests can share them."""
 
     stage_a: StageA
     stage_b: StageB
@@ -52,17 +52,17 @@ class Models:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     name: str = ""
-    stated_scale_factor: float | None = None  # of Stage A's latents, in a configuration file of diffusers
+    stated_scale_factor: float | None = None  # of Stage A's latents, if its configuration states one
 
     def in_fp32(self, stage: Literal["stage_a", "stage_b", "stage_c"]) -> Self:
-        """The same models with a copy of one network in fp32, to try again what failed in less precision."""
+        """Return the models with a copy of one network in fp32, to retry what failed in lower precision."""
         return replace(self, **{stage: deepcopy(getattr(self, stage)).float()})
 
     def scale_factor(self, preset: str) -> float:
-        """By what a preset multiplies Stage B's latents before Stage A decodes them.
+        """Return the factor by which a preset multiplies Stage B's latents before Stage A decodes them.
 
-        The published weights are decoded with one constant by the official code and with another by
-        diffusers; a checkpoint with a constant of its own is decoded with that by both.
+        The official code decodes the published weights with one constant, diffusers with another; a
+        checkpoint with a constant of its own is decoded with that by both.
         """
         known = self.stage_a.config.scale_factor
         if preset == "official":

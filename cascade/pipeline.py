@@ -1,4 +1,4 @@
-"""Cascade: a checkpoint, ready to make pictures. The front door of the library."""
+"""`Cascade`, the entry point of the library: a checkpoint that is ready to make pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -20,7 +20,7 @@ from cascade.tasks.settings import STRENGTH, ImagePrompt, ImageSettings, Options
 class Cascade(Models):
     """The loaded models of a checkpoint with the tasks that they can do.
 
-    It keeps nothing between calls, so threads may share one; they gain no time by it.
+    It keeps no state between calls, so threads may share one, though without a gain in speed.
     """
 
     @classmethod
@@ -63,8 +63,8 @@ class Cascade(Models):
     ) -> list[GeneratedImage]:
         """Make `num_images` pictures of `prompt`, of exactly `width` x `height` pixels.
 
-        The options are those of `ImageSettings`. `progress` is called after every step; what it raises ends
-        the run.
+        The options are those of `ImageSettings`. `progress` is called after every step; an exception that it
+        raises ends the run.
 
         Raises:
             InvalidSetting: a setting is out of range; nothing was computed.
@@ -83,8 +83,8 @@ class Cascade(Models):
     ) -> list[GeneratedImage]:
         """Draw `image` again, more freely the larger `strength` is.
 
-        At 0 the picture comes back as the model sees it, at 1 it is not looked at. It is scaled and cut to
-        `width` and `height`; absent, they are its own, or the nearest that are allowed.
+        At 0 the picture comes back as the model reconstructs it, at 1 it has no influence. It is scaled and
+        cropped to `width` and `height`, by default its own size or the nearest that is allowed.
 
         Raises:
             InvalidSetting: a setting is out of range, or the checkpoint has no encoder.
@@ -109,10 +109,10 @@ class Cascade(Models):
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[Options],
     ) -> list[GeneratedImage]:
-        """Draw anew what is white in `mask`, or without one what is transparent in `image`.
+        """Redraw what is white in `mask` or, without a mask, transparent in `image`.
 
-        The rest is returned as it is, bit for bit. With `strength` below 1 the new part still resembles the
-        old one. The new part fades in over `feather` pixels inside the mask.
+        The rest is returned bit-identical. With `strength` below 1 the new part still resembles the old one.
+        The new part fades in over `feather` pixels inside the mask.
 
         Raises:
             InvalidSetting: a setting is out of range, there is nothing to draw, or the checkpoint has no
@@ -152,7 +152,7 @@ class Cascade(Models):
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[Options],
     ) -> list[GeneratedImage]:
-        """Draw what `images` show, up to four of them mixed, with or without words of a prompt.
+        """Draw variations of up to four `images`, mixed, with or without a prompt.
 
         Raises:
             InvalidSetting: a setting is out of range, or the checkpoint has no vision tower.
@@ -167,7 +167,7 @@ class Cascade(Models):
     def _generate(
         self, request: ImageSettings, progress: Callable[[Progress], None] | None
     ) -> list[GeneratedImage]:
-        """The pictures of one request: what all tasks come to."""
+        """Make the pictures of one request, of any task."""
         [images] = run_to_end(generate(self, [request]), progress)
         return images
 
@@ -179,9 +179,9 @@ class Cascade(Models):
         height: int | None = None,
         preset: str = "official",
     ) -> Latents:
-        """The picture as latents of Stage C, 42 times smaller along each side: 1024x1024 are 16 x 24 x 24.
+        """Encode a picture as latents of Stage C, 42 times smaller per side: 1024x1024 becomes 16 x 24 x 24.
 
-        It is scaled and cut to `width` and `height`; absent, they are its own, or the nearest allowed.
+        It is scaled and cropped to `width` and `height`, by default its own size or the nearest allowed.
 
         Raises:
             InvalidSetting: the size is not allowed, or the checkpoint has no encoder.
@@ -194,7 +194,7 @@ class Cascade(Models):
         settings: DecodeSettings | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Image.Image:
-        """The picture that latents say, by Stages B and A.
+        """Decode latents to a picture with Stages B and A.
 
         Raises:
             InvalidSetting: a setting is wrong, or another encoder made the latents; nothing was computed.
@@ -208,7 +208,7 @@ class Cascade(Models):
         settings: DecodeSettings | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Image.Image:
-        """The picture encoded and decoded: what the model keeps of it.
+        """Encode and decode a picture, which shows what the model keeps of it.
 
         Raises:
             InvalidSetting: a setting is wrong, or the checkpoint has no encoder; nothing was computed.

@@ -1,4 +1,4 @@
-"""Prompts as text: weights written into them with brackets, and more tokens than the encoder's window."""
+"""Prompts as text: weights written into them with brackets, and chunks for prompts beyond the window."""
 
 import math
 import re
@@ -30,11 +30,11 @@ class WeightedText:
 
     @property
     def is_plain(self) -> bool:
-        """All weights are 1."""
+        """Whether all weights are 1."""
         return all(weight == 1 for weight in self.weights)
 
     def weight(self, start: int, end: int) -> float:
-        """Of the token that stands for the characters from `start` to `end`: their mean, or 1 for none."""
+        """Return the weight of a token of the characters `start` to `end`: their mean, or 1 for none."""
         weights = self.weights[start:end]
         if all(weight == weights[0] for weight in weights):
             return weights[0] if weights else 1.0  # exactly, without the rounding of a mean
@@ -42,19 +42,18 @@ class WeightedText:
 
 
 def read_weights(prompt: str) -> WeightedText:
-    r"""Take the weights out of a prompt that is written as most programs for diffusion models read it.
+    r"""Separate the weights from a prompt in the syntax that most programs for diffusion models read.
 
-    "(word)" is 1.1, "(word:1.3)" is 1.3, "[word]" is 1/1.1, and brackets within brackets multiply. A
-    backslash makes a bracket, or a backslash, a character like others: "\(". Brackets without a partner are
-    text, and so is a colon without a number after it.
+    "(word)" is 1.1, "(word:1.3)" is 1.3, "[word]" is 1/1.1, and nested brackets multiply. A backslash escapes
+    a bracket or a backslash: "\(". Unpaired brackets are text, and so is a colon without a number after it.
 
     Raises:
-        InvalidSetting: the product of the weights around a word is not from 0 to `MAX_WEIGHT`.
+        InvalidSetting: the product of the weights around a word is outside 0 to `MAX_WEIGHT`.
     """
     partners = _partners(prompt)
     text: list[str] = []
     weights: list[float] = []
-    around = [1.0]  # the product of the weights of the brackets that are open
+    around = [1.0]  # the products of the weights of the open brackets
     position = 0
     while position < len(prompt):
         character = prompt[position]
@@ -75,7 +74,7 @@ def read_weights(prompt: str) -> WeightedText:
 
 
 def split_chunks(tokens: Sequence[T], size: int) -> list[list[T]]:
-    """Tokens in chunks of `size`; no tokens are one empty chunk.
+    """Split tokens into chunks of `size`; no tokens give one empty chunk.
 
     Raises:
         InvalidSetting: more than `MAX_CHUNKS` would be needed.
@@ -90,14 +89,14 @@ def split_chunks(tokens: Sequence[T], size: int) -> list[list[T]]:
 
 @dataclass(frozen=True, slots=True)
 class _Bracket:
-    """One of a pair."""
+    """One bracket of a pair."""
 
     goes_on: int  # the position of the next character to be read
-    weight: float | None = None  # of an opening one: what it multiplies by
+    weight: float | None = None  # the factor of an opening bracket
 
 
 def _partners(prompt: str) -> dict[int, _Bracket]:
-    """The brackets that have a partner, by position; a number at the end belongs to the closing one."""
+    """Return the paired brackets by position; a number at the end belongs to the closing one."""
     found: dict[int, _Bracket] = {}
     opened: dict[str, list[int]] = {"(": [], "[": []}
     position = 0
@@ -109,7 +108,7 @@ def _partners(prompt: str) -> dict[int, _Bracket]:
             opened[character].append(position)
         elif character in _CLOSING and opened[_CLOSING[character]]:
             start = opened[_CLOSING[character]].pop()
-            for others in opened.values():  # those that stand open inside of the pair are text
+            for others in opened.values():  # brackets left open inside the pair are text
                 while others and others[-1] > start:
                     others.pop()
             weight, colon = _weight(prompt, start, position)
@@ -120,7 +119,7 @@ def _partners(prompt: str) -> dict[int, _Bracket]:
 
 
 def _weight(prompt: str, start: int, end: int) -> tuple[float, int]:
-    """The weight of the pair at `start` and `end`, and where its text ends."""
+    """Return the weight of the pair at `start` and `end`, and where its text ends."""
     if prompt[start] == "[":
         return 1 / BRACKET_WEIGHT, end
     colon = prompt.rfind(":", max(start + 1, end - _LONGEST_NUMBER), end)

@@ -1,4 +1,4 @@
-"""A bounded memory of what was computed last, which counts how often it helped."""
+"""A bounded cache of recent results that counts hits and misses."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,7 +9,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The values of the keys asked for last; the one that was not asked for longest is forgotten first."""
+    """Cache of computed values that drops the least recently used one first."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -18,7 +18,7 @@ class Recent(Generic[K, V]):
         self.misses = 0
 
     def get(self, key: K, make: Callable[[K], V]) -> V:
-        """The value of a key, made if it is not remembered. What `make` raises leaves no trace."""
+        """Return the value of a key, made if it is not cached. An error in `make` leaves no trace."""
         if key in self._values:
             self.hits += 1
             self._values.move_to_end(key)
@@ -31,5 +31,5 @@ class Recent(Generic[K, V]):
         return value
 
     def clear(self) -> None:
-        """Forget everything; the counts go on."""
+        """Forget all values, but keep the counts."""
         self._values.clear()

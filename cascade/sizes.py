@@ -1,4 +1,4 @@
-"""Sizes: which are allowed, on which grids a picture is drawn, and how it gets exactly the size asked for."""
+"""Picture sizes: which are allowed, on which grids they are drawn, and how to reach the requested size."""
 
 import math
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from PIL import Image, ImageOps
 
 from cascade.errors import InvalidSetting
 
-DRAWN_MULTIPLE = 8  # Stage B joins 2x2 latents, each of 4x4 pixels; what is asked for is cut out of it
+DRAWN_MULTIPLE = 8  # Stage B joins 2x2 latents, each of 4x4 pixels; the requested size is cut out
 MIN_SIDE = 64
 MAX_SIDE = 4096
 MAX_PIXELS = 4_194_304
 MAX_ASPECT = 4
 
-_CELL_PIXELS = 42.67  # a cell of Stage C's latent, rounded as both official code bases round it
-_LATENTS_PER_CELL = 10.67  # the same cell in Stage B's latent, of which one is four pixels wide
+_CELL_PIXELS = 42.67  # side of a cell of Stage C's latent, rounded as in both official code bases
+_LATENTS_PER_CELL = 10.67  # the same side in cells of Stage B's latent, four pixels each
 _LATENT_PIXELS = 4
 
 
@@ -22,7 +22,7 @@ _LATENT_PIXELS = 4
 class NativeSizes:
     """The sizes (width, height) that a checkpoint knows, the default first.
 
-    Full checkpoints draw any size. Those that `resample` draw only these, and other sizes are made from them.
+    Full checkpoints draw any size. Those that resample draw only these sizes and scale them to others.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
@@ -31,7 +31,7 @@ class NativeSizes:
 
 @dataclass(frozen=True, slots=True)
 class SizePlan:
-    """A size asked for and the grids (height, width) on which it is drawn."""
+    """A requested size and the grids (height, width) on which it is drawn."""
 
     width: int
     height: int
@@ -41,24 +41,24 @@ class SizePlan:
 
     @property
     def draw_width(self) -> int:
-        """Width of Stage A's pixels."""
+        """Width of Stage A's output in pixels."""
         return self.decoder_grid[1] * _LATENT_PIXELS
 
     @property
     def draw_height(self) -> int:
-        """Height of Stage A's pixels."""
+        """Height of Stage A's output in pixels."""
         return self.decoder_grid[0] * _LATENT_PIXELS
 
     @property
     def resampled_from(self) -> tuple[int, int] | None:
-        """The drawn size (width, height), if the picture is scaled to the size asked for."""
+        """Drawn size (width, height), if the picture is scaled to the requested size."""
         return (self.draw_width, self.draw_height) if self.resampled else None
 
 
 def plan_size(
     width: int | None, height: int | None, native: NativeSizes, max_pixels: int = MAX_PIXELS
 ) -> SizePlan:
-    """How to draw a picture of `width` x `height` pixels; an absent side is the native one.
+    """Plan how to draw a picture of `width` x `height` pixels; an absent side is the native one.
 
     Raises:
         InvalidSetting: the size is not allowed.
@@ -76,7 +76,7 @@ def plan_size(
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise `InvalidSetting` unless `width` x `height` is a size that can be asked for."""
+    """Raise `InvalidSetting` unless `width` x `height` is a size that can be requested."""
     check_side("width", width)
     check_side("height", height)
     if width * height > max_pixels:
@@ -96,12 +96,12 @@ def check_side(field: str, side: int) -> None:
 def cover(
     image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    """The picture scaled to cover a size and cut centrally; one of that size is left alone to the bit."""
+    """Scale a picture to cover a size and crop it centrally; one of that size is returned unchanged."""
     return image if image.size == size else ImageOps.fit(image, size, resample)
 
 
 def fit_to_size(image: Image.Image, plan: SizePlan) -> Image.Image:
-    """The drawn picture at exactly the planned size: scaled to cover it if need be, then cut centrally."""
+    """Bring a drawn picture to exactly the planned size: scale it to cover if needed, then crop centrally."""
     if plan.resampled:
         scale = max(plan.width / image.width, plan.height / image.height)
         covering = (round(image.width * scale), round(image.height * scale))
@@ -113,9 +113,9 @@ def fit_to_size(image: Image.Image, plan: SizePlan) -> Image.Image:
 
 
 def fit_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
-    """The inverse of `fit_to_size`: what would be drawn for a picture of the planned size to come out of it.
+    """Invert `fit_to_size`: return the drawing from which it would make this picture of the planned size.
 
-    What is cut off in the end is filled with the nearest pixels of the edge, and nothing moves.
+    What is cropped in the end is filled with the nearest pixels of the edge, and nothing moves.
     """
     drawn = (plan.draw_width, plan.draw_height)
     widened = widen_to_drawing(image, plan)
@@ -123,7 +123,7 @@ def fit_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
 
 
 def widen_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
-    """A picture of the planned size with what `fit_to_size` cuts off around it, before it is scaled."""
+    """Add the margins that `fit_to_size` crops around a picture of the planned size, before any scaling."""
     width, height = plan.draw_width, plan.draw_height
     if plan.resampled:
         scale = max(plan.width / width, plan.height / height)
@@ -132,7 +132,7 @@ def widen_to_drawing(image: Image.Image, plan: SizePlan) -> Image.Image:
 
 
 def widen_edges(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Image.Image:
-    """A canvas of `size` (width, height) with the picture at `left`, `top`; the rest repeats its edges."""
+    """Place a picture at `left`, `top` on a canvas of `size` (width, height); the rest repeats its edges."""
     if image.size == size:
         return image
     canvas = Image.new(image.mode, size)
@@ -150,9 +150,9 @@ def widen_edges(image: Image.Image, size: tuple[int, int], left: int, top: int) 
 
 
 def nearest_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The allowed size for a picture of any size: its own where it is allowed, else the like.
+    """Return the allowed size for a picture of any size: its own if allowed, else the nearest.
 
-    A picture that is too large, too small or too long is scaled, and cut where its aspect ratio demands it.
+    A picture that is too large, too small or too long is scaled, and cut if its aspect ratio demands it.
     """
     width, height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     scale = min(1, MAX_SIDE / max(width, height), math.sqrt(max_pixels / (width * height)))
@@ -164,7 +164,7 @@ def nearest_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple
 
 
 def _nearest_aspect(width: int, height: int, native: NativeSizes) -> tuple[int, int]:
-    """The native size of the nearest aspect ratio, and among those the one of the nearest area."""
+    """Return the native size of the nearest aspect ratio and, among equals, of the nearest area."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
         across, area = size[0] / size[1], size[0] * size[1]

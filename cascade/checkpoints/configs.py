@@ -1,6 +1,6 @@
-"""Configurations of networks: shapes first, config.json in its two vocabularies second.
+"""Configurations of networks: read from tensor shapes first, from config.json in its two vocabularies second.
 
-A config.json that contradicts the shapes is refused; only what leaves no trace in shapes is taken from it.
+A config.json that contradicts the shapes is refused; it only supplies settings that the shapes do not show.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ _OPTIONAL_IN_DIFFUSERS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint folder."""
+    """Read a JSON object from a file of a checkpoint."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -113,9 +113,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def network_config(
     component: Component, tensors: Tensors, content: Mapping[str, Any] | None = None
 ) -> NetworkConfig:
-    """The configuration of a network from its canonical tensors and the content of its config.json, if any.
+    """Return the configuration of a network from its canonical tensors and its config.json, if any.
 
-    Raises `CheckpointError` where both contradict each other, or where a needed setting cannot be known.
+    Raises `CheckpointError` if the two contradict each other, or a needed setting cannot be determined.
     """
     stated = _stated(component, content or {})
     try:
@@ -123,7 +123,7 @@ def network_config(
     except CheckpointError:
         if not _is_complete(component, stated):
             raise
-        seen = {}  # the tensors are checked one by one against what is stated
+        seen = {}  # the tensors are later checked one by one against the stated sizes
     _check(stated, seen)
     strides = {name: stated[name] for name in ("stages",) if name in stated}
     settings = stated | seen | strides
@@ -137,7 +137,7 @@ def network_config(
 
 
 def schedule_config(path: Path | None, default: ScheduleConfig) -> ScheduleConfig:
-    """The noise schedule of a scheduler_config.json; what it does not state is taken from `default`."""
+    """Read the noise schedule of a scheduler_config.json; settings that it lacks come from `default`."""
     if path is None:
         return default
     stated = read_json(path)
@@ -156,7 +156,7 @@ def schedule_config(path: Path | None, default: ScheduleConfig) -> ScheduleConfi
 
 
 def to_json(config: NetworkConfig) -> dict[str, Any]:
-    """The content of config.json, in diffusers' vocabulary where diffusers has the class."""
+    """Return the content of config.json, in diffusers' vocabulary where diffusers has the class."""
     settings = dataclasses.asdict(config)
     match config:
         case StageCConfig() | StageBConfig():
@@ -180,7 +180,7 @@ def to_json(config: NetworkConfig) -> dict[str, Any]:
 
 
 def variant_name(config: NetworkConfig) -> str:
-    """How the publishers call a network of these dimensions, or "custom"."""
+    """Return the publishers' name for a network of these dimensions, or "custom"."""
     for name, published in PUBLISHED.items():
         if type(published) is type(config) and _dimensions(published) == _dimensions(config):
             return name
@@ -188,7 +188,7 @@ def variant_name(config: NetworkConfig) -> str:
 
 
 def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json under the names of the config class; null ones are left out."""
+    """Return the settings of a config.json under the config class's names, without null ones."""
     flat = {_OLD_NAMES.get(name, name): value for name, value in content.items()}
     for name, (down, up) in _OLD_PAIRS.items():
         if isinstance(pair := content.get(name), list) and len(pair) == 2:
@@ -206,7 +206,7 @@ def _stated(component: Component, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fits(name: str, value: Any, expected: Any) -> bool:
-    """Whether a value of a config.json has the type of the setting and a sane size."""
+    """Tell whether a value of a config.json has the type of the setting and a sane size."""
     if get_origin(expected) is tuple:
         return isinstance(value, list) and all(_fits(name, item, get_args(expected)[0]) for item in value)
     if expected is float:
@@ -219,7 +219,7 @@ def _fits(name: str, value: Any, expected: Any) -> bool:
 
 
 def _plain(name: str, value: Any, stated: Mapping[str, Any]) -> Any:
-    """The several ways in which one setting is written, as one."""
+    """Convert the several ways of writing a setting to a single form."""
     if name == "block_types_per_layer":
         return ["".join(_BLOCKS.get(block, block) for block in level) for level in value]
     if name in ("dropout", "self_attn") and not isinstance(value, list):
@@ -232,14 +232,14 @@ def _plain(name: str, value: Any, stated: Mapping[str, Any]) -> Any:
 
 
 def _is_complete(component: Component, stated: Mapping[str, Any]) -> bool:
-    """Whether a config.json tells the sizes of the network without help."""
+    """Tell whether a config.json alone determines the sizes of the network."""
     fields = dataclasses.fields(CONFIG_CLASSES[component])
     optional = ("dropout", "self_attn", "switch_level", "scale_factor", "patch_size", "codebook_size")
     return all(field.name in stated or field.name in optional for field in fields)
 
 
 def _check(stated: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
-    """Raise when the file says something else than the shapes do."""
+    """Raise `CheckpointError` if config.json contradicts the shapes."""
     said, shown = _comparable(stated), _comparable(seen)
     for name in sorted(said.keys() & shown.keys()):
         if said[name] != shown[name]:
@@ -250,7 +250,7 @@ def _check(stated: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which equal networks are equal: patterns and counts become the blocks of each level."""
+    """Convert patterns and counts to the blocks of each level, so that equal networks compare equal."""
     result = {name: _frozen(value) for name, value in settings.items()}
     patterns = result.pop("block_types_per_layer", None)
     if patterns:
@@ -263,9 +263,9 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def usual_injections(count: int, num_blocks: int) -> tuple[int, ...]:
-    """The places of `count` injections among `num_blocks` ResBlocks of Stage C, where no file states them.
+    """Return the places of `count` injections among `num_blocks` ResBlocks of Stage C if no file states them.
 
-    They are the published ones for the published 8 of 64, and evenly spread ones for other numbers.
+    They are the published ones for the published 8 of 64, and evenly spaced for other numbers.
     """
     official = CONTROLNET_CANNY.injections
     if (count, num_blocks) == (len(official), _PUBLISHED_BLOCKS):
@@ -284,7 +284,7 @@ def _check_levels(settings: Mapping[str, Any]) -> None:
 
 
 def _check_heads(settings: Mapping[str, Any], *, is_stated: bool) -> None:
-    """Raise where attention cannot be split into the heads that are stated or assumed."""
+    """Raise if attention cannot be split into the heads that are stated or assumed."""
     levels = zip(
         settings["block_types_per_layer"],
         settings["block_out_channels"],
@@ -300,7 +300,7 @@ def _check_heads(settings: Mapping[str, Any], *, is_stated: bool) -> None:
 
 
 def _assumed(component: Component, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a UNet that no shape shows, as all published checkpoints have them."""
+    """Return the UNet settings that no shape shows, as in all published checkpoints."""
     widths = settings["block_out_channels"]
     attends = ["A" in pattern for pattern in settings["block_types_per_layer"]]
     assumed: dict[str, Any] = {
@@ -314,7 +314,7 @@ def _assumed(component: Component, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dimensions(config: NetworkConfig) -> dict[str, Any]:
-    """Everything of a config that decides the shapes of its tensors."""
+    """Return the settings that determine the shapes of a network's tensors."""
     unseen = ("num_attention_heads", "dropout", "self_attn", "switch_level", "scale_factor")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in unseen}
 

@@ -1,4 +1,4 @@
-"""Converting checkpoints between the original and diffusers' layout, streaming from file to file."""
+"""Conversion of checkpoints between the original and diffusers' layouts, streamed from file to file."""
 
 import shutil
 from os import PathLike
@@ -38,7 +38,7 @@ from cascade.errors import CheckpointError, InvalidSetting
 
 STORED_DTYPES = DTYPES | {"float16": torch.float16, "fp16": torch.float16}
 
-# Folder in the new checkpoint -> the names that it may have in the old one, and a file that it must hold.
+# Folder in the new checkpoint -> its possible names in the old one, and files of which it must hold one.
 _COMPANIONS = {
     "tokenizer": (("tokenizer", "prior_tokenizer"), TOKENIZER_FILES),
     "prior_tokenizer": (("prior_tokenizer",), TOKENIZER_FILES),
@@ -59,12 +59,12 @@ def convert(
 
     Args:
         source: a file, the folder of a component, or the folder of a checkpoint in any layout.
-        target: a new folder, or for one component in the original layout also a new .safetensors file.
+        target: a new folder or, for one component in the original layout, a new .safetensors file.
         layout: "original" or "diffusers".
-        dtype: type of the written weights; "auto" keeps what is stored. Here float16 is allowed, too.
+        dtype: type of the written weights; "auto" keeps the stored type. Here float16 is allowed, too.
 
     Returns:
-        The file or folder that was written; it appears when it is complete.
+        The file or folder that was written; it appears only when it is complete.
 
     Raises:
         CheckpointError: the source is damaged or incomplete, or the target exists or cannot be written.
@@ -132,7 +132,7 @@ def _convert_checkpoint(
 
 
 def _checked_weights(part: Part) -> Weights:
-    """The weights of a part, after every tensor was found to fit."""
+    """Return the weights of a part after checking that every tensor fits."""
     network = build(part)
     check_tensors(network.state_dict(), part.tensors, str(part))
     if part.component in CONFIG_CLASSES:

@@ -1,7 +1,7 @@
-"""Finding the parts of a checkpoint in folders, whichever of the published layouts they have.
+"""Search for the parts of a checkpoint in folders of any published layout.
 
 Every safetensors file up to two folders deep is a candidate; its header tells what it is. Names of files and
-folders only decide between candidates of one component, so folders may be called anything.
+folders only decide between candidates of one component, so folders may have any name.
 """
 
 import filecmp
@@ -31,9 +31,9 @@ from cascade.sizes import DRAWN_MULTIPLE, check_size
 
 REQUIRED = (Component.STAGE_C, Component.STAGE_B, Component.STAGE_A, Component.TEXT_ENCODER)
 MAX_DEPTH = 2
-LORA_FOLDER = "loras"  # in a checkpoint's folder; its files come and go, and are read when asked for
+LORA_FOLDER = "loras"  # in a checkpoint's folder; its files may change at any time and are read on demand
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-CONFIG_METADATA = "cascade.config"  # in a single file's header: what config.json says in a folder
+CONFIG_METADATA = "cascade.config"  # header entry of a single file, in place of a folder's config.json
 
 _ACCEPTED = {
     Component.STAGE_C: "prior/ or stage_c[_lite][_bf16].safetensors",
@@ -45,7 +45,7 @@ _ACCEPTED = {
 
 @dataclass(frozen=True)
 class Part:
-    """One component as some files hold it."""
+    """One component of a checkpoint and the files that hold it."""
 
     component: Component
     files: tuple[Path, ...]
@@ -55,22 +55,22 @@ class Part:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """Folder of the files."""
         return self.files[0].parent
 
     @property
     def pipeline(self) -> Path:
-        """The folder whose sub-folders belong to this part: its tokenizer, its scheduler."""
+        """Folder whose sub-folders belong to this part, such as its tokenizer and scheduler."""
         return self.folder if self.folder == self.root or self.is_single_file else self.folder.parent
 
     @property
     def is_single_file(self) -> bool:
-        """A file of its own among others, rather than a folder of this component."""
+        """Whether the component is a file among others, rather than a folder of its own."""
         return not self.files[0].name.startswith(("model", "diffusion_pytorch_model"))
 
     @cached_property
     def stated(self) -> Mapping[str, Any]:
-        """The settings in its config.json or, for a single file, in its header; empty if there are none."""
+        """Settings of the config.json or, for a single file, of the header; empty if there are none."""
         path = self.folder / "config.json"
         if not self.is_single_file:
             return read_json(path) if path.is_file() else {}
@@ -86,7 +86,7 @@ class Part:
 
     @property
     def config(self) -> NetworkConfig:
-        """The configuration of a network (not of a CLIP tower)."""
+        """Configuration of a network (not of a CLIP tower)."""
         try:
             return network_config(self.component, self.tensors, self.stated)
         except CheckpointError as error:
@@ -94,13 +94,13 @@ class Part:
 
     @property
     def tokens(self) -> frozenset[str]:
-        """Words of its file and folder names, such as "lite" and "bf16"."""
+        """Words of the file and folder names, such as "lite" and "bf16"."""
         names = f"{self.files[0].name}.{self.folder.name if self.folder != self.root else ''}"
         return frozenset(re.split(r"[._-]", names.lower()))
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors under canonical names."""
+        """Tensors by canonical name."""
         try:
             return to_original(self.component, self.stored)
         except CheckpointError as error:
@@ -108,7 +108,7 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of most of the weights, read from the file and never from its name."""
+        """Type of most of the weights, read from the header and never from the file's name."""
         sizes: dict[torch.dtype, int] = {}
         for tensor in self.stored.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
@@ -120,7 +120,7 @@ class Part:
 
 @dataclass
 class Scan:
-    """What lies in some folders."""
+    """Files found in some folders, by what they are."""
 
     parts: list[Part] = field(default_factory=list)
     pickles: list[Path] = field(default_factory=list)
@@ -129,10 +129,10 @@ class Scan:
 
 
 def scan(path: Path, found: Scan | None = None, *, named: Path | None = None) -> Scan:
-    """Everything under a folder, or in one file, that could belong to a checkpoint; added to `found`.
+    """Add everything under a folder, or in one file, that could belong to a checkpoint to `found`; return it.
 
-    Raises `CheckpointError` naming the file when one is cut, lying or incomplete. When only the file `named`
-    was asked for, damage in the others is kept in `found`.
+    Raises `CheckpointError` naming the file if one is truncated, inconsistent or incomplete. If the user
+    asked for the file `named`, errors in the others are collected in `found.damaged` instead.
     """
     found = Scan() if found is None else found
     if path.is_file():
@@ -153,13 +153,13 @@ def scan(path: Path, found: Scan | None = None, *, named: Path | None = None) ->
 def find_parts(
     path: Path, *others: Path, variant: str | None = None, dtype: torch.dtype | None = None
 ) -> dict[Component, list[Part]]:
-    """The candidates of each component in order of preference, all required ones present.
+    """Return the candidates of each component in order of preference, with all required ones present.
 
-    A file stands for the folder around it, with the file itself preferred. When `path` and `others` lack a
-    required part, the folders beside are searched: prior and decoder are often saved as two pipelines.
+    A file stands for the folder around it, with the file itself preferred. If `path` and `others` lack a
+    required part, sibling folders are searched: prior and decoder are often saved as two pipelines.
 
     Raises:
-        CheckpointError: something is missing; lists what was found and which names are accepted.
+        CheckpointError: a part is missing; lists what was found and which names are accepted.
         InvalidSetting: no file is of the variant.
     """
     if path.is_file():
@@ -184,10 +184,10 @@ def ranked(
     words: frozenset[str] = frozenset(),
     dtype: torch.dtype | None = None,
 ) -> dict[Component, list[Part]]:
-    """Candidates of each component, the preferred one first.
+    """Group parts by component, the preferred one first.
 
-    First come the file that `path` names, the parts with most of `words` in their names ("fp32": without bf16
-    or fp16), full networks before lite ones, those stored in `dtype`, and those that lie least deep.
+    The criteria, in order: the file `path` itself; most of `words` in the names ("fp32": neither bf16 nor
+    fp16); full networks before lite ones; stored in `dtype`; not bf16 or fp16 by name; least deeply nested.
     """
 
     def preference(part: Part) -> tuple[bool, int, bool, bool, bool, bool, int, str]:
@@ -210,7 +210,7 @@ def ranked(
 
 
 def companion(part: Part, candidates: Sequence[Part]) -> Part:
-    """The candidate that was saved together with `part`: same file, same pipeline, matching prefix."""
+    """Return the candidate saved together with `part`: judged by file, then pipeline, then prefix."""
     is_prior = part.component is Component.STAGE_C
 
     def distance(candidate: Part) -> tuple[bool, bool, bool]:
@@ -224,7 +224,7 @@ def companion(part: Part, candidates: Sequence[Part]) -> Part:
 
 
 def by_kind(controlnets: Iterable[Part]) -> dict[str, Part]:
-    """The preferred ControlNet of each kind; the candidates come in order of preference."""
+    """Return the preferred ControlNet of each kind; `controlnets` are in order of preference."""
     kinds: dict[str, Part] = {}
     for part in controlnets:
         config = part.config
@@ -234,7 +234,7 @@ def by_kind(controlnets: Iterable[Part]) -> dict[str, Part]:
 
 
 def folder_beside(part: Part, names: Iterable[str], files: Iterable[str]) -> Path | None:
-    """The first folder called one of `names`, with one of `files`, in the part's pipeline or beside it."""
+    """Return the first folder with a name of `names` and a file of `files`, in the pipeline or beside it."""
     for name in names:
         for place in (part.pipeline, part.pipeline.parent):
             if any((place / name / file).is_file() for file in files):
@@ -243,7 +243,7 @@ def folder_beside(part: Part, names: Iterable[str], files: Iterable[str]) -> Pat
 
 
 def are_equal(one: Part, other: Part) -> bool:
-    """Whether two text encoders are the same file or files with the same bytes."""
+    """Tell whether two text encoders are the same file or files with the same bytes."""
     if one.files == other.files and one.component is other.component:
         return True
     if [file.stat().st_size for file in one.files] != [file.stat().st_size for file in other.files]:
@@ -253,7 +253,7 @@ def are_equal(one: Part, other: Part) -> bool:
 
 
 def stated_native_sizes(part: Part) -> list[list[int]]:
-    """The list `native_sizes` of the pipeline's model_index.json; empty where there is none."""
+    """Return the list `native_sizes` of the pipeline's model_index.json; empty if there is none."""
     path = part.pipeline / "model_index.json"
     sizes = (read_json(path).get("native_sizes") or []) if path.is_file() else []
     for size in sizes if isinstance(sizes, list) else [sizes]:
@@ -269,7 +269,7 @@ def stated_native_sizes(part: Part) -> list[list[int]]:
 
 
 def describe(part: Part) -> str:
-    """One line for messages: component, variant, layout, dtype, place."""
+    """Describe a part in one line for messages: component, variant, layout, dtype, place."""
     place = (
         part.files[0].relative_to(part.root) if part.is_single_file else part.folder.relative_to(part.root)
     )
@@ -278,7 +278,7 @@ def describe(part: Part) -> str:
 
 
 def variant_of(part: Part) -> str:
-    """The publishers' name of this size of network, "custom", or "damaged" when the shapes form none."""
+    """Return the publishers' name of this network size, "custom", or "damaged" if the shapes form none."""
     if part.component not in CONFIG_CLASSES:
         return _tower_variant(part)
     try:
@@ -296,7 +296,7 @@ def _tower_variant(part: Part) -> str:
 
 
 def _scan_folder(found: Scan, root: Path, folder: Path, files: Sequence[Path], named: Path | None) -> None:
-    """Add the parts in `files`, safetensors of one folder, to what was found."""
+    """Add the parts in `files`, the safetensors files of one folder, to `found`."""
     joined: set[Path] = set()
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         with _keeping_damage(found, named, files=()):
@@ -316,7 +316,7 @@ def _scan_folder(found: Scan, root: Path, folder: Path, files: Sequence[Path], n
 
 @contextmanager
 def _keeping_damage(found: Scan, named: Path | None, files: Sequence[Path]) -> Iterator[None]:
-    """Keep an error in `files` for later, if the user has named another file and may not need these."""
+    """Collect an error in `files` for later if the user has named another file and may not need these."""
     try:
         yield
     except CheckpointError as error:
@@ -338,7 +338,7 @@ def _add_parts(found: Scan, root: Path, files: tuple[Path, ...]) -> None:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """The files that an index.json joins."""
+    """Return the files that an index.json joins."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: has no weight_map")
@@ -351,7 +351,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _folders(path: Path, depth: int) -> Iterator[Path]:
-    """`path` and the folders in it down to `depth`, without hidden ones and that of the LoRAs."""
+    """Yield `path` and its sub-folders down to `depth`, except hidden ones and that of the LoRAs."""
     yield path
     if depth:
         for folder in sorted(path.iterdir()):
@@ -365,7 +365,7 @@ def _missing(parts: Iterable[Part]) -> list[Component]:
 
 
 def _from_siblings(folder: Path, missing: Sequence[Component]) -> list[Part]:
-    """The missing parts from a pipeline folder beside; nothing when several could be meant."""
+    """Return the missing parts from a sibling pipeline folder; none if several could be meant."""
     folder = folder.resolve()
     bringing, related = [], []
     for sibling in sorted(folder.parent.glob("*/model_index.json")):
@@ -377,7 +377,7 @@ def _from_siblings(folder: Path, missing: Sequence[Component]) -> list[Part]:
         except CheckpointError:
             if is_related:
                 raise
-            continue  # damage in a neighbour that was not asked for is no concern of ours
+            continue  # ignore damage in an unrelated sibling
         if {part.component for part in parts}.issuperset(missing):
             bringing.append(parts)
             related += [parts] if is_related else []
@@ -386,7 +386,7 @@ def _from_siblings(folder: Path, missing: Sequence[Component]) -> list[Part]:
 
 
 def _is_related(name: str, other: str) -> bool:
-    """Names that differ by their role only, such as x and x-prior."""
+    """Tell whether names differ only by their role, such as x and x-prior."""
     stems = [re.sub(r"[._-]?(prior|decoder)[._-]?", "", text.lower()) for text in (name, other)]
     return stems[0] == stems[1]
 

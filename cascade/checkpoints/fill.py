@@ -1,7 +1,7 @@
-"""Filling a network that was built without memory with the tensors of a checkpoint.
+"""Filling a network that was built on the meta device with the tensors of a checkpoint.
 
-On a CPU a tensor whose type is already right stays a map of its file; every other one is read straight to
-where it belongs. So no weight is in memory twice.
+On a CPU, a tensor already of the right type stays a memory map of its file; every other one is read straight
+into its destination. So no weight is in memory twice.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cascade.checkpoints.stored import StoredTensor, new_scratch
 from cascade.errors import CheckpointError
 
-# Absent from many files and without effect on pictures: filled with zeros.
+# Absent from many files, without effect on pictures: filled with zeros.
 OPTIONAL = ("num_batches_tracked", "vquantizer.codebook.weight")
 MAX_LISTED = 20
 
@@ -28,9 +28,9 @@ def fill(
     dtype: torch.dtype,
     source: str,
 ) -> Network:
-    """Give the network its weights, in `dtype` on `device`; batch norms stay in fp32, integers as they are.
+    """Load the network's weights in `dtype` on `device`; batch norms are in fp32, integers keep their type.
 
-    The network is returned in evaluation mode, and its weights need no gradients until somebody says so.
+    The network is returned in evaluation mode, with gradients turned off for its weights.
 
     Raises:
         CheckpointError: names the tensors that are missing, unexpected, of another shape or not floats.
@@ -54,7 +54,7 @@ def fill(
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor], source: str) -> None:
-    """Raise one `CheckpointError` with everything in which `found` differs from `expected`."""
+    """Raise one `CheckpointError` that lists every way in which `found` differs from `expected`."""
     missing = [name for name in expected if name not in found and not name.endswith(OPTIONAL)]
     unexpected = [name for name in found if name not in expected]
     both = [name for name in expected if name in found]
@@ -93,7 +93,7 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, scratc
 
 
 def _batch_norm_tensors(network: nn.Module) -> set[str]:
-    """Names of all tensors of batch norms, whose statistics lose too much in half precision."""
+    """Return the names of all batch norm tensors, whose statistics lose too much in half precision."""
     return {
         f"{prefix}.{name}"
         for prefix, module in network.named_modules()
@@ -103,7 +103,7 @@ def _batch_norm_tensors(network: nn.Module) -> set[str]:
 
 
 def _fill_constants(network: nn.Module, device: torch.device) -> None:
-    """Give memory to buffers that no file holds: the position numbers of the CLIP towers."""
+    """Fill buffers that no file holds: the position numbers of the CLIP towers."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:

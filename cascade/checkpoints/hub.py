@@ -2,7 +2,7 @@
 
 A repository is pinned to a commit: the first download resolves "main" (or what the user names) once and
 remembers the commit, with the files and their sha256, in `cascade.lock.json` in the hub's cache. Later loads
-use the pinned files without asking the hub. Naming a revision again, also "main", moves the pin.
+use the pinned files without asking the hub. Naming a revision again, even "main", moves the pin.
 """
 
 import json
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """What was downloaded: a commit, and the files of it with their sha256 where the hub states one."""
+    """A downloaded commit and its files, with their sha256 where the hub states one."""
 
     commit: str
     files: Mapping[str, str | None]
@@ -57,28 +57,28 @@ def download(
     endpoint: str | None = None,
     notify: Callable[[str], None] = _log.warning,
 ) -> tuple[Path, ...]:
-    """Fetch what is needed of a repository, and of its other half if it is one of the two official ones.
+    """Download the needed files of a repository, and of its other half if it is one of the official pair.
 
-    Interrupted downloads go on where they stopped. Progress bars are the hub library's own.
+    Interrupted downloads resume where they stopped. Progress bars are the hub library's own.
 
     Args:
         repository: owner/name.
         revision: commit, branch or tag; for an official repository it applies to the one that is named.
         token: access token; None takes the one that `hf auth login` stored.
-        variant: "bf16" (taken where there is one), "fp32", "lite", or "lite.bf16" and so on.
-        controlnets: also the ControlNets that lie in the folder controlnet: of the official repository three,
-            1.3 GB, for the full Stage C. Loading takes them from then on.
-        local_files_only: use what is there and never ask the hub, as HF_HUB_OFFLINE=1 does.
+        variant: "bf16" (the default where it exists), "fp32", "lite", or "lite.bf16" and so on.
+        controlnets: also fetch the ControlNets in the folder controlnet: three in the official repository,
+            1.3 GB, for the full Stage C. Loading uses them from then on.
+        local_files_only: use what is in the cache and never ask the hub, as HF_HUB_OFFLINE=1 does.
         cache: the hub's cache folder; None takes the library's own.
         endpoint: address of the hub; None takes HF_ENDPOINT.
-        notify: is told licence and size once, before anything is fetched.
+        notify: called with licence and size, once for each repository, before its files are fetched.
 
     Returns:
         The folders of the repository and of its other half.
 
     Raises:
         CheckpointError: the hub refuses, cannot be reached or sent wrong bytes, or the disk is full.
-        InvalidSetting: `variant` is unknown, or `repository` cannot be the name of one.
+        InvalidSetting: `variant` is unknown, or `repository` is not of the form owner/name.
     """
     if not REPOSITORY.fullmatch(repository):
         raise InvalidSetting(
@@ -111,7 +111,7 @@ class _Repository:
         self.controlnets = controlnets
 
     def fetch(self, revision: str | None, is_offline: bool, notify: Callable[[str], None]) -> Path:
-        """The folder of the pinned commit, with all files."""
+        """Return the folder of the pinned commit, after downloading the files that it lacks."""
         pin = self._pin()
         if pin and not self._absent(pin):
             is_asked_for = revision in (None, pin.commit) and not self._lacks_controlnets(pin)
@@ -135,7 +135,7 @@ class _Repository:
         return self._snapshot(commit)
 
     def _offer(self, revision: str) -> tuple[str, list[RemoteFile]]:
-        """The commit of a revision and its files."""
+        """Return the commit of a revision and its files."""
         info = self.api.model_info(self.name, revision=revision, files_metadata=True)
         files = [
             RemoteFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
@@ -144,7 +144,7 @@ class _Repository:
         return str(info.sha), files
 
     def _announce(self, files: Iterable[RemoteFile], notify: Callable[[str], None]) -> None:
-        """State licence and size, and refuse what the disk cannot hold."""
+        """Report licence and size; raise `CheckpointError` if the disk has too little space."""
         num_bytes = sum(file.num_bytes for file in files)
         self.cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.cache).free
@@ -157,7 +157,7 @@ class _Repository:
         return repository_folder(self.cache, self.name) / "snapshots" / commit
 
     def _unpinned_snapshot(self, revision: str | None) -> Path:
-        """Offline: what other tools have left in the hub's cache."""
+        """Return, when offline, the snapshot that another tool has left in the hub's cache."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -202,5 +202,5 @@ class _Repository:
         return [name for name in pin.files if not (self._snapshot(pin.commit) / name).exists()]
 
     def _lacks_controlnets(self, pin: Pin) -> bool:
-        """They are wanted, and none was fetched so far."""
+        """Tell whether ControlNets are wanted and none has been fetched so far."""
         return self.controlnets and not any(map(CONTROLNETS.fullmatch, pin.files))

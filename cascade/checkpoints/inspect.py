@@ -1,4 +1,4 @@
-"""Looking at a checkpoint without loading it: what is in it, in which form, and what is missing."""
+"""Inspection of a checkpoint without loading it: what it holds, in which form, and what is missing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from cascade.lora.library import LoRALibrary
 
 @dataclass(frozen=True, slots=True)
 class InspectedComponent:
-    """One component as some files hold it."""
+    """One component, as its files describe it."""
 
     component: Component
     variant: str  # the publishers' name of these dimensions, such as "3.6B", or "custom"
@@ -39,12 +39,12 @@ class InspectedComponent:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a file or folder holds."""
+    """The contents of a file or folder."""
 
     path: Path
     components: tuple[InspectedComponent, ...]
-    missing: tuple[str, ...]  # of a folder: what pictures need and is not there
-    unknown: tuple[Path, ...]  # safetensors files of something else
+    missing: tuple[str, ...]  # for a folder: parts that pictures need and that are absent
+    unknown: tuple[Path, ...]  # safetensors files that are no known component
     refused: tuple[Path, ...]  # pickles
     loras: tuple[str, ...]  # names of the files in its folder of LoRAs, which are read only when asked for
 
@@ -60,7 +60,7 @@ def inspect(path: str | PathLike[str], *, verify: bool = False) -> Inspection:
     `verify` reads everything and compares it with the checksums that the folder states.
 
     Raises:
-        CheckpointError: nothing is there, or a file is cut, lying, a pickle or, with `verify`, changed.
+        CheckpointError: nothing is there, or a file is cut, corrupt, a pickle or, with `verify`, changed.
     """
     place = existing(path)
     if verify:

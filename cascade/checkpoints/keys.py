@@ -82,7 +82,7 @@ _OPENCLIP_BLOCK = {
 
 
 def detect(tensors: Tensors) -> Component | None:
-    """Which component these names belong to, in any spelling; None when they are of no known one."""
+    """Return the component that these names belong to, in any spelling; None if there is none."""
     for component, names in _SIGNS.items():
         if any(name in tensors for name in names):
             return component
@@ -90,7 +90,7 @@ def detect(tensors: Tensors) -> Component | None:
 
 
 def detect_layout(tensors: Tensors) -> Layout:
-    """The spelling of one component's names; "original" where all spell them alike."""
+    """Return the spelling of one component's names; "original" where all spellings agree."""
     if any(_SPLIT.match(name) and ".attn.to_q." not in name for name in tensors):
         return "diffusers"
     if any(".attn.to_q." in name for name in tensors):
@@ -104,9 +104,9 @@ def detect_layout(tensors: Tensors) -> Layout:
 
 
 def split_file(tensors: Tensors) -> dict[Component, dict[str, StoredTensor]]:
-    """The components of one file without prefixes and wrappers: one, or several in ComfyUI's combined files.
+    """Split a file into components, without prefixes and wrappers: one, or several in ComfyUI's files.
 
-    Empty when nothing in the file is known.
+    The result is empty if nothing in the file is known.
     """
     if any(name.startswith(_COMFYUI_UNET) for name in tensors):
         return _split_comfyui(tensors)
@@ -116,7 +116,7 @@ def split_file(tensors: Tensors) -> dict[Component, dict[str, StoredTensor]]:
 
 
 def strip_wrappers(tensors: Tensors) -> dict[str, StoredTensor]:
-    """Remove what training frameworks put before names, where all names carry it."""
+    """Remove the prefixes of training frameworks that all names carry, and wrappers inside names."""
     names = dict(tensors)
     while wrapper := next((w for w in _WRAPPERS if names and all(n.startswith(w) for n in names)), None):
         names = {name.removeprefix(wrapper): tensor for name, tensor in names.items()}
@@ -124,7 +124,7 @@ def strip_wrappers(tensors: Tensors) -> dict[str, StoredTensor]:
 
 
 def to_original(component: Component, tensors: Tensors) -> dict[str, StoredTensor]:
-    """Canonical names of one component, from any spelling: query, key and value are fused.
+    """Convert any spelling of one component to canonical names, with query, key and value fused.
 
     Counters and constants that carry no weights are left out.
     """
@@ -135,7 +135,7 @@ def to_original(component: Component, tensors: Tensors) -> dict[str, StoredTenso
 
 
 def to_diffusers(component: Component, tensors: Tensors) -> dict[str, StoredTensor]:
-    """diffusers' names of one component, from canonical ones: query, key and value are split."""
+    """Convert canonical names of one component to diffusers', with query, key and value split."""
     result = {}
     for name, tensor in tensors.items():
         if match := _FUSED.match(name):
@@ -163,7 +163,7 @@ def _rename(name: str, rule: tuple[re.Pattern[str], str] | None) -> str:
 
 
 def _fuse(query_name: str, tensors: Tensors) -> StoredTensor:
-    """Query, key and value as one tensor, in this order."""
+    """Join query, key and value, in this order, into one tensor."""
     names = [query_name.replace("to_q.", f"to_{letter}.") for letter in "qkv"]
     if missing := [name for name in names if name not in tensors]:
         raise CheckpointError(f"missing tensors beside {query_name}: {', '.join(missing)}")
@@ -179,7 +179,7 @@ def _split_comfyui(tensors: Tensors) -> dict[Component, dict[str, StoredTensor]]
     text = {
         _COMFYUI_TEXT.sub("", name): tensor for name, tensor in tensors.items() if _COMFYUI_TEXT.match(name)
     }
-    if _TEXT_PROJECTION in text:  # this spelling is stored input by output
+    if _TEXT_PROJECTION in text:  # stored as (input, output) in this spelling
         text[f"{_TEXT_PROJECTION}.weight"] = text.pop(_TEXT_PROJECTION).transpose()
     found = [unet, text, _with_prefix(tensors, _COMFYUI_IMAGE)]
     vae = [_with_prefix(tensors, prefix) for prefix in _COMFYUI_VAE]
@@ -197,7 +197,7 @@ def _with_prefix(tensors: Tensors, prefix: str) -> dict[str, StoredTensor]:
 
 
 def _vision_from_openclip(tensors: Tensors) -> Iterator[tuple[str, StoredTensor]]:
-    """Names of OpenCLIP's vision tower in the Hugging Face spelling: query, key and value are split there."""
+    """Rename OpenCLIP's vision tower as in transformers, where query, key and value are split."""
     for name, tensor in tensors.items():
         rest = name.removeprefix("visual.")
         if rest == "proj":

@@ -1,4 +1,4 @@
-"""Loading: from a name, folder or repository to models that are ready to run."""
+"""Loading of a name, folder or repository into models that are ready to run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +76,7 @@ def load_cascade(
     Args:
         source: "tiny" (shipped with the library), a folder in any published layout, one of the files in such
             a folder, or a repository of the Hugging Face hub such as "stabilityai/stable-cascade".
-        device: "auto" takes CUDA where it is.
+        device: "auto" takes CUDA where it is available.
         dtype: "float32" or "bfloat16"; "auto" takes the first on a CPU and the second on a GPU.
         revision: commit, branch or tag of a repository.
         token: access token of the hub.
@@ -85,8 +85,8 @@ def load_cascade(
         controlnets: a folder or file of ControlNets, preferred to those of the checkpoint.
 
     Raises:
-        CheckpointError: something is missing, damaged or refused; names the files and tensors.
-        InvalidSetting: device, dtype, variant or source is unknown.
+        CheckpointError: `source` is unknown, or a part is missing, damaged or refused; names what is wrong.
+        InvalidSetting: device, dtype or variant is unknown.
     """
     chosen_device = parse_device(device)
     chosen_dtype = parse_dtype(dtype, chosen_device)
@@ -106,7 +106,7 @@ def load_network(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> nn.Module:
-    """One component from its file or folder, as the class that runs it; a CLIP tower as transformers' class.
+    """Load one component from its file or folder; a CLIP tower is returned as transformers' class.
 
     Raises `CheckpointError` unless exactly one component is there.
     """
@@ -119,11 +119,11 @@ def load_network(
 
 
 def load_controlnet(path: str | PathLike[str], models: Models) -> ControlNet:
-    """A ControlNet from a file of its own, to be used with `models`.
+    """Load a ControlNet from a file of its own, for use with `models`.
 
-    `replace(models, controlnets={**models.controlnets, net.kind: net})` are the models with it.
+    `replace(models, controlnets={**models.controlnets, net.kind: net})` adds it to the models.
 
-    Raises `CheckpointError` unless the file holds a ControlNet that fits the Stage C of `models`.
+    Raises `CheckpointError` unless the file holds one ControlNet and it fits the Stage C of `models`.
     """
     parts = _controlnets_in(existing(path), models.dtype)
     if len(parts) != 1:
@@ -132,7 +132,7 @@ def load_controlnet(path: str | PathLike[str], models: Models) -> ControlNet:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """A device that is there; "auto" is the first GPU, or else the CPU."""
+    """Return an available device; "auto" is the first GPU, or else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allowed = ["auto", "cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -149,7 +149,7 @@ def parse_device(device: str | torch.device) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of the weights; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    """Return the type of the weights; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     name = str(dtype).removeprefix("torch.")
@@ -165,7 +165,7 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _controlnets_in(path: Path, dtype: torch.dtype) -> list[Part]:
-    """The ControlNets of a folder or file, the preferred ones first."""
+    """Return the ControlNets of a folder or file, the preferred ones first."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder of ControlNets")
     return ranked(scan(path).parts, path, dtype=dtype).get(Component.CONTROLNET, [])
@@ -178,7 +178,7 @@ def _resolve(
     variant: str | None,
     local_files_only: bool,
 ) -> tuple[Path, ...]:
-    """The folder or file of a source; two folders for a pair of repositories, which are downloaded first."""
+    """Return the folder or file of a source; two folders for a pair of repositories, downloaded if needed."""
     if source in EMBEDDED:
         return (existing(EMBEDDED[str(source)]),)
     from cascade.checkpoints.hub import REPOSITORY, download
@@ -196,7 +196,7 @@ def _resolve(
 
 
 def existing(source: str | PathLike[str]) -> Path:
-    """The path of `source`, which may be "tiny", or a `CheckpointError` that says what can be given."""
+    """Return the path of `source`, or of "tiny"; raise `CheckpointError` with what is allowed otherwise."""
     path = EMBEDDED.get(str(source), Path(source).expanduser())
     if source == "" or not path.exists():  # for Path, an empty name is the current folder
         raise CheckpointError(
@@ -211,7 +211,7 @@ def _no_such(source: str | PathLike[str]) -> str:
 
 
 class _Loader:
-    """Picks the parts that belong together and loads them."""
+    """Loader of the parts of a checkpoint that belong together."""
 
     def __init__(
         self, candidates: Mapping[Component, Sequence[Part]], device: torch.device, dtype: torch.dtype
@@ -223,7 +223,7 @@ class _Loader:
         self.decoder = candidates[Component.STAGE_B][0]
 
     def models(self, name: str) -> Models:
-        """Everything, in one object. What takes no time is checked first."""
+        """Load everything into one object. Quick checks come first."""
         texts = self.candidates[Component.TEXT_ENCODER]
         prior_text, decoder_text = companion(self.prior, texts), companion(self.decoder, texts)
         tokenizer = _tokenizer_folder(self.prior, prior_text)
@@ -265,7 +265,7 @@ class _Loader:
         return self._load(companion(self.prior, parts)) if parts else None
 
     def _controlnets(self, stage_c: StageC) -> dict[str, ControlNet]:
-        """One of each kind; those for a Stage C of other widths, such as the large one's, are left out."""
+        """Load one of each kind, except those for a Stage C of other widths, such as the large one's."""
         parts = by_kind(self.candidates.get(Component.CONTROLNET, ()))
         return {
             kind: _load_controlnet(part, stage_c, self.device, self.dtype)
@@ -295,7 +295,7 @@ class _Loader:
 
 
 def build(part: Part) -> nn.Module:
-    """The network of a part, without memory (on the meta device)."""
+    """Build the network of a part on the meta device, without memory."""
     if part.component not in CONFIG_CLASSES:
         try:
             return build_tower(part.component, part.tensors, part.stated)
@@ -305,7 +305,7 @@ def build(part: Part) -> nn.Module:
     try:
         with torch.device("meta"):
             return _CLASSES[part.component](config)
-    except (RuntimeError, TypeError, ValueError) as error:  # sizes that torch cannot count or divide
+    except (RuntimeError, TypeError, ValueError) as error:  # sizes too large for torch, or not divisible
         line = str(error).partition("\n")[0]
         raise CheckpointError(f"{part}: no network can have these dimensions: {line}") from error
 
@@ -318,14 +318,14 @@ def _load_part(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Modul
 
 
 def _suits(controlnet: Part, stage_c: StageC) -> bool:
-    """Whether a ControlNet adds maps of the widths that Stage C has."""
+    """Tell whether all maps of a ControlNet have widths that Stage C has."""
     config = controlnet.config
     assert isinstance(config, ControlNetConfig)
     return set(config.out_channels) <= set(stage_c.config.block_out_channels)
 
 
 def _load_controlnet(part: Part, stage_c: StageC, device: torch.device, dtype: torch.dtype) -> ControlNet:
-    """A ControlNet whose injections are places of Stage C: stated ones, or the usual ones."""
+    """Load a ControlNet and check that its injections, stated or usual, are places of Stage C."""
     network = cast(ControlNet, _load_part(part, device, dtype))
     levels = stage_c.control_levels
     if "injections" not in part.stated:
@@ -357,7 +357,7 @@ def _tokenizer_folder(stage: Part, text: Part) -> Path:
 
 
 def _native_sizes(*parts: Part) -> NativeSizes:
-    """The sizes that a checkpoint was trained at, where it says so."""
+    """Return the sizes at which a checkpoint was trained, if it states them."""
     for part in parts:
         if sizes := stated_native_sizes(part):
             return NativeSizes(tuple((width, height) for width, height in sizes), resamples=True)

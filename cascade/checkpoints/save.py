@@ -1,4 +1,4 @@
-"""Saving: networks and whole checkpoints in diffusers' or in the original layout."""
+"""Saving of networks and whole checkpoints in diffusers' or the original layout."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ TOWERS = (Component.TEXT_ENCODER, Component.IMAGE_ENCODER)
 
 _STATISTICS = ("running_mean", "running_var")  # of batch norms; half precision would shift whole pictures
 _LITE = ("1B", "700M")
-# What loads each folder, as diffusers' model_index.json states it; it finds Stage A by the full name only.
+# The class of each folder, as in diffusers' model_index.json, which finds Stage A by its full path only.
 _LOADERS = {
     "prior": ["diffusers", "StableCascadeUNet"],
     "decoder": ["diffusers", "StableCascadeUNet"],
@@ -53,13 +53,13 @@ class Weights:
     """One component, ready to be written."""
 
     component: Component
-    tensors: Mapping[str, StoredTensor]  # canonical names
+    tensors: Mapping[str, StoredTensor]  # by canonical name
     content: Mapping[str, Any]  # of config.json
     variant: str = "custom"
 
     @classmethod
     def of_network(cls, network: nn.Module) -> "Weights":
-        """The weights of one of our networks, or of a CLIP tower of transformers."""
+        """Take the weights of one of our networks, or of a CLIP tower of transformers."""
         tensors = {name: StoredTensor.of(tensor) for name, tensor in network.state_dict().items()}
         config: Any = network.config
         for known, config_class in CONFIG_CLASSES.items():
@@ -72,12 +72,12 @@ class Weights:
     def of_config(
         cls, component: Component, tensors: Mapping[str, StoredTensor], config: NetworkConfig
     ) -> "Weights":
-        """The weights of a network of this configuration."""
+        """Combine tensors with the configuration of their network."""
         return cls(component, tensors, to_json(config), variant_name(config))
 
 
 def tower_settings(tower: nn.Module) -> dict[str, Any]:
-    """The content of config.json for a CLIP tower of transformers."""
+    """Return the content of config.json for a CLIP tower of transformers."""
     config: Any = tower.config
     content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return content | {"architectures": [type(tower).__name__]}
@@ -88,8 +88,8 @@ def save_component(
 ) -> Path:
     """Write a network's config.json and weights into `folder`, in its own types or in `dtype`.
 
-    In the original layout it is one file with the configuration in its header. Both files are replaced only
-    when they are complete. Returns the file of the weights.
+    The original layout is one file with the configuration in its header. Files are replaced only when the new
+    ones are complete. Returns the file of the weights.
 
     Raises:
         CheckpointError: no space or permission, or values too large for float16.
@@ -100,7 +100,7 @@ def save_component(
 def save_cascade(
     models: Models, folder: Path, dtype: torch.dtype | None = None, *, layout: TargetLayout = "diffusers"
 ) -> None:
-    """Write a whole checkpoint into a new folder, which appears when it is complete."""
+    """Write a whole checkpoint into a new folder, which appears only when it is complete."""
     networks = {
         FOLDERS[Component.STAGE_C]: models.stage_c,
         FOLDERS[Component.STAGE_B]: models.stage_b,
@@ -133,13 +133,13 @@ def save_cascade(
 def write_named(
     weights: Weights, folder: Path, name: str, dtype: torch.dtype | None, layout: TargetLayout
 ) -> None:
-    """Write a component into a checkpoint: in the sub-folder `name`, or as an original file without one."""
+    """Write a component into a checkpoint: in the sub-folder `name`, or as a file of the original layout."""
     is_file = layout == "original" and weights.component not in TOWERS
     write_component(weights, folder if is_file else folder / name, dtype, layout)
 
 
 def write_controlnet(weights: Weights, kind: str, folder: Path, dtype: torch.dtype | None) -> Path:
-    """Write a ControlNet into a checkpoint; there is one layout: a file for each kind, in `controlnet`."""
+    """Write a ControlNet into a checkpoint; in both layouts it is a file named by kind, in `controlnet`."""
     file = folder / CONTROLNET_FOLDER / f"{kind}.safetensors"
     return write_component(weights, file.parent, dtype, "original", file)
 
@@ -147,7 +147,7 @@ def write_controlnet(weights: Weights, kind: str, folder: Path, dtype: torch.dty
 def write_component(
     weights: Weights, folder: Path, dtype: torch.dtype | None, layout: TargetLayout, file: Path | None = None
 ) -> Path:
-    """Write one component; `file` names the single file of the original layout otherwise than published."""
+    """Write one component; `file` replaces the published name of the original layout's single file."""
 
     def dtype_of(name: str, present: torch.dtype) -> torch.dtype:
         if dtype is None or not present.is_floating_point or name.endswith(_STATISTICS):
@@ -158,7 +158,7 @@ def write_component(
         kept = dtype or max(weights.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype
         file = file or folder / _original_name(weights, kept)
         metadata = {CONFIG_METADATA: json.dumps(weights.content)}
-        if weights.component is Component.CONTROLNET:  # for other readers
+        if weights.component is Component.CONTROLNET:  # for other programs
             metadata["injections"] = ",".join(map(str, weights.content["injections"]))
         write_tensors(file, weights.tensors, dtype_of, metadata)
         return file
@@ -170,13 +170,13 @@ def write_component(
 
 
 def write_schedule(schedule: ScheduleConfig, folder: Path) -> None:
-    """Write a scheduler_config.json: what diffusers' scheduler reads, and our further settings."""
+    """Write a scheduler_config.json with the settings that diffusers' scheduler reads, and our own."""
     content = {"_class_name": "DDPMWuerstchenScheduler", **asdict(schedule)}
     write_json(folder / "scheduler_config.json", content)
 
 
 def write_model_index(folder: Path, native_sizes: list[list[int]] | None) -> None:
-    """Write a model_index.json with which both pipelines of diffusers load from the folder."""
+    """Write a model_index.json from which both pipelines of diffusers can load the folder."""
     content: dict[str, object] = {"_class_name": "StableCascadeDecoderPipeline"}
     content |= {name: loader for name, loader in _LOADERS.items() if (folder / name).is_dir()}
     if native_sizes:

@@ -1,4 +1,4 @@
-"""Which files of a repository are needed to make pictures."""
+"""Selection of the repository files that are needed to make pictures."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -26,9 +26,9 @@ _ORIGINAL = re.compile(r"stage_([abc])(_lite)?(_bf16)?\.safetensors")
 def select_files(
     offered: Iterable[RemoteFile], words: frozenset[str], *, controlnets: bool = False
 ) -> list[RemoteFile]:
-    """The files that pictures need, in one variant: diffusers' folders, or else original files.
+    """Select the files that pictures need, in one variant: diffusers' folders, or else original files.
 
-    ControlNets, which only some pictures need, come where they are asked for.
+    ControlNets, which only some pictures need, are included on request.
     """
     by_name = {file.name: file for file in offered}
     lite = "_lite" if "lite" in words else ""
@@ -45,7 +45,7 @@ def select_files(
 
 
 def _weights_of(folder: str, names: Iterable[str], words: frozenset[str]) -> list[str]:
-    """config.json and safetensors of one variant in a folder; bf16 unless fp32 is asked for."""
+    """Return config.json and safetensors of one variant in a folder; bf16 unless fp32 is requested."""
     inside = [name for name in names if name.rpartition("/")[0] == folder]
     weights = [name for name in inside if name.endswith(".safetensors") or ".safetensors.index" in name]
     half = [name for name in weights if ".bf16" in name]
@@ -55,7 +55,7 @@ def _weights_of(folder: str, names: Iterable[str], words: frozenset[str]) -> lis
 
 
 def _original_files(names: Iterable[str], words: frozenset[str]) -> Iterator[str]:
-    """One file for each stage."""
+    """Yield the file that matches best for each stage."""
     stages: dict[str, list[tuple[bool, bool, str]]] = {}
     for name in names:
         if match := _ORIGINAL.fullmatch(name):
@@ -67,7 +67,7 @@ def _original_files(names: Iterable[str], words: frozenset[str]) -> Iterator[str
 
 
 def variant_words(variant: str | None) -> frozenset[str]:
-    """The words of a variant such as "lite.bf16"; raises `InvalidSetting` for an unknown one."""
+    """Split a variant such as "lite.bf16" into words; raise `InvalidSetting` for an unknown one."""
     words = frozenset(re.split(r"[._,-]", variant.lower())) if variant else frozenset()
     if unknown := words.difference(VARIANT_WORDS):
         allowed = ", ".join(VARIANT_WORDS)

@@ -1,7 +1,7 @@
-"""What names and shapes of canonical tensors tell about a network: everything but a few numbers.
+"""Inference of a network's settings from names and shapes of canonical tensors: all but a few numbers.
 
 So fine-tunes of other widths and depths load without a config.json. Not visible are head counts (heads are 64
-wide wherever nothing else is stated), dropout, strides, and the constants of Stage A and of level switches.
+wide unless stated otherwise), dropout, strides, Stage A's constants and level switches.
 """
 
 import re
@@ -19,10 +19,10 @@ _TIME_CONDITIONS = ("sca", "crp")  # in the order in which the embedding holds t
 
 
 def visible_settings(component: Component, tensors: Tensors, patch_size: int | None = None) -> dict[str, Any]:
-    """Settings of the component's config class, as far as shapes show them.
+    """Return the settings of the component's config class that shapes show.
 
-    `patch_size` resolves the one ambiguity of Stages B and C (2 and 1 if nothing is stated). Raises
-    `CheckpointError` naming the tensor when one that decides a setting is missing or absurd.
+    `patch_size` resolves the one ambiguity of Stages B and C; by default it is 2 and 1. Raises
+    `CheckpointError`, naming the tensor, if one that decides a setting is missing or absurd.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
@@ -110,7 +110,7 @@ def _stage_a(shapes: Shapes) -> dict[str, Any]:
         "hidden_channels": hidden_channels,
         "latent_channels": latent_channels,
     }
-    if codebook := shapes.get("vquantizer.codebook.weight"):  # trimmed files come without
+    if codebook := shapes.get("vquantizer.codebook.weight"):  # trimmed files lack it
         settings["codebook_size"] = codebook[0]
     return settings
 
@@ -124,13 +124,13 @@ def _effnet(shapes: Shapes) -> dict[str, Any]:
 
 
 def _effnet_features(shapes: Shapes, last: int) -> dict[str, Any]:
-    """Of layers 0 to `last` in the backbone, without the last."""
+    """Return the settings of backbone layers 0 to `last`, exclusive."""
     stages = [_effnet_stage(shapes, index) for index in range(1, last)]
     return {"stem_channels": shapes["backbone.0.0.weight"][0], "stages": stages}
 
 
 def _effnet_stage(shapes: Shapes, index: int) -> EffNetStage:
-    """Strides leave no trace: those of the published network at this place."""
+    """Return a stage's settings; its stride, which no shape shows, is the published one at this place."""
     stage = f"backbone.{index}."
     depth = 1 + max(int(name.split(".")[4]) for name in shapes if name.startswith(f"{stage}0.block."))
     widened, in_channels = shapes[f"{stage}0.block.0.0.weight"][:2]
@@ -201,7 +201,7 @@ def _tower(shapes: Shapes, prefix: str, width: int) -> dict[str, Any]:
 
 
 def _blocks(shapes: Shapes, prefix: str) -> str:
-    """The letters of a level's blocks in order, told by the names inside each block."""
+    """Return the letters of a level's blocks in order, inferred from the names inside each block."""
     letters = [""] * _count(shapes, prefix)
     for name in shapes:
         if name.startswith(prefix):
@@ -213,7 +213,7 @@ def _blocks(shapes: Shapes, prefix: str) -> str:
 
 
 def _pattern(down: str, up: str) -> str:
-    """The shortest pattern that gives both lists of blocks when it is repeated."""
+    """Return the shortest pattern whose repetitions give both lists of blocks."""
     longest = down or up
     for length in range(1, len(longest) + 1):
         pattern = longest[:length]
@@ -223,7 +223,7 @@ def _pattern(down: str, up: str) -> str:
 
 
 def _downscaler(shapes: Shapes, level: int) -> tuple[int, ...]:
-    """Shape of the weight that leads to a level: plain in Stage B, inside `blocks` in Stage C."""
+    """Return the shape of the weight that leads to a level: plain in Stage B, inside `blocks` in Stage C."""
     plain, switchable = f"down_downscalers.{level}.1.weight", f"down_downscalers.{level}.1.blocks.0.weight"
     return shapes[switchable] if switchable in shapes else shapes[plain]
 
@@ -240,12 +240,12 @@ def _time_conditions(shapes: Shapes) -> list[str]:
 
 
 def _count(shapes: Shapes, prefix: str, *, allow_none: bool = False) -> int:
-    """One more than the highest number that follows `prefix`."""
+    """Return one more than the highest number that follows `prefix`."""
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
     if not numbers and not allow_none:
         raise KeyError(f"{prefix}*")
     count = max(numbers, default=-1) + 1
-    if count > len(shapes):  # whoever makes a list of that length would run out of memory
+    if count > len(shapes):  # a list of that length could exhaust memory
         raise ValueError(f"{prefix}{count - 1}.* among {len(shapes)} tensors")
     return count
 
@@ -255,7 +255,7 @@ def _matches(shapes: Shapes, pattern: str) -> int:
 
 
 def _first(shapes: Shapes, pattern: str) -> Sequence[int]:
-    """Shape of the first tensor whose name has `pattern`."""
+    """Return the shape of the first tensor whose name matches `pattern`."""
     for name, shape in shapes.items():
         if re.search(pattern, name):
             return shape

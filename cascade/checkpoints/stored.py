@@ -1,7 +1,7 @@
-"""Tensors where they lie: names, shapes and byte ranges of safetensors files, read only on demand.
+"""Lazy tensors: names, shapes and byte ranges of safetensors files, read only on demand.
 
 A `StoredTensor` is a list of byte ranges that follow one another along the first axis. So renaming, fusing
-query, key and value, and splitting them again move no data; the one read goes straight to its destination.
+query, key and value, and splitting them again moves no data; the one read goes straight to its destination.
 """
 
 import json
@@ -33,10 +33,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _SCRATCH_BYTES = 1 << 20  # fits a cache, and is a multiple of every item size
-# Below this, torch converts in the calling thread. Waiting for others costs more than they help, tenfold on a
-# busy machine.
+# Below this size, torch converts in the calling thread. Waiting for other threads costs more than they save,
+# tenfold on a busy machine.
 _SERIAL_ELEMENTS = 1 << 14
-_SIGNATURES = {  # the first bytes of what else is handed in
+_SIGNATURES = {  # first bytes of other formats that users pass by mistake
     b"\x89PNG": "picture",
     b"\xff\xd8\xff": "picture",
     b"RIFF": "picture",
@@ -55,7 +55,7 @@ class WeightsFile:
 
     @property
     def mapped(self) -> Tensor:
-        """The whole file, (bytes,) uint8: a private map, so that writing to it would not change the file."""
+        """The whole file as (bytes,) uint8: a private map, so writing to it would not change the file."""
         if self._mapped is None:
             self._mapped = torch.from_file(
                 str(self.path), shared=False, size=self.num_bytes, dtype=torch.uint8
@@ -65,18 +65,18 @@ class WeightsFile:
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """`size` bytes of a file from `offset` on."""
+    """Range of `size` bytes of a file, starting at `offset`."""
 
     file: WeightsFile
     offset: int
     size: int
 
     def part(self, start: int, size: int) -> "FileRange":
-        """`size` bytes from `start` on."""
+        """Return `size` bytes of the range, starting at `start`."""
         return FileRange(self.file, self.offset + start, size)
 
     def read_into(self, out: Tensor) -> None:
-        """Fill `out`, a flat uint8 tensor of `size` bytes, without mapping the file: maps count as memory."""
+        """Fill `out`, flat uint8 of `size` bytes, without mapping the file, as maps count as memory."""
         view = out.numpy().data
         done = 0
         with self.file.path.open("rb", buffering=0) as file:
@@ -100,7 +100,7 @@ class MemoryRange:
         return self.flat.numel()
 
     def part(self, start: int, size: int) -> "MemoryRange":
-        """`size` bytes from `start` on."""
+        """Return `size` bytes of the range, starting at `start`."""
         return MemoryRange(self.flat[start : start + size])
 
     def read_into(self, out: Tensor) -> None:
@@ -113,7 +113,7 @@ Range: TypeAlias = FileRange | MemoryRange
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor whose data lie elsewhere: `ranges` are its rows in order, `transposed` swaps two axes."""
+    """A tensor whose data lie elsewhere: `ranges` hold its rows in order, `transposed` swaps its two axes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -129,11 +129,11 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the stored dtype."""
+        """Size in bytes in the stored dtype."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """Rows `start` to `stop` of the first axis."""
+        """Return rows `start` to `stop` of the first axis."""
         assert not self.transposed
         row_bytes = self.num_bytes // self.shape[0]
         return StoredTensor(
@@ -143,15 +143,15 @@ class StoredTensor:
         )
 
     def transpose(self) -> "StoredTensor":
-        """The matrix with its two axes exchanged."""
+        """Return the matrix with its two axes swapped."""
         rows, columns = self.shape
         return StoredTensor((columns, rows), self.dtype, self.ranges, not self.transposed)
 
     def read(self, dtype: torch.dtype | None = None, scratch: Tensor | None = None) -> Tensor:
-        """The data in fresh memory, in the stored type or another.
+        """Read the data into new memory, in the stored type or another.
 
-        For another type, the stored values pass through `scratch` (flat, uint8, a multiple of 8). Who reads
-        many tensors gives one for all: short-lived blocks between them would leave holes in memory.
+        To convert, stored values pass through `scratch` (flat uint8, a multiple of 8 bytes). Callers use one
+        for many tensors: short-lived blocks between the tensors would fragment memory.
         """
         shape = self.shape[::-1] if self.transposed else self.shape
         out = torch.empty(shape, dtype=dtype or self.dtype)
@@ -179,7 +179,7 @@ class StoredTensor:
             start += values.numel()
 
     def map(self) -> Tensor:
-        """The data as a private, copy-on-write map of the file, where one range lies well; else as `read`.
+        """Return a private, copy-on-write map of the file if one aligned range has all data, else `read()`.
 
         The file must not be changed in place while the tensor lives; replacing it by rename is harmless.
         """
@@ -193,12 +193,12 @@ class StoredTensor:
 
 
 def new_scratch() -> Tensor:
-    """Memory for `StoredTensor.read`."""
+    """Allocate the `scratch` of `StoredTensor.read`."""
     return torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
 
 
 def concatenate(parts: Iterable[StoredTensor]) -> StoredTensor:
-    """One tensor from `parts`, joined along the first axis; they must agree in dtype and other axes."""
+    """Join `parts` along the first axis; they must agree in dtype and other axes."""
     parts = list(parts)
     assert not any(part.transposed for part in parts)
     assert len({(part.dtype, part.shape[1:]) for part in parts}) == 1
@@ -208,9 +208,9 @@ def concatenate(parts: Iterable[StoredTensor]) -> StoredTensor:
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Checks the whole header against the file, reads no data.
+    """Return the tensors of a safetensors file. Checks the whole header against the file, reads no data.
 
-    Raises `CheckpointError` for pickled files, and for cut, foreign or contradictory ones.
+    Raises `CheckpointError` for pickles, and for truncated, foreign or inconsistent files.
     """
     refuse_pickles(path)
     header, start = _read_header(path)
@@ -222,13 +222,13 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free text entries of a safetensors header."""
+    """Return the free text entries of a safetensors header."""
     metadata = _read_header(path)[0].get("__metadata__", {})
     return {str(key): str(value) for key, value in metadata.items()}
 
 
 def refuse_pickles(path: Path) -> None:
-    """Raise `CheckpointError` for the formats that carry code."""
+    """Raise `CheckpointError` for formats that can carry code."""
     if path.suffix.lower() in REFUSED_SUFFIXES:
         raise CheckpointError(
             f"{path}: {path.suffix} files are pickles, which run code when opened, and are never read; "
@@ -237,7 +237,7 @@ def refuse_pickles(path: Path) -> None:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header as a dictionary and the position where the data begin."""
+    """Return the header as a dictionary, and the position where the data begin."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -268,7 +268,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _tensor(file: WeightsFile, name: str, entry: Any, start: int) -> StoredTensor:
-    """One header entry, checked: `start` is where the data begin."""
+    """Check one header entry and return its tensor; `start` is where the data begin."""
     path = file.path
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -279,7 +279,7 @@ def _tensor(file: WeightsFile, name: str, entry: Any, start: int) -> StoredTenso
         raise CheckpointError(f"{path}: the header entry of {name} has a shape or offset that is not a count")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise CheckpointError(f"{path}: {name} has the dtype {dtype_name!r}; known are {', '.join(DTYPES)}")
-    if max(shape, default=0) > file.num_bytes:  # of no bytes, when another dimension is zero
+    if max(shape, default=0) > file.num_bytes:  # even of an empty tensor
         raise CheckpointError(f"{path}: its header lies: {name} cannot have the shape {shape}")
     if not begin <= end <= file.num_bytes - start:
         raise CheckpointError(
@@ -296,7 +296,7 @@ def _tensor(file: WeightsFile, name: str, entry: Any, start: int) -> StoredTenso
 
 
 def _check_layout(file: WeightsFile, tensors: Mapping[str, StoredTensor], start: int) -> None:
-    """The format wants every byte to belong to exactly one tensor: no overlap, no hole, no rest."""
+    """Raise unless every byte belongs to one tensor, as the format demands: no overlap, hole or rest."""
     position = start
     ranges = {name: cast(FileRange, tensor.ranges[0]) for name, tensor in tensors.items()}
     for name, piece in sorted(ranges.items(), key=lambda item: (item[1].offset, item[1].size)):
@@ -310,14 +310,14 @@ def _check_layout(file: WeightsFile, tensors: Mapping[str, StoredTensor], start:
 
 
 def _chunks(ranges: Iterable[Range], size: int) -> Iterator[Range]:
-    """The same bytes in pieces of at most `size`."""
+    """Yield the same bytes in pieces of at most `size`."""
     for piece in ranges:
         for start in range(0, piece.size, size):
             yield piece.part(start, min(size, piece.size - start))
 
 
 def _cut(ranges: Iterable[Range], start: int, stop: int) -> tuple[Range, ...]:
-    """Bytes `start` to `stop` of the joined `ranges`."""
+    """Return bytes `start` to `stop` of the joined `ranges`."""
     cut = []
     position = 0
     for piece in ranges:

@@ -1,6 +1,6 @@
-"""Checksums of a checkpoint folder, in the format of sha256sum: a flipped bit is noticed before it is drawn.
+"""Checksums of a checkpoint folder, in sha256sum's format: a flipped bit is noticed before it is drawn.
 
-Loading checks the small files, which are the whole of the embedded checkpoint. Files beyond `SMALL_BYTES`
+Loading checks the small files, which make up the whole embedded checkpoint. Files larger than `SMALL_BYTES`
 take seconds each: they are checked when they are downloaded, and by `check_sums` without a limit.
 """
 
@@ -24,7 +24,7 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path, max_bytes: int | None = SMALL_BYTES) -> None:
-    """Compare the files of a folder with its list, if it has one; those beyond `max_bytes` are passed over.
+    """Compare the files of a folder with its list, if it has one; files over `max_bytes` are skipped.
 
     Raises `CheckpointError` with the expected and the found checksum.
     """
@@ -45,6 +45,6 @@ def check_sums(folder: Path, max_bytes: int | None = SMALL_BYTES) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file as 64 hexadecimal digits."""
+    """Return the checksum of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The CLIP towers with their tokenizer and image processor, through transformers, from local files only."""
+"""The CLIP towers, tokenizer and image processor, loaded with transformers from local files only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from cascade.checkpoints.keys import Component, Tensors
 from cascade.checkpoints.shapes import visible_settings
 from cascade.errors import CheckpointError
 
-# What the published towers have and no shape shows: exact GELU in bigG, the quick one in ViT-L/14.
+# Settings of the published towers that no shape shows: exact GELU in bigG, quick GELU in ViT-L/14.
 _PUBLISHED: Mapping[Component, Mapping[str, Any]] = {
     Component.TEXT_ENCODER: {
         "hidden_act": "gelu",
@@ -26,9 +26,9 @@ _MIN_TOKENS = 3  # begin, a word and end
 
 
 def build_tower(component: Component, tensors: Tensors, stated: Mapping[str, Any]) -> nn.Module:
-    """The text or vision tower without memory, by its shapes and config.json, or else as the published ones.
+    """Build a text or vision tower on the meta device from its shapes and config.json or published settings.
 
-    Raises `CheckpointError` where the shapes contradict `stated`, the content of config.json.
+    Raises `CheckpointError` if the shapes contradict `stated`, the content of config.json.
     """
     from transformers import (
         CLIPTextConfig,
@@ -43,7 +43,7 @@ def build_tower(component: Component, tensors: Tensors, stated: Mapping[str, Any
             raise CheckpointError(f"config.json says {name} = {stated[name]}, but the tensors show {value}")
     heads = {"num_attention_heads": max(1, seen["hidden_size"] // _HEAD_WIDTH)}
     settings = (dict(stated) if stated else dict(_PUBLISHED[component]) | heads) | seen
-    for name in ("dtype", "torch_dtype"):  # told by the file and chosen by the caller
+    for name in ("dtype", "torch_dtype"):  # the tensors have one, and the caller chooses one
         settings.pop(name, None)
     if component is Component.TEXT_ENCODER:
         config_class, tower_class = CLIPTextConfig, CLIPTextModelWithProjection
@@ -52,18 +52,18 @@ def build_tower(component: Component, tensors: Tensors, stated: Mapping[str, Any
     try:
         with torch.device("meta"):
             tower: nn.Module = tower_class(config_class.from_dict(settings))
-    except Exception as error:  # transformers refuses settings by errors of many kinds
+    except Exception as error:  # transformers refuses settings with errors of many kinds
         raise CheckpointError(f"config.json: {_first_line(error)}") from error
     return tower
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, `transformers.CLIPTokenizer`."""
+    """Load the tokenizer of a folder, a `transformers.CLIPTokenizer`."""
     from transformers import CLIPTokenizer
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a broken file makes the library stumble over
+    except Exception as error:  # a broken file can make the library raise anything
         raise CheckpointError(f"{folder}: not a CLIP tokenizer: {_first_line(error)}") from error
     length = tokenizer.model_max_length
     if type(length) is not int or length < _MIN_TOKENS:
@@ -75,7 +75,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_processor(folder: Path | None) -> Any:
-    """The image processor of a folder, or that of ViT-L/14 where there is none."""
+    """Load the image processor of a folder, or that of ViT-L/14 if there is none."""
     from transformers import CLIPImageProcessorPil
 
     try:

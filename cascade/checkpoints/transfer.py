@@ -1,4 +1,4 @@
-"""Fetching one file of the Hugging Face hub into its cache, resumable and verified."""
+"""Download of one file from the Hugging Face hub into its cache, resumable and verified."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ class RemoteFile:
 
 
 def fetch_file(api: "HfApi", repository: str, commit: str, file: RemoteFile, cache: Path) -> None:
-    """Put a file into the snapshot of a commit, where it is not there already.
+    """Put a file into the snapshot of a commit, unless it is already there.
 
-    Large files are first collected under a name that outlives the process, because the hub library forgets
-    what it had of a file when it is stopped. It finds them complete then, and only links them.
+    Large files are first downloaded under a name that outlives the process, because the hub library loses
+    partial files when it is stopped. The library then finds them complete and only links them.
 
     Raises:
         CheckpointError: the hub refuses or cannot be reached, or the bytes are not those that it promised.
@@ -38,7 +38,7 @@ def fetch_file(api: "HfApi", repository: str, commit: str, file: RemoteFile, cac
 
 
 def _collect(api: "HfApi", repository: str, commit: str, file: RemoteFile, cache: Path) -> None:
-    """Fetch a file with a known checksum into the blobs, going on with what an earlier run has left."""
+    """Download a file with a known checksum into the blobs, resuming what an earlier run has left."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import (  # type: ignore[attr-defined]
         WeakFileLock,
@@ -72,13 +72,13 @@ def _collect(api: "HfApi", repository: str, commit: str, file: RemoteFile, cache
 
 
 def repository_folder(cache: Path, repository: str) -> Path:
-    """Where the hub library keeps a repository."""
+    """Return the folder in which the hub library keeps a repository."""
     return cache / f"models--{repository.replace('/', '--')}"
 
 
 @contextmanager
 def clear_errors(what: str) -> Iterator[None]:
-    """Turn what the hub library raises into one line that says what to do."""
+    """Convert errors of the hub library to a `CheckpointError` of one line that says what to do."""
     from huggingface_hub import errors
 
     try:

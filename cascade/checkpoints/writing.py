@@ -1,6 +1,6 @@
-"""Writing safetensors and folders so that they appear whole or not at all.
+"""Atomic writing of safetensors files and folders: they appear whole or not at all.
 
-Tensors are streamed one by one, so a file larger than the memory can be rewritten.
+Tensors are streamed one by one, so a file larger than memory can be rewritten.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def write_tensors(
     Raises:
         CheckpointError: no space, no permission, or a value too large for the new type; `path` is untouched.
     """
-    # Widest types first keeps every tensor aligned, as the format's own writer does it.
+    # Widest types first keeps every tensor aligned, as in the format's own writer.
     names = sorted(tensors, key=lambda name: (-dtype_of(name, tensors[name].dtype).itemsize, name))
     dtypes = {name: dtype_of(name, tensors[name].dtype) for name in names}
     with atomic_file(path) as file:
@@ -55,7 +55,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, and leaves nothing when it fails."""
+    """Open a file that replaces `path` when the block ends, and leaves nothing behind if it fails."""
     with _clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_name(path)
@@ -72,9 +72,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder that becomes `path` when the block ends, and leaves nothing when it fails.
+    """Create a folder that becomes `path` when the block ends, and leaves nothing behind if it fails.
 
-    Raises `CheckpointError` when something is there already.
+    Raises `CheckpointError` if something other than an empty folder is there already.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path}: exists already; name a new folder")
@@ -93,7 +93,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _header(
     tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
 ) -> bytes:
-    """Length and JSON of the header, padded with spaces as the format allows."""
+    """Return length and JSON of the header, padded with spaces as the format allows."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, dtype in dtypes.items():
@@ -115,5 +115,5 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _partial_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses."""
+    """Return a hidden name beside `path` that nobody else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")

@@ -8,12 +8,12 @@ How they reach a picture:
 
 The same names and scales give the same object. `prepare` takes one adapter, or None, for each row; the
 condition keeps them, and `Condition.cat` joins rows of all kinds. Guided and unguided rows are both prepared
-with the picture's adapter, and both its prompts are encoded with it. Embeddings and conditions that are
-remembered have the adapter in their key. Without LoRAs everything is called as before, at no cost. Where
-`Adapter.changes_text` is false, prompts need no encoding of their own.
+with the picture's adapter, and both its prompts are encoded with it. Cached embeddings and conditions have
+the adapter in their key. Without LoRAs, everything is called as before, at no cost. If `Adapter.changes_text`
+is false, prompts need no encoding of their own.
 
-Training: an `Adapter.of({path: Change(down, up * scale)})` made of parameters in every call of the loss, with
-paths such as "down_blocks.0.2.attention.attn.in_proj"; gradients flow to both factors.
+For training, build an `Adapter.of({path: Change(down, up * scale)})` from parameters in every call of the
+loss, with paths such as "down_blocks.0.2.attention.attn.in_proj"; gradients flow to both factors.
 """
 
 from cascade.lora.library import LoRALibrary

@@ -1,7 +1,7 @@
-"""Layouts of LoRA files: the official one, kohya's and OneTrainer's underscores, PEFT's dots, all made one.
+"""Layouts of LoRA files, read into one form: the official one, kohya's, OneTrainer's and PEFT's.
 
-Only headers are read here. Every tensor must belong to a layer of Stage C or of the text tower and fit it;
-others are an error that names them. Layers of attention are known in all three spellings of checkpoints.
+Only headers are read here. Every tensor must belong to a layer of Stage C or of the text tower and fit it; an
+error names those that do not. Attention layers are known in all three spellings of checkpoints.
 """
 
 import re
@@ -43,29 +43,29 @@ _SHOWN = 6
 class Layer:
     """A weight that can be changed. `third` is 0, 1, 2 for queries, keys, values of a fused projection."""
 
-    path: str  # of its module, or of in_proj; of the text tower, it begins with "text_"
+    path: str  # of its module, or of in_proj; in the text tower it begins with "text_"
     shape: tuple[int, ...]
     third: int | None = None
 
     @property
     def is_text(self) -> bool:
-        """Of the text tower."""
+        """Whether the layer belongs to the text tower."""
         return self.path.startswith(("text_model.", "text_projection"))
 
 
 @dataclass(slots=True)
 class Entry:
-    """What a file says of one layer."""
+    """The tensors of a file for one layer."""
 
     layer: Layer
     names: list[str] = field(default_factory=list)
     parts: dict[Part, StoredTensor] = field(default_factory=dict)
-    scale: float | None = None  # where the layout fixes it
+    scale: float | None = None  # if the layout fixes it
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A file's entries and its learned tokens: their numbers and what is added to their rows."""
+    """A file's entries and its learned tokens: their ids, and what is added to their embedding rows."""
 
     entries: Sequence[Entry]
     indices: StoredTensor | None = None  # (n,)
@@ -73,7 +73,7 @@ class Contents:
 
 
 def read_contents(path: Path, tensors: Tensors, models: Models) -> Contents:
-    """Sort the tensors of a file by layer, whatever its layout; raises `CheckpointError`."""
+    """Sort the tensors of a file by layer, whatever its layout; raise `CheckpointError` for misfits."""
     rest = {name: tensor for name, tensor in tensors.items() if name not in (_INDICES, _EMBEDDINGS)}
     if any(_OFFICIAL.fullmatch(name) for name in rest):
         entries = _official(path, rest, models)
@@ -89,7 +89,7 @@ def read_contents(path: Path, tensors: Tensors, models: Models) -> Contents:
 
 
 def _official(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
-    """Output, then input projection of every attention in the order of execution; the scale is 1/rank."""
+    """Read the official layout: output, then input projection of each attention as it runs; scale 1/rank."""
     found = {name: _OFFICIAL.fullmatch(name) for name in tensors}
     if strangers := [name for name, match in found.items() if match is None]:
         raise CheckpointError(f"{path}: unknown tensors beside weights.N.lora_down: {listed(strangers)}")
@@ -120,7 +120,7 @@ def _official(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
 
 
 def _named(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
-    """Layouts that name the layer of every tensor."""
+    """Read a layout that names the layer of every tensor."""
     layers = dict(_layers(models))
     entries: dict[str, Entry] = {}
     strangers = []
@@ -147,7 +147,7 @@ def _named(path: Path, tensors: Tensors, models: Models) -> list[Entry]:
 
 
 def _split(name: str) -> tuple[str, Part] | None:
-    """Name of the layer and what the tensor is of it."""
+    """Split a tensor's name into the layer's name and the part; None if it ends like no part."""
     for pattern, part in _PARTS:
         if match := pattern.search(name):
             return name[: match.start()], part
@@ -155,7 +155,7 @@ def _split(name: str) -> tuple[str, Part] | None:
 
 
 def _find(name: str, layers: Mapping[str, Layer]) -> Layer | None:
-    """A layer by a spelling of its name, with or without prefixes."""
+    """Return the layer of a name in any spelling, with or without prefixes; None if there is none."""
     while name not in layers:
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -165,7 +165,7 @@ def _find(name: str, layers: Mapping[str, Layer]) -> Layer | None:
 
 
 def _layers(models: Models) -> Iterator[tuple[str, Layer]]:
-    """Every spelling of every layer, with dots and with underscores."""
+    """Yield every spelling of every layer, with dots and with underscores."""
     for name, layer in _dotted(models):
         yield name, layer
         yield name.replace(".", "_"), layer
@@ -184,7 +184,7 @@ def _dotted(models: Models) -> Iterator[tuple[str, Layer]]:
 
 
 def _attention(name: str, module: AttentionWeights) -> Iterator[tuple[str, Layer]]:
-    """Projections in three spellings: fused, split as in diffusers, and split as in ComfyUI."""
+    """Yield the projections in three spellings: fused, split as in diffusers, and split as in ComfyUI."""
     outer = name.removesuffix(".attn")
     rows, columns = module.in_proj_weight.shape
     fused = Layer(f"{name}.in_proj", (rows, columns))
@@ -200,7 +200,7 @@ def _attention(name: str, module: AttentionWeights) -> Iterator[tuple[str, Layer
 
 
 def _check(path: Path, entry: Entry) -> None:
-    """Raise unless both factors are there and fit the layer."""
+    """Raise `CheckpointError` unless both factors are present and all parts fit the layer."""
     down, up = entry.parts.get("down"), entry.parts.get("up")
     if down is None or up is None:
         missing = "lora_down" if down is None else "lora_up"
@@ -255,7 +255,7 @@ def _has_rows(tensor: StoredTensor | None) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names in order, and how many more there are."""
+    """List the first few names in order, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""The LoRAs that are installed: files in folders, found by name and read when they are first asked for."""
+"""The installed LoRAs: files in folders, found by name and read when they are first requested."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from cascade.recent import Recent
 KEPT_LORAS = 16  # a few megabytes each
 KEPT_ADAPTERS = 16
 
-_Stamp = tuple[Path, int, int]  # path, time of change and size of a file
+_Stamp = tuple[Path, int, int]  # path, modification time and size of a file
 
 
 @dataclass(slots=True)
 class _Read:
-    """What was read for some models."""
+    """The LoRAs and adapters cached for one set of models."""
 
     loras: Recent[_Stamp, LoRA] = field(default_factory=lambda: Recent(KEPT_LORAS))
     adapters: Recent[tuple[tuple[_Stamp, float], ...], Adapter] = field(
@@ -29,9 +29,9 @@ class _Read:
 
 
 class LoRALibrary:
-    """LoRAs by the names of their files, from several folders; a later folder's hides one of the same name.
+    """LoRAs by file name, from several folders; one in a later folder hides one of the same name.
 
-    Files may come, change and go at any time. Threads may share a library.
+    Files may be added, changed or removed at any time. Threads may share a library.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -40,16 +40,16 @@ class LoRALibrary:
         self._read: WeakKeyDictionary[Models, _Read] = WeakKeyDictionary()
 
     def names(self) -> list[str]:
-        """The names that can be asked for."""
+        """Return the names of the installed LoRAs."""
         return sorted(self._files())
 
     def adapter(self, models: Models, uses: Sequence[tuple[str, float]]) -> Adapter | None:
-        """The adapter of some LoRAs by name and scale; the same object as long as their files are the same.
+        """Return the adapter of some LoRAs by name and scale; the same object until their files change.
 
-        None where nothing is asked for.
+        Returns None if `uses` is empty.
 
         Raises:
-            InvalidSetting: not installed; names those that are.
+            InvalidSetting: a LoRA is not installed; names those that are.
             CheckpointError: a file is damaged or does not fit these models.
         """
         if not uses:
@@ -71,7 +71,7 @@ class LoRALibrary:
         for folder in self.folders:
             try:
                 found = sorted(folder.iterdir())
-            except OSError:  # a folder that is not there has no LoRAs
+            except OSError:  # a missing folder has no LoRAs
                 continue
             files |= {path.stem: path for path in found if path.suffix == ".safetensors"}
         return files

@@ -1,4 +1,4 @@
-"""LoRAs in memory, and several of them with scales combined into the adapter of a row."""
+"""LoRAs in memory, and the combination of several, with scales, into the adapter of a row."""
 
 import json
 import re
@@ -23,7 +23,7 @@ _MAX_SIDECAR = 1_000_000  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The change of one layer in full precision: W + up down, scaled as the file wants it."""
+    """The change of one layer in full precision: W + up down, with the file's own scale."""
 
     layer: Layer
     names: tuple[str, ...]  # of its tensors in the file
@@ -36,18 +36,18 @@ class Pair:
 class Token:
     """A learned token: what is added to a row of the embedding table.
 
-    The row of a new one begins at the mean of the rows whose tokens match `regex`.
+    The row of a new token starts from the mean of the rows whose tokens match `regex`.
     """
 
     index: int
     added: Tensor  # (d,)
-    text: str | None = None  # None: a token that the vocabulary has already
+    text: str | None = None  # None: the token is already in the vocabulary
     regex: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRA:
-    """A file, read and checked against the models that it is for."""
+    """A LoRA file, read and checked against the models that it is for."""
 
     path: Path
     pairs: tuple[Pair, ...]
@@ -55,7 +55,7 @@ class LoRA:
 
     @property
     def only_merged(self) -> list[str]:
-        """Tensors that can only be merged: of convolutions and of layers between the levels."""
+        """Names of tensors that can only be merged: those of convolutions and of layers between levels."""
         return [
             name
             for pair in self.pairs
@@ -65,13 +65,13 @@ class LoRA:
 
 
 def read_lora(path: Path, models: Models) -> LoRA:
-    """Read a LoRA of any layout for Stage C of `models` and its text encoder.
+    """Read a LoRA of any layout for the Stage C and the text encoder of `models`.
 
     The text and regex of new tokens come from the file's metadata, or from a JSON file of the same name
     beside it: `{"token": "[name]", "regex": "^dog</w>"}`, or a list of such under "tokens".
 
     Raises:
-        CheckpointError: unknown, ill-fitting or damaged; names the tensors.
+        CheckpointError: the file is unknown, ill-fitting or damaged; names the tensors.
     """
     contents = read_contents(path, open_weights(path), models)
     pairs = tuple(_pair(path, entry) for entry in contents.entries)
@@ -84,10 +84,10 @@ def read_lora(path: Path, models: Models) -> LoRA:
 
 
 def combine(models: Models, uses: Sequence[tuple[LoRA, float]], *, for_merging: bool = False) -> Adapter:
-    """Some LoRAs with scales as one adapter for a row; their changes add up.
+    """Combine LoRAs with scales into one adapter for a row; their changes add up.
 
     Args:
-        for_merging: take also what cannot be beside the weights, and keep fp32.
+        for_merging: include layers that cannot be adapted by rows, and keep fp32.
 
     Raises:
         CheckpointError: a LoRA changes layers that cannot be adapted by rows; names the tensors.
@@ -125,7 +125,7 @@ def _pair(path: Path, entry: Entry) -> Pair:
 
 
 def _finite(path: Path, name: str, stored: StoredTensor) -> Tensor:
-    """The values in fp32, all of them numbers."""
+    """Read values in fp32; raise `CheckpointError` unless all are finite."""
     values = stored.read(torch.float32)
     if not values.isfinite().all():
         raise CheckpointError(f"{path}: {name} has values that are not finite")
@@ -133,7 +133,7 @@ def _finite(path: Path, name: str, stored: StoredTensor) -> Tensor:
 
 
 def _change(pair: Pair, scale: float, models: Models) -> Change:
-    """The change of a layer; for DoRA W' = m (W + up down) / |W + up down|, of which the scaled W' - W."""
+    """Return the change of a layer; for DoRA, the scaled W' - W with W' = m (W + up down) / |W + up down|."""
     device = models.device
     down, up = pair.down.to(device), pair.up.to(device)
     rows = columns = None
@@ -150,7 +150,7 @@ def _change(pair: Pair, scale: float, models: Models) -> Change:
 
 
 def _weight(models: Models, layer: Layer) -> Tensor:
-    """The weight of a layer in fp32; for a third of a fused projection, its rows."""
+    """Return the weight of a layer in fp32; for a third of a fused projection, its rows."""
     root = models.text_encoder.model if layer.is_text else models.stage_c
     name = layer.path + ("_weight" if layer.path.endswith(".in_proj") else ".weight")
     weight: Tensor = root.get_parameter(name).detach().float()
@@ -158,7 +158,7 @@ def _weight(models: Models, layer: Layer) -> Tensor:
 
 
 def _lifted(change: Change, third: int) -> Change:
-    """The change of queries, keys or values as one of the fused projection."""
+    """Extend a change of queries, keys or values to the fused projection, with zeros elsewhere."""
 
     def among(part: Tensor) -> Tensor:
         nothing = torch.zeros_like(part)
@@ -173,7 +173,7 @@ def _lifted(change: Change, third: int) -> Change:
 
 
 def _sum(changes: Sequence[Change]) -> Change:
-    """One change that adds what all of them add."""
+    """Return one change that adds what all of `changes` add."""
     if len(changes) == 1:
         return changes[0]
     rows = [change.rows for change in changes if change.rows is not None]
@@ -192,7 +192,7 @@ def _is_text(path: str) -> bool:
 
 
 def _tokens(path: Path, indices: Sequence[int], rows: Tensor, models: Models) -> Iterator[Token]:
-    """Learned tokens: those beyond the vocabulary need a text and a regex, in the order of their numbers."""
+    """Yield learned tokens; those beyond the vocabulary need a text and a regex, in the order of ids."""
     size = models.text_encoder.model.get_input_embeddings().num_embeddings
     if len(set(indices)) < len(indices) or any(index < 0 for index in indices):
         raise CheckpointError(f"{path}: embeddings.indices must be different and not negative")
@@ -209,7 +209,7 @@ def _tokens(path: Path, indices: Sequence[int], rows: Tensor, models: Models) ->
 
 
 def _stated_tokens(path: Path) -> list[tuple[str, str]]:
-    """Text and regex of new tokens, from the JSON file beside or the metadata."""
+    """Return text and regex of new tokens, from the JSON file beside the LoRA or its metadata."""
     stated: Any = read_metadata(path)
     sidecar = path.with_suffix(".json")
     try:
@@ -234,7 +234,7 @@ def _stated_tokens(path: Path) -> list[tuple[str, str]]:
 def _learned(
     models: Models, uses: Sequence[tuple[LoRA, float]]
 ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-    """Embedding rows of new tokens by text and of known ones by number, in the table's type."""
+    """Return the embedding rows of new tokens by text and of known ones by id, in the table's type."""
     if not any(lora.tokens for lora, _ in uses):
         return {}, {}
     encoder = models.text_encoder
@@ -259,7 +259,7 @@ def _learned(
 
 
 def _base_row(path: Path, regex: str, vocabulary: Mapping[str, int], table: Tensor) -> Tensor:
-    """The mean of the rows whose tokens the regex matches, in fp32."""
+    """Return the mean of the rows whose tokens the regex matches, in fp32."""
     try:
         pattern = re.compile(regex)
     except re.error as error:

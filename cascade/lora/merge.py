@@ -1,4 +1,4 @@
-"""LoRAs merged into copies of the weights: those that cannot be beside them, or one that is always used."""
+"""Merging of LoRAs into copies of the weights: of those that cannot stay beside them, or are always used."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,9 +14,9 @@ from cascade.networks.adapters import Adapter
 
 @torch.no_grad()
 def merge(models: Models, uses: Sequence[tuple[LoRA, float]]) -> Models:
-    """Models whose Stage C is a copy with the LoRAs in its weights; the others are shared.
+    """Return models whose Stage C is a copy with the LoRAs in its weights; other networks are shared.
 
-    The text encoder is the same tower with the LoRAs' words and changes as its own.
+    The text encoder shares its tower and uses the LoRAs' words and changes by default.
     """
     adapter = combine(models, uses, for_merging=True)
     stage_c = deepcopy(models.stage_c)

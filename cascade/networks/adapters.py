@@ -1,7 +1,7 @@
-"""LoRAs beside the weights: what they add to each linear layer, for some rows of a batch only.
+"""LoRAs applied beside the weights: what they add to linear layers, for chosen rows of a batch.
 
-Weights are never changed, so that rows with different adapters, or with none, share a batch. An `Adapter` is
-data; the blocks are handed the part that concerns them. Source: Hu et al. 2021, LoRA; Liu et al. 2024, DoRA.
+Weights never change, so rows with different adapters, or with none, share a batch. An `Adapter` is only data;
+each block receives the part that concerns it. Source: Hu et al. 2021, LoRA; Liu et al. 2024, DoRA.
 """
 
 import re
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A block of a level, and the place of a layer in it.
+# The path of a block, and the place of a layer in it.
 _BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.\d+)\.(.+)")
 
-# Layers that can be adapted by rows: in a block, or beside all blocks.
+# Layers that can be adapted by rows: those in a block, and those outside all blocks.
 BLOCK_PLACES = (
     "attention.attn.in_proj",
     "attention.attn.out_proj",
@@ -32,19 +32,19 @@ STAGE_PLACES = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """What is added to the product of a layer: x -> up(down(x)), and for DoRA shares of the product itself.
+    """What is added to a layer's output W x: up(down(x)) and, for DoRA, multiples of W x itself.
 
-    All scales are in `up` already. Tensors may need gradients: they flow to `down` and `up`.
+    All scales are already included. Tensors may need gradients: they flow to `down` and `up`.
     """
 
     down: Tensor  # (rank, in)
     up: Tensor  # (out, rank)
-    rows: Tensor | None = None  # (out,): share of the product W x that is added, by output
+    rows: Tensor | None = None  # (out,): by output, the multiple of W x that is added
     columns: Tensor | None = None  # (parts, in): the same by input, for equal parts of the outputs
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(..., in) -> (..., out); `weight` (out, in) is the layer's own."""
-        dtype = x.dtype  # of a second try in fp32, or of an autocast, it is another than the adapter's
+        """Return what is added: (..., in) -> (..., out); `weight` (out, in) is the layer's own."""
+        dtype = x.dtype  # differs from the adapter's in a retry in fp32 and under autocast
         total = F.linear(F.linear(x, self.down.to(dtype)), self.up.to(dtype))
         if self.rows is not None:
             total = total + self.rows.to(dtype) * F.linear(x, weight)
@@ -54,14 +54,14 @@ class Change:
         return total
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Change":
-        """The same in another type, on another device."""
+        """Return the change in another type, on another device."""
         rows, columns = (
             None if each is None else each.to(device, dtype) for each in (self.rows, self.columns)
         )
         return Change(self.down.to(device, dtype), self.up.to(device, dtype), rows, columns)
 
     def thirds(self, first: int, last: int) -> "Change":
-        """The change of some of the three equal parts of the outputs: queries, keys, values."""
+        """Return the change of thirds `first` to `last` of the outputs: queries, keys, values."""
         size = len(self.up) // 3
         some = slice(first * size, last * size)
         columns = self.columns
@@ -73,7 +73,7 @@ class Change:
         )
 
     def dense(self, weight: Tensor) -> Tensor:
-        """The whole matrix that is added to `weight` (out, in), in fp32."""
+        """Return the full matrix that is added to `weight` (out, in), in fp32."""
         weight = weight.float()
         total = self.up.float() @ self.down.float()
         if self.rows is not None:
@@ -88,7 +88,7 @@ class Change:
 class Adapter:
     """One or several LoRAs with their scales, ready for a row of Stage C and for its prompts.
 
-    Two are the same only if they are one object: whoever wants rows to be computed together gives one.
+    Adapters are compared by identity: rows are computed together only if they share one object.
     """
 
     blocks: Mapping[str, Mapping[str, Change]]  # by block ("down_blocks.0.2", or ""), then place in it
@@ -98,7 +98,7 @@ class Adapter:
 
     @classmethod
     def of(cls, changes: Mapping[str, Change]) -> "Adapter":
-        """From changes by the path of their layer: "down_blocks.0.2.attention.attn.in_proj"."""
+        """Build an adapter from changes by layer path, such as "down_blocks.0.2.attention.attn.in_proj"."""
         blocks: dict[str, dict[str, Change]] = {}
         for path, change in changes.items():
             match = _BLOCK.fullmatch(path)
@@ -108,44 +108,44 @@ class Adapter:
 
     @property
     def changes_text(self) -> bool:
-        """Whether prompts are encoded in another way with it."""
+        """Whether the adapter changes how prompts are encoded."""
         return bool(self.text or self.words or self.rows)
 
 
 def can_be_beside(path: str) -> bool:
-    """Whether a layer of Stage C can be adapted by rows."""
+    """Tell whether a layer of Stage C can be adapted by rows."""
     match = _BLOCK.fullmatch(path)
     return match[2] in BLOCK_PLACES if match else path in STAGE_PLACES
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """Rows of a batch and what changes for them: in one block, by place."""
+    """Rows of a batch and the changes that apply to them in one block, by place."""
 
     rows: slice | list[int]
     changes: Mapping[str, Change]
 
     def numbers(self, rows: int) -> Sequence[int]:
-        """The rows, of so many in the batch."""
+        """Return the indices of the adapted rows in a batch of `rows`."""
         return range(rows)[self.rows] if isinstance(self.rows, slice) else self.rows
 
     @property
     def is_everything(self) -> bool:
-        """All rows of the batch."""
+        """Whether these are all rows of the batch."""
         return self.rows == slice(None)
 
 
-# Of one batch and one block; empty where no row is adapted
+# The adapted rows of one batch in one block; empty if no row is adapted
 Groups: TypeAlias = Sequence[Adapted]
 
 
 def groups_of(
     adapters: Sequence[Adapter | None] | None, device: torch.device
 ) -> list[tuple[slice | list[int], Adapter]]:
-    """The rows of each adapter in a batch.
+    """Return the rows of each adapter in a batch.
 
-    A CPU adds up one row in another order than several: by themselves they are the same in any company. Where
-    gradients are wanted, speed counts more.
+    A CPU sums one row in another order than several, so there each row is a group of its own: results are
+    bit-identical in any batch. With gradients enabled, speed counts more.
     """
     if adapters is None:
         return []
@@ -158,12 +158,12 @@ def groups_of(
 
 
 def in_block(groups: Sequence[tuple[slice | list[int], Adapter]], block: str) -> Groups:
-    """What of the adapters of a batch concerns one block."""
+    """Return the parts of a batch's adapters that concern one block."""
     return [Adapted(rows, adapter.blocks[block]) for rows, adapter in groups if block in adapter.blocks]
 
 
 def adapt(product: Tensor, x: Tensor, weight: Tensor, groups: Groups, place: str) -> Tensor:
-    """`product`, a fresh (b, ..., out) = layer(x), with the changes of the rows in `groups` added."""
+    """Add the changes of `groups` to `product` = layer(x), (b, ..., out), which may be overwritten."""
     for group in groups:
         if change := group.changes.get(place):
             product = _added(product, x, weight, group, change)
@@ -173,7 +173,7 @@ def adapt(product: Tensor, x: Tensor, weight: Tensor, groups: Groups, place: str
 def adapt_thirds(
     product: Tensor, x: Tensor, weight: Tensor, groups: Groups, place: str, first: int, last: int
 ) -> Tensor:
-    """The same where `product` and `weight` are some thirds of the layer's outputs."""
+    """Do as `adapt` where `product` and `weight` are thirds `first` to `last` of the layer's outputs."""
     for group in groups:
         if change := group.changes.get(place):
             product = _added(product, x, weight, group, change.thirds(first, last))

@@ -3,7 +3,7 @@
 Feature maps are channels-last, (b, h, w, c): LayerNorm and linear layers then work on the last axis and the
 depthwise convolution sees a channels-last view, so that nothing is transposed. Modules keep no state; what
 is constant during a request (condition keys and values, terms of unused time conditions) is computed once by
-`prepare` and handed in again at every step. Source: the Stable Cascade code release, `modules/common.py`.
+`prepare` and passed in at every step. Source: the Stable Cascade code release, `modules/common.py`.
 """
 
 import math
@@ -40,7 +40,7 @@ _LARGE_MAP = 1 << 20  # elements; scaling a smaller one takes less time than pre
 
 
 def ratio_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
-    """Frequencies of `ratio_embedding`, (dim // 2,) in fp32: the same at every step.
+    """Return the frequencies of `ratio_embedding`, (dim // 2,) in fp32, which are the same at every step.
 
     The order of operations is the reference's, so that results agree to the last bits.
     """
@@ -50,9 +50,9 @@ def ratio_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
 
 
 def ratio_embedding(ratio: Tensor, dim: int, frequencies: Tensor | None = None) -> Tensor:
-    """Sines, then cosines, of the noise level `ratio` in 0..1, shape (b,) -> (b, dim), in fp32.
+    """Embed the noise level `ratio` in 0..1 as sines, then cosines: (b,) -> (b, dim), in fp32.
 
-    The fastest component turns by one radian per 1e-4 of `ratio`: rounding it to bf16 would destroy it.
+    The fastest component turns by one radian per 1e-4 of `ratio`: rounding to bf16 would destroy it.
     """
     frequencies = ratio_frequencies(dim, ratio.device) if frequencies is None else frequencies
     angles = (ratio.float() * 10_000)[:, None] * frequencies
@@ -61,7 +61,7 @@ def ratio_embedding(ratio: Tensor, dim: int, frequencies: Tensor | None = None) 
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear with aligned corners, computed in fp32; (b, h, w, c) -> (b, height, width, c)."""
+    """Resize bilinearly with aligned corners, in fp32: (b, h, w, c) -> (b, height, width, c)."""
     if x.shape[1:3] == (height, width):
         return x
     planes = x.permute(0, 3, 1, 2).float()
@@ -77,18 +77,18 @@ class ChannelNorm(nn.Module):
 
 
 class ProductWeights(NamedTuple):
-    """What a `Product` reads at every step, put in order once.
+    """The weights that a `Product` reads at every step, laid out once.
 
-    Not packed: that takes longer than a picture gains by it, and it cannot be kept with the parameter.
+    They are not packed: that takes longer than it saves for one picture, and cannot be cached by parameter.
     """
 
     matrix: Tensor  # (outputs, inputs)
     bias: Tensor
 
 
-# Of the products of a network, for steps without gradients
+# By each `Product` of a network, for steps without gradients
 Products = Mapping[nn.Module, ProductWeights]
-NO_PRODUCTS: Products = MappingProxyType({})  # each puts its weight in order itself
+NO_PRODUCTS: Products = MappingProxyType({})  # each `Product` lays out its own weights
 
 
 class Product(nn.Module):
@@ -101,7 +101,7 @@ class Product(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def step_weights(self) -> ProductWeights:
-        """For `forward` without gradients; to be made anew when a weight has changed."""
+        """Return the weights for `forward` without gradients; call again when a weight has changed."""
         return ProductWeights(self.weight.flatten(1), self.bias)
 
     def _multiply(self, x: Tensor, products: Products) -> Tensor:
@@ -126,7 +126,7 @@ class Downsample(Product):
         super().__init__((out_channels, in_channels, 2, 2), out_channels)
 
     def step_weights(self) -> ProductWeights:
-        """Inputs in the order of a patch."""
+        """Return the weights with their inputs in the order of a patch."""
         return ProductWeights(self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
     def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
@@ -142,7 +142,7 @@ class Upsample(Product):
         super().__init__((in_channels, out_channels, 2, 2), out_channels)
 
     def step_weights(self) -> ProductWeights:
-        """Outputs in the order of a patch."""
+        """Return the weights with their outputs in the order of a patch."""
         return ProductWeights(self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4))
 
     def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
@@ -152,7 +152,7 @@ class Upsample(Product):
 
 
 class Rescaling(nn.Sequential):
-    """Between two levels: a norm, and what changes width and size. Empty where nothing is in between."""
+    """The step between two levels: a norm, then a layer that changes width and size; or nothing."""
 
     def forward(self, x: Tensor, products: Products = NO_PRODUCTS) -> Tensor:
         if not len(self):
@@ -177,7 +177,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """One multiply-add forwards, and a backward pass that reads the large map twice instead of six times."""
+    """GRN as one multiply-add, with a backward pass that reads the large map twice instead of six times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -203,9 +203,9 @@ class _ResponseNorm(torch.autograd.Function):
 
 
 class ResWeights(NamedTuple):
-    """What a ResBlock reads at every step: looked up once, and packed for the processor where that pays.
+    """The weights that a ResBlock reads at every step, looked up once and packed for oneDNN where that pays.
 
-    The plain weights are for where packed ones cannot be read, and for GRN's factors to be multiplied with.
+    The plain weights serve where packed ones cannot be used, and where GRN's factors are multiplied in.
     """
 
     kernel: Tensor
@@ -214,7 +214,7 @@ class ResWeights(NamedTuple):
     widen_bias: Tensor
     gain: Tensor  # GRN's gamma times the number of channels, in fp32
     narrow: Tensor
-    narrow_bias: Tensor  # with what GRN's beta adds
+    narrow_bias: Tensor  # includes the contribution of GRN's beta
     packed_widen: Tensor | None
     packed_narrow: Tensor | None
 
@@ -236,7 +236,7 @@ class ResBlock(nn.Module):
         )
 
     def step_weights(self) -> ResWeights:
-        """For `forward` without gradients; to be made anew when a weight has changed."""
+        """Return the weights for `forward` without gradients; call again when a weight has changed."""
         widen, _, norm, _, narrow = self._mlp
         return ResWeights(
             kernel=packed_depthwise(self.depthwise.weight),
@@ -253,9 +253,9 @@ class ResBlock(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None = None, groups: Groups = (), weights: ResWeights | None = None
     ) -> Tensor:
-        """(b, h, w, c) to the same shape; `skip` is (b, h, w, skip channels)."""
+        """Map (b, h, w, c) to the same shape; `skip` is (b, h, w, skip channels)."""
         if self.training or torch.is_grad_enabled():
-            weights = None  # the modules themselves
+            weights = None  # run the modules themselves
         elif weights is None:
             weights = self.step_weights()
         if weights is not None and is_plain_cpu(x):
@@ -278,14 +278,14 @@ class ResBlock(nn.Module):
     def _with_mlp(self, x: Tensor, hidden: Tensor, weights: ResWeights | None) -> Tensor:
         if weights is None:
             return x + cast(Tensor, self.channelwise(hidden))
-        # The wide map between the two layers is by far the largest: on a CPU it should not leave the cache.
+        # The wide map between the two layers is by far the largest: on a CPU it should stay in the cache.
         rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
         if rows >= len(x):
             return _add_mlp(weights, x, hidden)
         return in_parts(partial(_add_mlp, weights), rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups, weights: ResWeights | None) -> Tensor:
-        """x + MLP(hidden), each group of rows with its changes and all others as if these were not there."""
+        """Return x + MLP(hidden), with each group's changes; other rows are computed as without groups."""
         widen, gelu, norm, dropout, narrow = self._mlp
         done = torch.empty_like(x)
         adapted: set[int] = set()
@@ -303,13 +303,13 @@ class ResBlock(nn.Module):
 
 
 def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
-    """x + MLP(hidden). GRN's factors go into the map or the weights that read it: the smaller one."""
+    """Return x + MLP(hidden). GRN's factors scale the map or the next weights, whichever is smaller."""
     _, _, widen, widen_bias, gain, narrow, bias, packed_widen, packed_narrow = weights
     hidden = linear_gelu(hidden, widen, widen_bias, packed_widen)
     norms = energy(hidden)
     total = norms.sum(dim=-1, keepdim=True).add_(norms.shape[-1] * NORM_EPS)
     scale = torch.addcmul(total, norms, gain).div_(total)  # 1 + gamma * norms / mean
-    if hidden.dtype is not torch.float32:  # `to` takes its time even where it does nothing
+    if hidden.dtype is not torch.float32:  # `to` takes time even if it does nothing
         scale = scale.to(hidden.dtype)
     _, height, width, channels = x.shape
     if height * width < 2 * channels or hidden.numel() < _LARGE_MAP:
@@ -320,7 +320,7 @@ def _add_mlp(weights: ResWeights, x: Tensor, hidden: Tensor) -> Tensor:
 class TimestepBlock(nn.Module):
     """Block T: scales and shifts the channels by the noise level.
 
-    The further time conditions of the published models (`sca`, `crp`) are always zero: their terms are
+    The other time conditions of the published models (`sca`, `crp`) are always zero: their terms are
     constants.
     """
 
@@ -332,7 +332,7 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", nn.Linear(ratio_channels, 2 * channels))
 
     def prepare(self, zero_embedding: Tensor) -> Tensor:
-        """The mapper's bias with all constants, (2c,) in fp32, the 1 of the factor 1 + a among them.
+        """Return the mapper's bias plus all constants, (2c,) in fp32, including the 1 of the factor 1 + a.
 
         `zero_embedding`, (1, ratio channels), is the embedding of 0.
         """
@@ -344,7 +344,7 @@ class TimestepBlock(nn.Module):
         return torch.cat([scale + 1, shift])
 
     def adapt(self, mapped: Tensor, embedding: Tensor, zero_embedding: Tensor, groups: Groups) -> Tensor:
-        """What adapters add to factors and shifts, (b, 2c) in fp32; embeddings (b, ratio channels)."""
+        """Add the adapters' changes to `mapped`, (b, 2c) in fp32; embeddings are (b, ratio channels)."""
         mapped = adapt(mapped, embedding, self.mapper.weight.float(), groups, "mapper")
         for name in self.conditions:
             weight = getattr(self, f"mapper_{name}").weight.float()
@@ -352,7 +352,7 @@ class TimestepBlock(nn.Module):
         return mapped
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """(b, h, w, c) to the same shape; factors and shifts are (b, 1, 1, c)."""
+        """Map (b, h, w, c) to the same shape; factors and shifts are (b, 1, 1, c)."""
         return torch.addcmul(shift, x, scale)
 
 
@@ -368,9 +368,9 @@ class AttentionWeights(nn.Module):
 
 
 class AttnWeights(NamedTuple):
-    """What an AttnBlock reads at every step: looked up once, and packed for the processor where that pays."""
+    """The weights that an AttnBlock reads at every step, looked up once and packed where that pays."""
 
-    project: Tensor  # to queries, and to keys and values where the tokens attend to themselves
+    project: Tensor  # to queries and, with self-attention, to keys and values
     project_bias: Tensor
     out: Tensor
     out_bias: Tensor
@@ -395,7 +395,7 @@ class AttnBlock(nn.Module):
         return cast(AttentionWeights, self.attention["attn"])
 
     def prepare(self, tokens: Tensor, groups: Groups = ()) -> Tensor:
-        """Keys and values of the condition: (b, m, condition channels) -> (b, 2, heads, m, head width)."""
+        """Map the condition (b, m, condition channels) to keys and values (b, 2, heads, m, head width)."""
         weights = self.weights
         channels = weights.out_proj.in_features
         mapped = self.kv_mapper(tokens)
@@ -409,20 +409,21 @@ class AttnBlock(nn.Module):
         return self._split_heads(keys_values, parts=2)
 
     def step_weights(self) -> AttnWeights:
-        """For `forward` without gradients; to be made anew when a weight has changed."""
+        """Return the weights for `forward` without gradients; call again when a weight has changed."""
         weights = self.weights
         project: Tensor = weights.in_proj_weight
         bias: Tensor = weights.in_proj_bias
         out = weights.out_proj
         if not self.self_attention:
             project, bias = project[: out.in_features], bias[: out.in_features]
-        packed_project = packed_linear(project) if self.self_attention else None  # a part is a new tensor
+        # A slice is a new tensor every time, so its packed form could not be cached.
+        packed_project = packed_linear(project) if self.self_attention else None
         return AttnWeights(project, bias, out.weight, out.bias, packed_project, packed_linear(out.weight))
 
     def forward(
         self, x: Tensor, condition: Tensor, groups: Groups = (), weights: AttnWeights | None = None
     ) -> Tensor:
-        """(b, h, w, c) to the same shape; `condition` is what `prepare` made."""
+        """Map (b, h, w, c) to the same shape; `condition` is the result of `prepare`."""
         if weights is None or self.training or torch.is_grad_enabled():
             weights = self.step_weights()
         b, h, w, channels = x.shape
@@ -440,6 +441,6 @@ class AttnBlock(nn.Module):
         return adapt(added, attended, weights.out, groups, _OUT_PROJ)
 
     def _split_heads(self, projected: Tensor, parts: int) -> Tensor:
-        """(b, n, parts * channels) -> (b, parts, heads, n, head width)."""
+        """Reshape (b, n, parts * channels) to (b, parts, heads, n, head width)."""
         b, n, _ = projected.shape
         return projected.view(b, n, parts, self.num_heads, -1).permute(0, 2, 3, 1, 4)

@@ -1,7 +1,7 @@
-"""ControlNets: from a picture or a map to what is added inside Stage C, once per request.
+"""ControlNets: networks from a picture or map to the maps added inside Stage C, run once per request.
 
 Source: the Stable Cascade code release, `modules/controlnet.py`. The backbones are convolutions over
-(b, c, h, w); what Stage C adds is channels-last, as its own maps are. The noise level plays no part.
+(b, c, h, w); the added maps are channels-last, like Stage C's own. They do not depend on the noise level.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cascade.config import ControlNetConfig
 from cascade.networks.effnet import effnet_features
 
-_SLOPE = 0.2  # of the leaky rectifiers
+_SLOPE = 0.2  # of the leaky ReLUs
 
 
 class ControlNet(nn.Module):
@@ -33,12 +33,12 @@ class ControlNet(nn.Module):
 
     @property
     def kind(self) -> str:
-        """What it is controlled by: canny, inpainting, super_resolution, identity or custom."""
+        """Kind of control: canny, inpainting, super_resolution, identity or custom."""
         return self.config.kind
 
     @property
     def injections(self) -> tuple[int, ...]:
-        """The ResBlocks of Stage C, in the order in which they run, before which the maps are added."""
+        """Indices, in running order, of the ResBlocks of Stage C before which the maps are added."""
         return self.config.injections
 
     @property
@@ -51,16 +51,16 @@ class ControlNet(nn.Module):
         return weight.dtype
 
     def forward(self, x: Tensor, strength: float = 1.0) -> tuple[Tensor, ...]:
-        """What the picture or map `x`, (b, in, h, w), adds to Stage C: a map for each of the `injections`.
+        """Return what the picture or map `x`, (b, in, h, w), adds to Stage C at each of the `injections`.
 
-        A map is (b, h', w', width of Stage C) and scaled by `strength`; h' and w' are about h / 32 and w / 32
-        of a picture ("effnet") and else h and w. Stage C resizes them.
+        Each map is (b, h', w', width of Stage C), scaled by `strength`; h' and w' are about h / 32 and w / 32
+        for a picture ("effnet"), else h and w. Stage C resizes the maps.
         """
         features = self.backbone(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         return tuple(strength * each for each in self.project(features))
 
     def project(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The maps that the backbone's result, (b, c, h', w'), becomes, as `forward` gives them."""
+        """Project the backbone's result, (b, c, h', w'), to the maps of `forward` before scaling."""
         return tuple(projection(features).permute(0, 2, 3, 1) for projection in self.projections)
 
 

@@ -23,8 +23,8 @@ _BACKBONE_EPS = 1e-3
 def resize_for_encoder(pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """Resize (b, 3, h, w) so that the encoder's output has the grid of Stage C for a picture of that size.
 
-    Bilinear with antialias; each side becomes 32 pixels per cell, about 3/4 of what it was. `grid`, height
-    and width in cells, is stated where the pixels are more than what the grid was made for.
+    Bilinear with antialiasing; each side becomes 32 pixels per cell, about 3/4 of what it was. `grid`, height
+    and width in cells, is given if the pixels cover more than the picture for which it was planned.
     """
     if grid is None:
         height, width = (math.ceil(side * CELLS_PER_PIXEL) for side in pixels.shape[-2:])
@@ -35,7 +35,7 @@ def resize_for_encoder(pixels: Tensor, grid: tuple[int, int] | None = None) -> T
 
 
 class EffNetEncoder(nn.Module):
-    """Pictures to latents of Stage C. The mapper's batch norm gives them zero mean and unit variance."""
+    """Encoder of pictures as Stage C latents; the mapper's batch norm gives them mean 0 and variance 1."""
 
     def __init__(self, config: EffNetConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class EffNetEncoder(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, h, w) in 0..1, sides rounded up to the stride, to latents (b, 16, h/32, w/32)."""
+        """Encode pixels (b, 3, h, w) in 0..1 as latents (b, 16, h/32, w/32), sides rounded up."""
         mean, deviation = (pixels.new_tensor(value).view(3, 1, 1) for value in (_MEAN, _DEVIATION))
         normed = ((pixels - mean) / deviation).contiguous(memory_format=torch.channels_last)
         latents: Tensor = self.mapper(self.backbone(normed))
@@ -57,9 +57,9 @@ class EffNetEncoder(nn.Module):
 def effnet_features(
     in_channels: int, stem_channels: int, stages: Sequence[EffNetStage], head_channels: int
 ) -> nn.Sequential:
-    """EfficientNet-V2 without its classifier, (b, in, h, w) -> (b, head, about h / 32, about w / 32).
+    """Build EfficientNet-V2 without its classifier: (b, in, h, w) -> (b, head, about h / 32, about w / 32).
 
-    For other than 3 input channels the published networks have a first convolution without padding.
+    With other than 3 input channels the first convolution has no padding, as in the published networks.
     """
     stem = _conv_norm(in_channels, stem_channels, kernel_size=3, stride=2, is_padded=in_channels == 3)
     layers: list[nn.Module] = [stem]
@@ -72,7 +72,7 @@ def effnet_features(
 
 
 def _stage(channels: int, stage: EffNetStage) -> nn.Sequential:
-    """Blocks of one width; only the first changes width and resolution."""
+    """Build the blocks of a stage; only the first changes width and resolution."""
     block = {"fused": _FusedBlock, "mbconv": _MBConvBlock}[stage.kind]
     first = block(channels, stage.channels, stage.expand, stage.stride)
     rest = [block(stage.channels, stage.channels, stage.expand, 1) for _ in range(stage.repeats - 1)]
@@ -80,7 +80,7 @@ def _stage(channels: int, stage: EffNetStage) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """Adds the input where neither the width nor the resolution changes."""
+    """A block whose input is added to its output if neither width nor resolution changes."""
 
     def __init__(self, block: nn.Sequential, is_residual: bool) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Residual(nn.Module):
 
 
 class _FusedBlock(_Residual):
-    """FusedMBConv: a 3x3 convolution that widens, and a 1x1 that narrows again if it did."""
+    """FusedMBConv: a 3x3 convolution that widens by `expand` and, unless that is 1, a 1x1 that narrows."""
 
     def __init__(self, in_channels: int, out_channels: int, expand: int, stride: int) -> None:
         wide = in_channels * expand
@@ -120,7 +120,7 @@ class _MBConvBlock(_Residual):
 
 
 class _SqueezeExcitation(nn.Module):
-    """Scales each channel by what a small MLP makes of the picture's channel means (Hu et al. 2018)."""
+    """Channel gains that a small MLP computes from the picture's channel means (Hu et al. 2018)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def _conv_norm(
     is_active: bool = True,
     is_padded: bool = True,
 ) -> nn.Sequential:
-    """Convolution without bias, batch norm and, unless told otherwise, SiLU."""
+    """Build a convolution without bias, a batch norm and, if `is_active`, SiLU."""
     padding = (kernel_size - 1) // 2 if is_padded else 0
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
     norm = nn.BatchNorm2d(out_channels, eps=_BACKBONE_EPS)

@@ -1,7 +1,7 @@
-"""Linear layers joined with what follows them, norms and sums: where CPU time beside the products goes.
+"""Fused linear layers, attention, norms and sums: the operators besides plain products that cost CPU time.
 
-On a CPU and without gradients, oneDNN applies the activation or the addition to its results while these are
-in the cache, which saves passes over the largest tensors, and in bf16 before it rounds them. It is also fast
+On a CPU without gradients, oneDNN applies the activation or the addition to its results while these are in
+the cache, which saves passes over the largest tensors, and, in bf16, before it rounds them. It is also fast
 on processors of every make; the library behind PyTorch's own products takes twice the time on some.
 Everywhere else these are the plain formulas.
 """
@@ -17,31 +17,31 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 NORM_EPS = 1e-6
 
-_CACHED_ELEMENTS = 1 << 18  # as fp32 half of a 2 MB L2 cache
+_CACHED_ELEMENTS = 1 << 18  # in fp32, half of a 2 MB L2 cache
 _SMALL_WEIGHT = 1 << 18  # elements
-_MANY_TOKENS = 256  # of a picture; for fewer, the passes cost more to start than the one operator
-_SCORE_BYTES = 4 << 20  # of a piece of attention: it stays in the cache from one operator to the next
+_MANY_TOKENS = 256  # of a picture; for fewer, starting several passes costs more than one operator
+_SCORE_BYTES = 4 << 20  # of a piece of attention, which stays in the cache between operators
 _MANY_SCORES = 1 << 17  # of a picture
 _MANY_QUERIES = 64
 
-# By weight: its values, and what was made of them.
+# By weight: a copy of its values, and their packed form.
 _packed: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
 
 
 def is_plain_cpu(x: Tensor) -> bool:
-    """Nothing records the operators, or joins them itself and cannot take oneDNN's, as torch.compile does."""
+    """Tell whether `x` is on a CPU without gradients, autocast or torch.compile, which fuses by itself."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.compiler.is_compiling()
 
 
 def cached_rows(num_elements: int) -> int:
-    """How many rows of so many elements each fit into the cache together, at least one."""
+    """Return how many rows of `num_elements` each fit into the cache together, at least one."""
     return max(1, _CACHED_ELEMENTS // num_elements)
 
 
 def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
-    """`function` of so many rows of the tensors at a time, joined again; it treats each row by itself."""
+    """Apply `function`, which treats each row by itself, to `rows` rows at a time; join the results."""
     if tensors[0].shape[0] <= rows:
         return function(*tensors)
     parts = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
@@ -49,9 +49,9 @@ def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Te
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None) -> Tensor:
-    """The linear layer alone; oneDNN adds the bias without a pass of its own, too.
+    """Apply a linear layer alone; here too, oneDNN adds the bias without an extra pass.
 
-    Here and below, `packed` is what `packed_linear` made of the weight.
+    Here and below, `packed` is the result of `packed_linear` for the weight.
     """
     if _has_fused_kernels(x):
         product: Tensor = _onednn_linear().default(x, _either(packed, weight), bias, "none", [], "")
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None) -> Tensor:
-    """GELU(linear(x))."""
+    """Return GELU(linear(x))."""
     if _has_fused_kernels(x):
         product: Tensor = _onednn_linear().default(x, _either(packed, weight), bias, "gelu", [], "none")
         return product
@@ -70,7 +70,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None =
 def linear_add(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, packed: Tensor | None = None
 ) -> Tensor:
-    """residual + linear(x); the shapes of the result and of `residual` are equal."""
+    """Return residual + linear(x), of the shape of `residual`."""
     if _has_fused_kernels(x):
         total: Tensor = _onednn_linear().binary(x, residual, _either(packed, weight), bias, "add")
         return total
@@ -78,10 +78,10 @@ def linear_add(
 
 
 def linear_add_each(x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """residual + linear(x), each picture (h, w, c) with a weight of its own, (b, outputs, c).
+    """Return residual + linear(x), where each picture (h, w, c) has its own weight, (b, outputs, c).
 
-    On a CPU one picture at a time: each is the same to the last bit in any company, and stays in the cache.
-    Elsewhere together, which is fewer kernels, and one code for any number of pictures when it is compiled.
+    A CPU takes one picture at a time: each is bit-identical in any batch, and stays in the cache. Elsewhere
+    all are taken together: fewer kernels, and one compiled code for any number of pictures.
     """
     if residual.is_cpu and not torch.compiler.is_compiling():
         rows = [linear_add(x[n : n + 1], weights[n], bias, residual[n : n + 1]) for n in range(len(x))]
@@ -91,14 +91,14 @@ def linear_add_each(x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor) 
 
 
 def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """LayerNorm over the last axis of (b, ..., c), then times `gain`, plus `bias`, both of one element.
+    """Apply LayerNorm over the last axis of (b, ..., c), then `gain` and `bias`, both of one element.
 
-    PyTorch's own goes to work anew for every token: of a few passes over the map, each vectorised, it takes
-    twice the time where there are a hundred channels, and a third more where there are two thousand. Which
-    of the two it is depends on the picture, not on its company.
+    PyTorch's own operator starts anew for every token. Compared with a few vectorised passes over the map, it
+    takes twice the time at a hundred channels and a third more at two thousand. The choice between the two
+    depends on the size of one picture, not on the batch.
     """
     rows, *_, channels = x.shape
-    # The size is asked last: in a trace it would be a condition on it.
+    # The size is tested last: in a trace the test would become a guard.
     if not (is_plain_cpu(x) and x.dtype is torch.float32 and x.numel() >= _MANY_TOKENS * channels * rows):
         gain = None if gain is None else gain.expand(channels)
         bias = None if bias is None else bias.expand(channels)
@@ -114,12 +114,12 @@ def layer_norm(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of (b, heads, n, d) to keys and values (b, heads, m, d), of equal b and heads.
+    """Compute softmax attention of queries (b, heads, n, d) to keys and values (b, heads, m, d).
 
-    PyTorch's fused operator is slow twice on a CPU. Its backward pass takes thrice as long as the plain
-    formula; and in bf16 it multiplies at a fraction of the speed of oneDNN's products. So large pictures are
-    taken in pieces, whose scores stay in the cache while they are made, normalised and used. Not so with AMX,
-    where it is fast, and without instructions for bf16, where the products are not.
+    PyTorch's fused operator is slow in two cases on a CPU. Its backward pass takes three times as long as the
+    plain formula; and in bf16 it multiplies at a fraction of the speed of oneDNN's products. So in bf16 large
+    pictures are taken in pieces, whose scores stay in the cache while they are made, normalised and used. The
+    operator is kept with AMX, where it is fast, and without bf16 instructions, where products are slow.
     """
     if query.is_cpu and query.requires_grad:
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -132,10 +132,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Cut by the size of a picture alone, so that the result is the same to the last bit in any company.
+    """Attend in pieces, cut by the size of a picture alone, so that results are bit-identical in any batch.
 
-    The products are rounded to bf16, which would cost most where scores are largest and count most. So they
-    are made twice, the second time less the largest of their query, which the softmax does not see.
+    Products are rounded to bf16, with the largest error where scores are largest and count most. So they are
+    computed twice, the second time minus the largest of their query, which does not change the softmax.
     """
     b, heads, n, d = query.shape
     row_bytes = key.shape[2] * query.element_size()
@@ -154,9 +154,9 @@ def _attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution of each channel by itself to the same size; (b, h, w, c) with weight (c, 1, k, k).
+    """Convolve each channel by itself, to the same size: (b, h, w, c) with weight (c, 1, k, k).
 
-    The weight may be what `packed_depthwise` made of it.
+    The weight may be the result of `packed_depthwise`.
     """
     planes, channels, padding = x.permute(0, 3, 1, 2), x.shape[-1], weight.shape[-1] // 2
     if weight.is_mkldnn:
@@ -168,7 +168,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def packed_depthwise(weight: Tensor) -> Tensor:
-    """A depthwise weight as oneDNN's kernels read it: else each call reorders it, a quarter of its time."""
+    """Pack a depthwise weight for oneDNN's kernels: else each call reorders it, a quarter of its time."""
     if not _has_fused_kernels(weight):
         return weight
     channels, _, side, _ = weight.shape
@@ -178,7 +178,7 @@ def packed_depthwise(weight: Tensor) -> Tensor:
 
 
 def packed_linear(weight: Tensor) -> Tensor | None:
-    """A linear weight as oneDNN's kernels read it; None for a large one, of which nobody wants copies."""
+    """Pack a linear weight for oneDNN's kernels; return None if it is too large to be copied."""
     if weight.numel() > _SMALL_WEIGHT or not _has_fused_kernels(weight):
         return None
     reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
@@ -186,9 +186,9 @@ def packed_linear(weight: Tensor) -> Tensor | None:
 
 
 def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `pack` makes of a weight, remembered while the weight lives and has the same values.
+    """Return `pack(weight)`, cached while the weight lives and keeps its values.
 
-    To pack those of a network takes longer than a picture gains by it, to compare them a tenth of that.
+    Packing the weights of a network takes longer than it saves for one picture, comparing a tenth of that.
     """
     known = _packed.get(weight)
     if known is None or known[0].dtype is not weight.dtype or not torch.equal(known[0], weight):
@@ -198,16 +198,16 @@ def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def energy(x: Tensor) -> Tensor:
-    """L2 norm over height and width in fp32, (b, h, w, c) -> (b, 1, 1, c).
+    """Compute the L2 norm over height and width in fp32, (b, h, w, c) -> (b, 1, 1, c).
 
     PyTorch's own norm over outer axes is not vectorised on a CPU and takes longer than the matrix products
     around it. Pieces that fit the cache are squared and summed in fp32 instead; no fp32 copy of `x` is made.
-    How a row is cut depends on its own size only: its sum is the same to the last bit in any company.
+    How a row is cut depends on its own size only: its sum is bit-identical in any batch.
     """
     if not x.is_cpu:
         return cast(Tensor, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32))
     size, rows = x.numel(), x.shape[0]
-    if size > rows * 2 * _CACHED_ELEMENTS:  # up to there, what a copy costs is less than that of many pieces
+    if size > rows * 2 * _CACHED_ELEMENTS:  # below, one copy costs less than many pieces
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
     elif size > _CACHED_ELEMENTS:
         total = in_parts(_small_sums_of_squares, cached_rows(size // rows), x)
@@ -222,7 +222,7 @@ def _small_sums_of_squares(x: Tensor) -> Tensor:
 
 
 def _sum_of_squares(row: Tensor) -> Tensor:
-    """Over the tokens of a large picture, (n, c) -> (c,)."""
+    """Sum the squares over the tokens of a large picture, (n, c) -> (c,)."""
     total = row.new_zeros(row.shape[-1], dtype=torch.float32)
     for piece in torch.split(row, cached_rows(row.shape[-1])):
         total += piece.float().square().sum(dim=0)
@@ -239,7 +239,7 @@ def _has_fused_kernels(x: Tensor) -> bool:
 
 @cache
 def _fused_dtypes() -> tuple[torch.dtype, ...]:
-    """For which oneDNN is there, and fast on this processor."""
+    """Return the types for which oneDNN is available and fast on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return ()
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
@@ -248,7 +248,7 @@ def _fused_dtypes() -> tuple[torch.dtype, ...]:
 
 @cache
 def _has_fast_products() -> bool:
-    """In bf16, of batches of matrices, where PyTorch's own attention has none."""
+    """Tell whether bf16 products of batches of matrices are fast where PyTorch's own attention is not."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
@@ -259,5 +259,5 @@ def _onednn_convolution() -> Any:
 
 @cache
 def _onednn_linear() -> Any:
-    """The operator that torch.compile writes into its own CPU code; PyTorch has no public name for it."""
+    """Return the operator that torch.compile writes into its CPU code; PyTorch has no public name for it."""
     return torch.ops.mkldnn._linear_pointwise  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""The previewer: a cheap look at what Stage C is drawing, eight pixels to a latent cell.
+"""The previewer: a cheap preview of what Stage C is drawing, eight pixels to a latent cell.
 
 Source: the Stable Cascade code release, `modules/previewer.py`. Each batch norm comes after the
 activation, so it cannot be folded into the next 3x3 convolution, whose zero padding it does not touch.
@@ -13,7 +13,7 @@ from cascade.config import PreviewerConfig
 
 
 class Previewer(nn.Module):
-    """Stage C latents (b, 16, h, w) to pixels (b, 3, 8h, 8w), nominally in 0..1 and not clamped."""
+    """Decoder of Stage C latents (b, 16, h, w) to pixels (b, 3, 8h, 8w), nominally in 0..1, not clamped."""
 
     def __init__(self, config: PreviewerConfig) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Previewer(nn.Module):
 
 
 def _layers(config: PreviewerConfig) -> Iterator[nn.Module]:
-    """A 3x3 convolution at each of the four resolutions, doubling between them, and 1x1 at both ends."""
+    """Yield a 3x3 convolution at each of four resolutions, doublings between them, and 1x1 at both ends."""
     wide, half, quarter = (config.hidden_channels // divisor for divisor in (1, 2, 4))
     yield from _activated(nn.Conv2d(config.in_channels, wide, kernel_size=1))
     yield from _activated(nn.Conv2d(wide, wide, kernel_size=3, padding=1))

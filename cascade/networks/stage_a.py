@@ -1,4 +1,4 @@
-"""Stage A, the VQGAN ("Paella") between pixels and 4-channel latents of a quarter of their size.
+"""Stage A, the VQGAN ("Paella") between pixels and 4-channel latents at a quarter of their resolution.
 
 Feature maps are (b, h, w, c) from the first layer to the last, so that layer norms and the MLPs need no
 transposes; convolutions see the same memory as a channels-last tensor. Module names are those of the
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from cascade.config import StageAConfig
 from cascade.networks.fused import layer_norm, linear, linear_gelu
 
-_STRIP_ELEMENTS = 1 << 18  # feature values; a strip is read again while it is in the cache
-_MIN_STRIP_ROWS = 8  # of the picture; two more are read for each strip
+_STRIP_ELEMENTS = 1 << 18  # feature values of a strip, which stays in the cache between operators
+_MIN_STRIP_ROWS = 8  # each strip reads two rows more
 
 
 class StageA(nn.Module):
-    """Pictures to latents and back. Latents leave `encode` divided by the scale factor of the config."""
+    """Autoencoder of pictures. `encode` divides latents by the scale factor of the config."""
 
     def __init__(self, config: StageAConfig) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class StageA(nn.Module):
         self.out_block = nn.Sequential(_Pointwise(widths[0], 3 * 4), _PixelShuffle(2))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, h, w) in 0..1, sides divisible by 2**levels, to latents (b, 4, h/4, w/4)."""
+        """Encode pixels (b, 3, h, w) in 0..1, sides divisible by 2**levels, as latents (b, 4, h/4, w/4)."""
         features = self.down_blocks(self.in_block(pixels.permute(0, 2, 3, 1)))
         latents: Tensor = features.permute(0, 3, 1, 2) / self.config.scale_factor
         return latents
 
     def decode(self, latents: Tensor, scale_factor: float | None = None) -> Tensor:
-        """Latents (b, 4, h, w) to pixels (b, 3, 4h, 4w), nominally in 0..1 and not clamped."""
+        """Decode latents (b, 4, h, w) to pixels (b, 3, 4h, 4w), nominally in 0..1 and not clamped."""
         scale_factor = self.config.scale_factor if scale_factor is None else scale_factor
         features = self.up_blocks((latents * scale_factor).permute(0, 2, 3, 1))
         pixels: Tensor = self.out_block(features).permute(0, 3, 1, 2)
@@ -64,7 +64,7 @@ def _up_blocks(widths: list[int], config: StageAConfig) -> list[nn.Module]:
 
 
 class _MixingBlock(nn.Module):
-    """Depthwise 3x3 convolution, then MLP, each normed before and gained after by the six `gammas`."""
+    """Depthwise 3x3 convolution, then MLP; the six `gammas` set the norm before and the gain after each."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) to the same shape. On a CPU and without gradients: strip by strip, each in cache."""
+        """Map (b, h, w, c) to the same shape; on a CPU without gradients, in strips that fit the cache."""
         batch, height, width, channels = x.shape
         if torch.is_grad_enabled() or not x.is_cpu or x.numel() <= _STRIP_ELEMENTS:
             return self._rows(x, 0, height)
@@ -89,7 +89,7 @@ class _MixingBlock(nn.Module):
         return mixed
 
     def _rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
-        """The block's output for rows top..bottom; one more row on each side goes into the convolution."""
+        """Compute the output for rows top..bottom; the convolution reads one more row on each side."""
         first, last = max(top - 1, 0), min(bottom + 1, x.shape[1])
         gains = 1 + self.gammas
         normed = layer_norm(x[:, first:last], gains[0], self.gammas[1])

@@ -45,14 +45,14 @@ class StageB(UNet):
         *,
         constants: Constants | None = None,
     ) -> Condition:
-        """The condition of a request.
+        """Build the condition of a request.
 
         Args:
             effnet: latent of Stage C, (b, 16, h, w); zeros for the unguided branch.
             pooled: projected text, (b, 1, pooled width).
             size: height and width of the latent to be denoised, both even.
-            pixels: a small picture to guide by, (b, 3, h, w); the published weights are fed zeros.
-            constants: the network's, if they are known.
+            pixels: a small guiding picture, (b, 3, h, w); by default zeros, as for the published weights.
+            constants: the result of `constants`, if it is already known.
         """
         batch, dtype = pooled.shape[0], self.dtype
         height, width = (side // self.config.patch_size for side in size)

@@ -37,7 +37,7 @@ class StageC(UNet):
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
     def _between(self, here: int, there: int, direction: str) -> tuple[nn.Module, ...]:
-        """What leads from one level to its neighbour; nothing above the first."""
+        """Build the modules from one level to its neighbour; none above the first level."""
         if min(here, there) < 0:
             return ()
         widths, is_switched = self.config.block_out_channels, self.config.switch_level[min(here, there)]
@@ -52,14 +52,14 @@ class StageC(UNet):
         adapters: Sequence[Adapter | None] | None = None,
         constants: Constants | None = None,
     ) -> Condition:
-        """The condition of a request.
+        """Build the condition of a request.
 
         Args:
             text: last hidden states of the text tower, (b, n, text width).
             pooled: projected text, (b, 1, pooled width).
             image_embeds: CLIP image embeddings, (b, k, image width); zeros (b, 1, ...) without a picture.
-            adapters: LoRAs, one for each row or None for a row without.
-            constants: the network's, if they are known.
+            adapters: one for each row, None for a row without LoRAs.
+            constants: the result of `constants`, if it is already known.
         """
         groups = in_block(groups_of(adapters, self.device), "")
         tokens = [
@@ -71,7 +71,7 @@ class StageC(UNet):
 
     @property
     def control_levels(self) -> tuple[int, ...]:
-        """The level of each ResBlock in the order in which they run: ControlNets count them, repeats too."""
+        """Level of each ResBlock in running order, with repeats, as ControlNets count them."""
         config = self.config
         down, up = config.down_num_layers_per_block, config.up_num_layers_per_block[::-1]
         down_repeats, up_repeats = (
@@ -87,9 +87,9 @@ class StageC(UNet):
     def fit_control(
         self, maps: Sequence[Tensor], places: Sequence[int], grid: tuple[int, int]
     ) -> tuple[Tensor, ...]:
-        """A ControlNet's maps as large as the maps that they are added to, for latents of `grid`.
+        """Resize a ControlNet's maps to the feature maps that they are added to, for latents of `grid`.
 
-        The same is done at every step with maps that do not fit yet.
+        Maps that do not fit yet are otherwise resized at every step.
         """
         sizes = [(grid[0] // self.config.patch_size, grid[1] // self.config.patch_size)]
         for halved in self.config.switch_level:
@@ -102,7 +102,7 @@ class StageC(UNet):
         )
 
     def _map(self, name: str, embeddings: Tensor, groups: Groups) -> Tensor:
-        """Embeddings (b, n, width) as tokens of the condition, (b, m, conditioning width)."""
+        """Map embeddings (b, n, width) to tokens of the condition, (b, m, conditioning width)."""
         mapper = cast(nn.Linear, getattr(self, name))
         embeddings = embeddings.to(self.dtype)
         mapped = adapt(mapper(embeddings), embeddings, mapper.weight, groups, name)
@@ -117,7 +117,7 @@ class StageC(UNet):
 
 
 class _Rescale(nn.Module):
-    """Between two levels: a 1x1 convolution, and a bilinear factor of 2 where the level is switched on.
+    """The step between two levels: a 1x1 convolution and, if enabled, a bilinear resize by 2.
 
     `blocks` keeps the published numbering: convolution first on the way down, last on the way up.
     """

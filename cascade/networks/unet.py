@@ -36,31 +36,31 @@ Block = TypeVar("Block", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What is computed from the weights alone: the same for all requests, until a weight changes.
+    """Tensors computed from the weights alone: the same for all requests, until a weight changes.
 
-    At full size these are tens of megabytes; conditions that are kept share one copy.
+    At full size they take tens of megabytes; cached conditions share one copy.
     """
 
     frequencies: Tensor  # of the embedding of noise levels, (ratio channels // 2,)
-    time_weight: Tensor  # the mappers of all T blocks below each other, (sum of 2c, ratio channels),
-    time_bias: Tensor  # and their biases in fp32, (sum of 2c,)
+    time_weight: Tensor  # the mappers of all T blocks, stacked: (sum of 2c, ratio channels)
+    time_bias: Tensor  # their biases plus all constants in fp32, (sum of 2c,)
     res_weights: tuple[ResWeights, ...]  # one per ResBlock
     attn_weights: tuple[AttnWeights, ...]  # one per AttnBlock
     product_weights: tuple[ProductWeights, ...]  # one per product between levels and repeats
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's. To ask the network takes longer than many an operator of a step."""
+        """Type of the network's weights; asking the network takes longer than many operators of a step."""
         return self.time_weight.dtype
 
     def embedding(self, ratio: Tensor) -> Tensor:
-        """(b,) -> (b, ratio channels) in fp32."""
+        """Embed noise levels, (b,) -> (b, ratio channels) in fp32."""
         return ratio_embedding(ratio, self.time_weight.shape[1], self.frequencies)
 
     def map_time(self, embedding: Tensor) -> Tensor:
-        """Factors and shifts of all T blocks, (b, ratio channels) -> (b, sum of 2c) in fp32."""
+        """Compute factors and shifts of all T blocks, (b, ratio channels) -> (b, sum of 2c) in fp32."""
         weight, bias = self.time_weight.float(), self.time_bias
-        # A CPU adds up one row in another order than several: by themselves they are the same in any company.
+        # A CPU sums one row in another order than several: one by one, rows are bit-identical in any batch.
         if embedding.is_cpu and len(embedding) > 1:
             return torch.cat([F.linear(row, weight, bias) for row in torch.split(embedding, 1)])
         return F.linear(embedding, weight, bias)
@@ -68,18 +68,18 @@ class Constants:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What guides a network during a request: constant from step to step, one row per picture."""
+    """Inputs that guide a network during a request: constant over the steps, one row per picture."""
 
     keys_values: tuple[Tensor, ...]  # one per A block: (b, 2, heads, tokens, head width)
     constants: Constants  # of the network
     features: Tensor | None = None  # Stage B: the mapped Stage C latent and pixels, (b, h, w, c)
-    control: tuple[Tensor, ...] | None = None  # Stage C: what a ControlNet adds, (b, h, w, c) each, before
-    control_at: tuple[int, ...] = ()  # these ResBlocks in the order in which they run, repeats counted
-    adapters: tuple[Adapter | None, ...] | None = None  # LoRAs, one for each row; None: no row has any
+    control: tuple[Tensor, ...] | None = None  # Stage C: the maps that a ControlNet adds, (b, h, w, c) each
+    control_at: tuple[int, ...] = ()  # the ResBlocks before which, in running order, repeats counted
+    adapters: tuple[Adapter | None, ...] | None = None  # one for each row; None: no row has LoRAs
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rows; the constants are shared."""
+        """Size of the rows in bytes, without the shared constants."""
         rows = [*self.keys_values, *(self.control or ())]
         rows += [] if self.features is None else [self.features]
         return sum(each.numel() * each.element_size() for each in rows)
@@ -91,9 +91,9 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """The rows of several conditions of one network, in order.
+        """Join the rows of several conditions of one network, in order.
 
-        Maps of different ControlNets at one place must have one size, as `StageC.fit_control` makes it.
+        Maps of different ControlNets at one place must have one size: `StageC.fit_control` ensures it.
         """
         first = conditions[0]
         if len(conditions) == 1:
@@ -112,17 +112,17 @@ class Condition:
 
     @property
     def row_adapters(self) -> tuple[Adapter | None, ...]:
-        """One for each row, None where there is no LoRA."""
+        """Adapter of each row; None for a row without LoRAs."""
         return self.adapters or (None,) * len(self.keys_values[0])
 
     def controlled(self, maps: Sequence[Tensor], places: Sequence[int]) -> "Condition":
-        """The same with what a ControlNet adds to all rows: (b or 1, h, w, c) at each of `places`."""
+        """Return a copy with a ControlNet's maps for all rows: (b or 1, h, w, c) at each of `places`."""
         rows = len(self.keys_values[0])
         control = tuple(each.expand(rows, -1, -1, -1) for each in maps)
         return replace(self, control=control, control_at=tuple(places))
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> "Condition":
-        """Some of the rows."""
+        """Return the condition of some of the rows."""
         return Condition(
             keys_values=tuple(tensor[rows] for tensor in self.keys_values),
             constants=self.constants,
@@ -146,7 +146,7 @@ def _kept(adapters: Sequence[Adapter | None]) -> tuple[Adapter | None, ...] | No
 
 
 class UNet(nn.Module):
-    """Levels down and up between an embedding and a classifier, which the stages bring."""
+    """Levels down and up between an embedding and a classifier, which the stages define."""
 
     down_blocks: nn.ModuleList
     up_blocks: nn.ModuleList
@@ -191,7 +191,7 @@ class UNet(nn.Module):
         return next(self.parameters()).device
 
     def constants(self) -> Constants:
-        """What `prepare` makes itself unless it is handed in."""
+        """Compute the constants, as `prepare` does unless they are passed in."""
         frequencies = ratio_frequencies(self.ratio_channels, self.device)
         zero = ratio_embedding(torch.zeros(1, device=self.device), self.ratio_channels, frequencies)
         return Constants(
@@ -210,7 +210,7 @@ class UNet(nn.Module):
         adapters: Sequence[Adapter | None] | None = None,
         constants: Constants | None = None,
     ) -> Condition:
-        """Keys and values of the condition's tokens (b, m, conditioning width), and all else."""
+        """Build a condition from its tokens (b, m, conditioning width) and the other inputs."""
         groups = self._groups(adapters)
         return Condition(
             keys_values=tuple(
@@ -222,7 +222,7 @@ class UNet(nn.Module):
         )
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
-        """The way down and up: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
+        """Run all levels: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
         given = self._given(ratio, condition)
         skips: list[Tensor] = []
         for downscale, blocks, mappers in zip(
@@ -243,7 +243,7 @@ class UNet(nn.Module):
         return x
 
     def _given(self, ratio: Tensor, condition: Condition) -> "_Given":
-        """What each block reads at noise levels `ratio` (b,).
+        """Collect what each block reads at noise levels `ratio` (b,).
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
         """
@@ -272,7 +272,7 @@ class UNet(nn.Module):
         )
 
     def _groups(self, adapters: Sequence[Adapter | None] | None) -> dict[nn.Module, Groups]:
-        """What adapters of the rows change in each block; blocks that they leave alone are absent."""
+        """Group the rows' adapters by block; blocks that no adapter changes are absent."""
         if adapters is None:
             return {}
         rows = groups_of(adapters, self.device)
@@ -286,7 +286,7 @@ class UNet(nn.Module):
 
     @cached_property
     def _products(self) -> tuple[Product, ...]:
-        """Between levels and repeats; not before or after all of them."""
+        """Products between levels and repeats, without those before or after all levels."""
         between = self.down_downscalers, self.up_upscalers, self.down_repeat_mappers, self.up_repeat_mappers
         return tuple(each for part in between for each in part.modules() if isinstance(each, Product))
 
@@ -298,22 +298,22 @@ class UNet(nn.Module):
 
 
 def to_channels_last(x: Tensor, patch_size: int) -> Tensor:
-    """(b, c, h, w) -> (b, h / p, w / p, c * p * p).
+    """Convert (b, c, h, w) to (b, h / p, w / p, c * p * p).
 
-    In memory, too: a matrix product adds up in another order where a single row comes as a transposed view.
+    The result is contiguous: a matrix product sums in another order if a single row is a transposed view.
     """
     planes = F.pixel_unshuffle(x, patch_size) if patch_size > 1 else x
     return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def to_channels_first(x: Tensor, patch_size: int) -> Tensor:
-    """(b, h, w, c * p * p) -> (b, c, h * p, w * p)."""
+    """Convert (b, h, w, c * p * p) to (b, c, h * p, w * p)."""
     planes = x.permute(0, 3, 1, 2)
     return F.pixel_shuffle(planes, patch_size) if patch_size > 1 else planes
 
 
 def _joined_control(conditions: Sequence[Condition], places: Sequence[int]) -> tuple[Tensor, ...]:
-    """The maps of all rows at each place; rows that have none there get zeros, which change nothing."""
+    """Join the maps of all rows at each place; rows that have none there get zeros, which change nothing."""
     columns = [
         dict(zip(condition.control_at, condition.control or (), strict=True)) for condition in conditions
     ]
@@ -327,7 +327,7 @@ def _joined_control(conditions: Sequence[Condition], places: Sequence[int]) -> t
 
 
 def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
-    """For one ResBlock after the other, as they run: what is added to its input."""
+    """Iterate over what is added to the input of each ResBlock, in running order."""
     if condition.control is None:
         return repeat(None)
     maps = dict(zip(condition.control_at, condition.control, strict=True))
@@ -336,7 +336,7 @@ def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What the blocks read beside the map, at one step."""
+    """Inputs of the blocks at one step, besides the feature map."""
 
     res_weights: Mapping[nn.Module, ResWeights]
     attn_weights: Mapping[nn.Module, AttnWeights]
@@ -344,11 +344,11 @@ class _Given:
     times: Mapping[nn.Module, tuple[Tensor, Tensor]]  # factors and shifts, (b, 1, 1, c)
     keys_values: Mapping[nn.Module, Tensor]
     groups: Mapping[nn.Module, Groups]
-    control: Iterator[Tensor | None]  # for one ResBlock after the other, as they run
+    control: Iterator[Tensor | None]  # for each ResBlock, in running order
 
 
 def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, given: _Given) -> Tensor:
-    """Run a level; when it is repeated, the same weights run again and see the same skip again."""
+    """Run a level; repeats run the same weights again with the same skip."""
     for mapper in (*cast(nn.ModuleList, mappers), None):
         for index, block in enumerate(cast(nn.ModuleList, blocks)):
             groups = given.groups.get(block, ())
