@@ -1,6 +1,6 @@
 """The `cascade` command. Each command imports what it needs when it runs, so that help is instant.
 
-Everything that a user can cause ends here as lines on stderr and exit status 2, never as a traceback.
+Errors that a user can cause end here as lines on stderr and exit status 2, never as a traceback.
 """
 
 import sys
@@ -12,7 +12,7 @@ import typer
 from app import cli_checkpoints, cli_evaluate, cli_generate, cli_health, cli_latents, cli_serve, cli_training
 from app.cli_errors import problems, usage_problem
 
-INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, by convention of shells
 RESUMABLE = (["train"], ["download"])
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its frames cut the names of long options on a usual terminal
+    rich_markup_mode=None,  # rich's frames cut off long option names on a usual terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(cli_generate.generate)
@@ -60,7 +60,7 @@ def describe(
 
 
 def main() -> None:
-    """Run the command and leave; what the user can mend becomes one line for each mistake."""
+    """Run the command and exit; mistakes that the user can fix become one line each."""
     words, options = _command(sys.argv[1:])
     try:
         status = app(prog_name="cascade", standalone_mode=False)
@@ -86,7 +86,7 @@ def _complain(lines: list[str], *, prefix: str = "cascade: ", status: int = 2) -
 
 
 def _command(arguments: list[str]) -> tuple[str, dict[str, str]]:
-    """The command that was called, as "cascade train tiny", and how it calls its settings."""
+    """Return the command that was called, such as "cascade train tiny", and its option of each setting."""
     command, words = typer.main.get_command(app), ["cascade"]
     for argument in arguments:
         inner = getattr(command, "commands", {}).get(argument)

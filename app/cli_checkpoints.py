@@ -14,11 +14,11 @@ from app import cli_options as options
 if TYPE_CHECKING:
     from cascade.checkpoints.inspect import InspectedComponent, Inspection
 
-WIDTH_OF_FILES = 200  # columns of a table that goes to a file or a pipe, where nothing need be cut
+WIDTH_OF_FILES = 200  # columns of a table written to a file or a pipe, so that nothing is cut off
 
 
 class Layout(StrEnum):
-    """How a checkpoint lies on the disk."""
+    """Layout of a checkpoint on disk."""
 
     ORIGINAL = "original"
     DIFFUSERS = "diffusers"
@@ -81,7 +81,7 @@ def _files(inspection: "Inspection", component: "InspectedComponent") -> str:
 
 
 def _remarks(inspection: "Inspection") -> list[str]:
-    """What the table does not say: LoRAs, and everything that stands in the way of pictures."""
+    """Return what the table does not show: LoRAs, and everything that prevents drawing."""
     remarks = [f"LoRAs: {', '.join(inspection.loras)}"] if inspection.loras else []
     remarks += [f"problem: {component.problem}" for component in inspection.components if component.problem]
     remarks += [f"unknown: {path}" for path in inspection.unknown]

@@ -1,4 +1,4 @@
-"""What went wrong, in the words of the command line: one line for each mistake, which names the option."""
+"""Error messages of the command line: one line for each mistake, which names the option."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-# What pydantic calls a mistake -> what the value must be. Braces hold the bound that was passed.
+# Pydantic's type of a mistake -> what the value must be. Braces hold the bound that was exceeded.
 _EXPECTED = {
     "int_parsing": "must be a whole number, but is {input!r}",
     "float_parsing": "must be a number, but is {input!r}",
@@ -16,7 +16,7 @@ _EXPECTED = {
 
 
 def usage_problem(error: typer.TyperException) -> str:
-    """What is wrong with a command line that could not be parsed."""
+    """Return what is wrong with a command line that could not be parsed."""
     if isinstance(error, typer.BadParameter):
         return _wrong_value(error)
     name = getattr(error, "option_name", None)
@@ -31,10 +31,10 @@ def usage_problem(error: typer.TyperException) -> str:
 
 
 def problems(error: Exception, options: Mapping[str, str]) -> list[str] | None:
-    """What to tell the user, line by line, or None for an error that is ours and needs its traceback.
+    """Return the lines to show the user, or None for a bug of ours, which needs its traceback.
 
     Args:
-        options: how the command calls its settings, as "decoder_steps": "--decoder-steps".
+        options: the command's option of each setting, as "decoder_steps": "--decoder-steps".
     """
     from app.errors import SettingsError
     from cascade.errors import CheckpointError, InvalidSetting
@@ -55,7 +55,7 @@ def _wrong_value(error: typer.BadParameter) -> str:
     if not error.message:
         _, _, choices = error.format_message().partition("Choose from:")
         return f"{name}: is missing" + (f"; allowed are {' '.join(choices.split())}" if choices else "")
-    found = getattr(error.__cause__, "errors", None)  # of pydantic, which checks the values
+    found = getattr(error.__cause__, "errors", None)  # from pydantic, which checks the values
     if found is None:
         return f"{name}: {error.message}"
     problem = found()[0]
@@ -66,7 +66,7 @@ def _wrong_value(error: typer.BadParameter) -> str:
 
 
 def _wrong_option(name: str, error: typer.TyperException) -> str:
-    if not hasattr(error, "possibilities"):  # it exists: "Option '--steps' requires an argument."
+    if not hasattr(error, "possibilities"):  # the option exists: "Option '--steps' requires an argument."
         return error.message.removeprefix(f"Option {name!r} ").rstrip(".")
     nearest = difflib.get_close_matches(name, error.possibilities or (), n=1)
     return f"no such option; did you mean {nearest[0]}?" if nearest else "no such option"

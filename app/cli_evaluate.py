@@ -1,4 +1,4 @@
-"""`cascade evaluate`: how many pictures of a checkpoint are right, and how well it does every task."""
+"""`cascade evaluate`: how many pictures of a checkpoint are right, and its scores on every task."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,7 +102,7 @@ def _load(model: str) -> "Cascade":
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """What is told how many pictures of how many are made; on a terminal a bar shows it."""
+    """Yield a callback for how many pictures of how many are drawn; a bar shows it on a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Pictures", total=None)

@@ -1,4 +1,4 @@
-"""`cascade train prior` and `cascade train decoder`: any checkpoint, finetuned on pictures with captions."""
+"""`cascade train prior` and `cascade train decoder`: finetune any checkpoint on captioned pictures."""
 
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +55,7 @@ SaveDtype = Annotated[
 
 
 def add_to(train: typer.Typer) -> None:
-    """Add the two commands, which differ in the stage alone."""
+    """Add the two commands, which differ only in the stage."""
     for name, (network, learns) in STAGES.items():
         text = _HELP.format(name=name, network=network, learns=learns)
         train.command(name, help=text)(finetune)
@@ -83,7 +83,7 @@ def finetune(
     save_dtype: SaveDtype = "float32",
     device: options.Device = "auto",
 ) -> None:
-    """Finetune the stage whose name the command has."""
+    """Finetune the stage that the command is named after."""
     from cascade.training.finetune import FinetuneSettings
     from cascade.training.finetune import finetune as run
 

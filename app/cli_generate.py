@@ -84,7 +84,7 @@ def generate(
 
     if prompt is None and image is None and not image_prompts:
         raise InvalidSetting("prompt", "is missing (see cascade generate --help)")
-    settings = ImageSettings(  # before the model is loaded: a wrong setting is known at once
+    settings = ImageSettings(  # before the model is loaded, so that a wrong setting fails at once
         prompt=prompt or "",
         negative_prompt=negative_prompt,
         width=width,
@@ -144,7 +144,7 @@ def hint_at_vocabulary(model: str, prompt: str) -> None:
 def load(
     model: str, device: str, dtype: str, revision: str | None, variant: str | None, *, is_offline: bool
 ) -> "Cascade":
-    """The checkpoint, ready to draw; a terminal shows that it is being loaded."""
+    """Load the checkpoint; a terminal shows that it is being loaded."""
     from cascade import Cascade
     from cascade.cpu import suit_threads
 
@@ -162,7 +162,7 @@ def load(
 
 
 def draw(cascade: "Cascade", settings: "ImageSettings", preview: Path | None) -> list["GeneratedImage"]:
-    """The pictures of one request, with bars on a terminal and a preview in the file of that name."""
+    """Draw the pictures of one request, with progress bars on a terminal and previews in `preview`."""
     from cascade import InvalidSetting
     from cascade.tasks.generation import generate as make
 
@@ -179,7 +179,7 @@ def draw(cascade: "Cascade", settings: "ImageSettings", preview: Path | None) ->
 
 
 def report(pictures: list["GeneratedImage"], output: Path, *, has_grid: bool) -> None:
-    """One line for each file that was saved, and what the user should know about the pictures."""
+    """Print one line for each saved file, and what the user should know about the pictures."""
     for path, picture in zip(numbered(output, len(pictures)), pictures, strict=True):
         line = f"{path}  {picture.image.width}x{picture.image.height}  seed {picture.settings.seed}"
         if picture.resampled_from is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 TIMEOUT_SECONDS = 5.0
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # who listens on all addresses is asked on one
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # wildcards -> loopback
 
 
 def health(
@@ -36,7 +36,7 @@ def health(
 
 
 def _ask(host: str, port: int, path: str) -> tuple[int, str]:
-    """Status (0 without an answer) and the first line of what was said."""
+    """Return the status (0 without an answer), and a line to print about it."""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
     try:
         connection.request("GET", path)

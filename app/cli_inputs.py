@@ -1,4 +1,4 @@
-"""Pictures that options of the command name: read, checked and put together."""
+"""Reads and checks the pictures and other inputs that options of the commands name."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ MAX_PIXELS = 100_000_000
 
 
 def read_picture(path: Path, option: str) -> "Image":
-    """The picture of a file; an error names `option`.
+    """Read the picture in a file; an error names `option`.
 
     Raises:
         InvalidSetting: it cannot be read, is no picture, or is too large.
@@ -38,12 +38,12 @@ def read_picture(path: Path, option: str) -> "Image":
 
 
 def optional_picture(path: Path | None, option: str) -> "Image | None":
-    """The same where the option is given."""
+    """Read the picture in a file if the option is given."""
     return None if path is None else read_picture(path, option)
 
 
 def read_image_prompts(texts: list[str] | None) -> tuple["ImagePrompt", ...]:
-    """FILE or FILE:WEIGHT each."""
+    """Parse image prompts, FILE or FILE:WEIGHT each."""
     from cascade import ImagePrompt
 
     parts = [split_number(text, "image_prompts", is_file=True) for text in texts or ()]
@@ -51,7 +51,7 @@ def read_image_prompts(texts: list[str] | None) -> tuple["ImagePrompt", ...]:
 
 
 def read_loras(texts: list[str] | None) -> tuple["LoRAUse", ...]:
-    """NAME or NAME:SCALE each."""
+    """Parse LoRAs, NAME or NAME:SCALE each."""
     from cascade import LoRAUse
 
     return tuple(LoRAUse(*split_number(text, "loras", is_file=False)) for text in texts or ())
@@ -60,7 +60,7 @@ def read_loras(texts: list[str] | None) -> tuple["LoRAUse", ...]:
 def read_control(
     text: str | None, scale: float, interval: tuple[float, float], *, preprocess: bool, faithful: bool | None
 ) -> "Control | None":
-    """KIND:FILE; for identity a safetensors file with a map."""
+    """Parse KIND:FILE; for `identity` FILE is a safetensors file with a map."""
     from cascade import Control
     from cascade.errors import InvalidSetting
 
@@ -79,7 +79,7 @@ def read_control(
 
 
 def split_number(text: str, option: str, *, is_file: bool) -> tuple[str, float]:
-    """NAME:NUMBER in its parts; without a number it is 1. A colon may be part of a file's name."""
+    """Split NAME:NUMBER; the number is 1 if absent. A colon may be part of a file's name."""
     from cascade.errors import InvalidSetting
 
     name, colon, number = text.rpartition(":")

@@ -118,7 +118,7 @@ def decode(
         sampler=sampler,
         any_model=any_model,
     )
-    settings.of(stored)  # before the model is loaded: a wrong setting is known at once
+    settings.of(stored)  # before the model is loaded, so that a wrong setting fails at once
     cascade = load(model, device, dtype, revision, variant, is_offline=offline)
     [drawn] = run_with_bars(decode_all(cascade, [stored], [settings]))
     _save(drawn, output, quality, settings)

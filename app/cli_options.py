@@ -1,4 +1,4 @@
-"""Options of the command, described once; several commands share some of them."""
+"""Options of the commands, defined once because several commands share them."""
 
 from pathlib import Path
 from typing import Annotated

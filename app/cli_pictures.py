@@ -1,4 +1,4 @@
-"""Pictures as files: names, formats, the grid of all pictures, and writing all or none."""
+"""Pictures as files: names, formats, the grid of all pictures, and writing all files or none."""
 
 import hashlib
 import math
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from cascade.tasks.settings import FeatureMap
 
 FORMATS: Mapping[str, "OutputFormat"] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-CONTROL_TYPES = {"inpainting": "inpaint"}  # where HTTP has another word for a kind
+CONTROL_TYPES = {"inpainting": "inpaint"}  # kinds that have another name over HTTP
 GRID_GAP = 4  # pixels between the pictures of a grid
 
 
 def picture_format(path: Path, option: str = "output") -> "OutputFormat":
-    """The format that the suffix asks for. An error names `option`.
+    """Return the format of the suffix. An error names `option`.
 
     Raises:
-        InvalidSetting: the suffix is none that we write.
+        InvalidSetting: the suffix is of no format that can be written.
     """
     from cascade.errors import InvalidSetting
 
@@ -37,7 +37,7 @@ def picture_format(path: Path, option: str = "output") -> "OutputFormat":
 
 
 def check_folder(path: Path, option: str = "output") -> None:
-    """Refuse before the work is done what could not be saved after it."""
+    """Raise InvalidSetting, before the work is done, if its result could not be saved."""
     from cascade.errors import InvalidSetting
 
     folder = path.parent
@@ -50,20 +50,20 @@ def check_folder(path: Path, option: str = "output") -> None:
 
 
 def check_output(path: Path, option: str = "output") -> None:
-    """Both of these, for a picture file that is to be written."""
+    """Check the format and the folder of a picture file that is to be written."""
     picture_format(path, option)
     check_folder(path, option)
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """The path itself for one picture, else NAME-0.png, NAME-1.png, ..."""
+    """Return the path itself for one picture, else NAME-0.png, NAME-1.png, ..."""
     if count == 1:
         return [path]
     return [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
 
 
 def grid_path(path: Path) -> Path:
-    """NAME-grid.png."""
+    """Return NAME-grid.png."""
     return path.with_stem(f"{path.stem}-grid")
 
 
@@ -78,10 +78,10 @@ def save_pictures(
     """Write all pictures, and with `has_grid` also their grid.
 
     Args:
-        named_model: writes the settings into the files, with this name of the model.
+        named_model: name of the model, to write it and the settings into the files; None for neither.
 
     Raises:
-        OSError: a file could not be written; then none is.
+        OSError: a file could not be written; in that case none is.
     """
     from app.storage.encoding import encode, parameters_text
 
@@ -101,7 +101,7 @@ def save_pictures(
 
 
 def contact_sheet(images: list["Image"]) -> "Image":
-    """All pictures, which have one size, in a grid that is about square."""
+    """Arrange all pictures, which have one size, in a roughly square grid."""
     from PIL import Image
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -116,7 +116,7 @@ def contact_sheet(images: list["Image"]) -> "Image":
 
 
 def as_request(settings: "ImageSettings") -> "GenerationRequest":
-    """The settings of one picture, all filled in, as the server would have been asked for it."""
+    """Return the complete settings of one picture as the request that the server would have received."""
     from app.schemas import GenerationRequest
     from app.storage.decoding import mask_of
 
@@ -167,7 +167,7 @@ def _control(control: "Control") -> dict[str, object]:
 
 
 def _reference(picture: "Image | FeatureMap") -> dict[str, object]:
-    """A picture, or the map of numbers that stands for one, by its size and the digest of its values."""
+    """Return a reference to a picture or a feature map: its size and the digest of its values."""
     from cascade.tasks.settings import FeatureMap
 
     if isinstance(picture, FeatureMap):
@@ -180,7 +180,7 @@ def _reference(picture: "Image | FeatureMap") -> dict[str, object]:
 
 
 def _beyond_http(settings: "ImageSettings") -> dict[str, object]:
-    """Settings of the command that no request has, where they are not as usual."""
+    """Return settings that only the command line has, where they differ from the default."""
     unusual = {
         "Two generators": settings.preset == "diffusers" and not settings.shares_generator,
         "Noise at sampling shift": settings.image is not None and settings.noise_at_sampling_shift,
@@ -189,7 +189,7 @@ def _beyond_http(settings: "ImageSettings") -> dict[str, object]:
 
 
 def save_preview(previewer: "Previewer", latents: "Tensor", path: Path) -> None:
-    """Replace `path` by what Stage C is drawing, all pictures in a grid.
+    """Write to `path` what Stage C is drawing, all pictures in a grid.
 
     Args:
         latents: (b, 16, h, w), as `Progress` has them.
@@ -205,14 +205,14 @@ def save_preview(previewer: "Previewer", latents: "Tensor", path: Path) -> None:
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """Write every file or, when one cannot be written, none."""
+    """Write every file, or none if one cannot be written."""
     partial = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
         for path, content in files.items():
             partial[path].write_bytes(content)
         for path, written in partial.items():
             written.replace(path)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # also Ctrl-C
         for written in partial.values():
             written.unlink(missing_ok=True)
         raise

@@ -19,8 +19,8 @@ from app.cli_systemd import ServiceManager
 if TYPE_CHECKING:
     from app.settings import Settings
 
-BACKLOG = 2048  # connections that the kernel keeps for us while the event loop is starting
-UNSENT_BYTES = 256 * 1024  # in the kernel, which would take megabytes for somebody who reads nothing
+BACKLOG = 2048  # connections that the kernel queues while the event loop is starting
+UNSENT_BYTES = 256 * 1024  # in the kernel, which would buffer megabytes for a client that reads nothing
 
 
 def serve(
@@ -82,12 +82,12 @@ def serve(
         "allow_anonymous": allow_anonymous or None,
     }
     settings = load_settings(**{name: value for name, value in chosen.items() if value is not None})
-    with listen(settings.host, settings.port) as listener:  # first of all: a busy port is known at once
+    with listen(settings.host, settings.port) as listener:  # first of all, so that a busy port fails at once
         _run(settings, listener)
 
 
 def _run(settings: "Settings", listener: socket.socket) -> None:
-    """Serve on `listener` until somebody stops it; raises why the server cannot work."""
+    """Serve on `listener` until stopped. Raises the reason if the server cannot work."""
     from app.api.connections import DrainingServer, configure
     from app.logs import Relay, make_logger
     from app.main import create_app
@@ -100,7 +100,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
     feeding: list[asyncio.Task[None]] = []
 
     def ready() -> None:
-        gc.freeze()  # or each look at what stays for ever would hold up everybody for a tenth of a second
+        gc.freeze()  # otherwise each scan of permanent objects would block for a tenth of a second
         manager.ready(f"serving {settings.model_name}")
         feeding.append(asyncio.create_task(manager.keep_alive()))
 
@@ -120,7 +120,7 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
         signal.signal(signal.SIGTERM, _leave)
         try:
             server.run(sockets=[listener])
-        except KeyboardInterrupt:  # the usual way to stop a server, which has said so itself
+        except KeyboardInterrupt:  # the usual way to stop a server, which has logged it
             sys.exit(130)
         except SystemExit:
             if not unusable:
@@ -130,19 +130,20 @@ def _run(settings: "Settings", listener: socket.socket) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
-        OSError: the host is unknown, the port taken or not ours; the message says what to do.
+        OSError: the host is unknown, or the port is taken or not permitted; the message says what to do.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError):  # the latter of names that cannot be one
+    except (socket.gaierror, UnicodeError):  # the latter for impossible names
         raise OSError(f"the host {host!r} is not known here; choose an address with --host") from None
     family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where the protocol is named
+    listener = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY only if the protocol is given
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # inherited
+    # Accepted connections inherit this.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     try:
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -156,7 +157,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _take_all_descriptors() -> None:
-    """The usual 1024 are few for a server, and only so few because of programs that use select()."""
+    """Raise the limit of descriptors: the usual 1024 are few, and meant for programs that use select()."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -166,5 +167,5 @@ def _bracketed(host: str) -> str:
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
-    """After the server has drained, a request to terminate is a success."""
+    """Exit with success: after the server has drained, SIGTERM is the regular end."""
     sys.exit(0)

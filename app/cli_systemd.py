@@ -1,6 +1,6 @@
-"""What a service manager is told of this process, in systemd's notification protocol.
+"""Notifications of this process to a service manager, in systemd's protocol.
 
-Without a service manager all of it is silence. One that went away is not our concern either.
+Without a service manager nothing is sent. One that has gone away is ignored.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ MICROSECOND = 1e-6
 
 
 class ServiceManager:
-    """Whoever started this process and wants to hear of it."""
+    """The service manager that started this process, if any."""
 
     def __init__(self, address: str | None = None, watchdog_seconds: float | None = None) -> None:
         self._address = address
@@ -21,26 +21,26 @@ class ServiceManager:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str], pid: int) -> Self:
-        """As NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID say it to the process with this id."""
+        """Create it from NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, for the process with this id."""
         microseconds = environment.get("WATCHDOG_USEC", "")
         is_meant = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
         seconds = int(microseconds) * MICROSECOND if microseconds.isdecimal() and is_meant else None
         return cls(environment.get("NOTIFY_SOCKET") or None, seconds or None)
 
     def starting(self, what: str) -> None:
-        """Not ready yet; `what` shows in `systemctl status`."""
+        """Report that it is not ready yet; `what` shows in `systemctl status`."""
         self._tell(f"STATUS={what}")
 
     def ready(self, what: str) -> None:
-        """Requests are accepted from now on."""
+        """Report that requests are accepted from now on."""
         self._tell(f"READY=1\nSTATUS={what}")
 
     def stopping(self, what: str) -> None:
-        """No more requests are accepted."""
+        """Report that no more requests are accepted."""
         self._tell(f"STOPPING=1\nSTATUS={what}")
 
     async def keep_alive(self) -> None:
-        """Feed the watchdog from the event loop until cancelled: a loop that is stuck does not feed it."""
+        """Feed the watchdog from the event loop until cancelled: a stuck loop does not feed it."""
         if self._watchdog_seconds is None:
             return
         while True:

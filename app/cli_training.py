@@ -1,4 +1,4 @@
-"""`cascade train`: how the embedded checkpoint is made, and the commands that finetune any other."""
+"""`cascade train`: commands that make the embedded checkpoint, and that finetune any other."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -14,7 +14,7 @@ train = typer.Typer(help="Train a checkpoint.", no_args_is_help=True)
 
 
 class Component(StrEnum):
-    """What can be trained alone, in the order in which all of it is trained."""
+    """Components that can be trained alone, in the order of a full training."""
 
     TEXT = "text"
     VISION = "vision"

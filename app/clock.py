@@ -1,22 +1,22 @@
-"""The time of day for everything that lasts a while: deadlines, leases of files, ages of jobs.
+"""The time of day for everything that lasts a while: deadlines, lifetimes of files, ages of jobs.
 
-The system's clock may be set, forwards by a day or back by an hour, and no job is older for it.
+The system's clock may be set, forwards by a day or back by an hour, without changing the age of a job.
 """
 
 import threading
 import time
 from collections.abc import Callable
 
-SLEW = 0.05  # how much faster or slower time passes until both clocks agree again
+SLEW = 0.05  # how much faster or slower time may run until both clocks agree again
 
 
 def seconds_since_boot() -> float:
-    """A clock that never jumps, and goes on while the machine sleeps."""
+    """Return the time of a clock that never jumps, and goes on while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class SteadyClock:
-    """Seconds since 1970, UTC, that pass at their pace: what `wall` jumps is made up for little by little."""
+    """Seconds since 1970 (UTC) that never jump: jumps of `wall` are made up for gradually."""
 
     def __init__(self, wall: Callable[[], float], passed: Callable[[], float] = seconds_since_boot) -> None:
         self._wall = wall
@@ -26,7 +26,7 @@ class SteadyClock:
         self._now = wall()
 
     def __call__(self) -> float:
-        """The time now; never less than before."""
+        """Return the time now, never less than before."""
         with self._lock:
             looked_at = self._passed()
             elapsed = looked_at - self._looked_at

@@ -1,4 +1,4 @@
-"""What can go wrong at the door, one tree; each error knows its HTTP status and tells the caller what to do.
+"""Errors of requests, as one tree; each has its HTTP status and a message that tells the caller what to do.
 
 AppError
 ├── InvalidRequest          400  the request is wrong; `param` names the member
@@ -14,30 +14,30 @@ AppError
 ├── PayloadTooLarge         413
 ├── UnsupportedMediaType    415
 ├── RangeNotSatisfiable     416
-├── KeyReused               422  and TooManyPictures, which AUTOMATIC1111's clients know so; nothing else
+├── KeyReused               422  also TooManyPictures, as AUTOMATIC1111's clients expect; nothing else
 ├── RateLimited             429  too many requests of this key
-├── ClientGone              499  nobody reads the answer; it is for the log
+├── ClientGone              499  for the log only: nobody reads the answer
 ├── GenerationFailed        500  OutOfMemory, ModelUnusable
-├── DamagedFile             500  what is on the disk is not what was written
+├── DamagedFile             500  a file on disk is not what was written
 ├── Overloaded              503  ModelLoading, ShuttingDown
 ├── TimedOut                504
-├── StorageFull             507  a matter of time, so it says when to try again
-└── JobFailed               what was stored of an error that ended a job
+├── StorageFull             507  temporary, so it says when to try again
+└── JobFailed               the stored error that ended a job
 
-Not for callers: QueueFull, which says how many wait; whoever knows prices makes Overloaded of it;
-DeviceGone, after which an engine process is good for nothing; and SettingsError, which is the operator's.
+Not for callers: QueueFull, which says how many jobs wait, and which the dispatcher turns into Overloaded;
+DeviceGone, after which an engine process is useless; and SettingsError, which is for the operator.
 """
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 RESTART_SECONDS = 5
-ROOM_SECONDS = 30  # in which somebody may have made room on a disk
+ROOM_SECONDS = 30  # until somebody may have made room on a disk
 DO_NOT_REPEAT = {"x-should-retry": "false"}  # the OpenAI SDKs repeat every 5xx unless told this
 
 
 class AppError(Exception):
-    """The root: never raised itself, except for a status that no class below stands for."""
+    """The root: raised itself only for a status that no class below has."""
 
     status: int = 500
     type: str = "server_error"
@@ -61,7 +61,7 @@ class AppError(Exception):
 
     @property
     def title(self) -> str:
-        """The words of the status, as in "Bad Request"."""
+        """Reason phrase of the status, such as "Bad Request"."""
         return HTTPStatus(self.status).phrase if self.status != 499 else "Client Closed Request"
 
 
@@ -74,7 +74,7 @@ class InvalidRequest(AppError):
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A member that this server knows but cannot serve, so that ignoring it would give a wrong picture."""
+    """A known member that this server cannot honour; ignoring it would give a wrong picture."""
 
     code = "unsupported_parameter"
 
@@ -91,7 +91,7 @@ class Unauthorized(AppError):
 
 
 class Forbidden(AppError):
-    """A valid request by someone who may not make it, as with a signature that does not fit."""
+    """A valid request that the caller may not make, such as one with a wrong signature."""
 
     status = 403
     type = "permission_error"
@@ -99,7 +99,7 @@ class Forbidden(AppError):
 
 
 class NotFound(AppError):
-    """No such path or thing."""
+    """No such path or resource."""
 
     status = 404
     type = "not_found_error"
@@ -115,7 +115,7 @@ class ModelNotFound(AppError):
 
 
 class MethodNotAllowed(AppError):
-    """The path exists, with other methods."""
+    """The path exists, but not with this method."""
 
     status = 405
     type = "invalid_request_error"
@@ -139,7 +139,7 @@ class RequestTimeout(AppError):
 
 
 class Conflict(AppError):
-    """The thing is not in the state that this needs."""
+    """The resource is not in a state that allows this."""
 
     status = 409
     type = "conflict_error"
@@ -156,7 +156,7 @@ class Canceled(Conflict):
 
 
 class Gone(AppError):
-    """It was here and its time is over."""
+    """The resource has expired."""
 
     status = 410
     type = "not_found_error"
@@ -172,7 +172,7 @@ class PayloadTooLarge(AppError):
 
 
 class UnsupportedMediaType(AppError):
-    """The body is not of a kind that this path reads."""
+    """The body is of a type that this path does not read."""
 
     status = 415
     type = "invalid_request_error"
@@ -188,7 +188,7 @@ class RangeNotSatisfiable(AppError):
 
 
 class KeyReused(AppError):
-    """The idempotency key came before, with another request."""
+    """The idempotency key was used before, with another request."""
 
     status = 422
     type = "invalid_request_error"
@@ -196,14 +196,14 @@ class KeyReused(AppError):
 
 
 class TooManyPictures(InvalidRequest):
-    """More pictures than the operator allows, in the layer whose clients read this status."""
+    """More pictures than the operator allows, with the status that A1111's clients expect."""
 
     status = 422
     code = "integer_out_of_range"
 
 
 class RateLimited(AppError):
-    """This key asks too often."""
+    """The key has sent too many requests."""
 
     status = 429
     type = "rate_limit_error"
@@ -228,7 +228,7 @@ class GenerationFailed(AppError):
 
 
 class OutOfMemory(GenerationFailed):
-    """The picture does not fit the device."""
+    """The picture does not fit into the memory of the device."""
 
     code = "out_of_memory"
 
@@ -247,7 +247,7 @@ class DamagedFile(AppError):
 
 
 class Overloaded(AppError):
-    """The queue is full; `retry_after_seconds` is when there should be room."""
+    """The server cannot take a request now; it should be able to after `retry_after_seconds`."""
 
     status = 503
     code = "overloaded"
@@ -257,7 +257,7 @@ class Overloaded(AppError):
 
 
 class QueueFull(Exception):
-    """The store took no job, because `num_queued` wait already."""
+    """The store refused a job, because `num_queued` are waiting already."""
 
     def __init__(self, num_queued: int) -> None:
         jobs = "job is" if num_queued == 1 else "jobs are"
@@ -266,17 +266,17 @@ class QueueFull(Exception):
 
 
 class DeviceGone(Exception):
-    """The device answers nothing but errors; a new process may find it well."""
+    """The device returns nothing but errors; a new process may be able to use it."""
 
 
 class ModelLoading(Overloaded):
-    """The server is up, its model not yet."""
+    """The server is up, but its model is not loaded yet."""
 
     code = "model_loading"
 
 
 class ShuttingDown(Overloaded):
-    """The server is about to stop and takes no more work; another one is up in a few seconds."""
+    """The server is stopping and takes no more work; another one should be up in a few seconds."""
 
     def __init__(
         self, message: str = "the server is stopping", *, retry_after_seconds: int = RESTART_SECONDS
@@ -285,7 +285,7 @@ class ShuttingDown(Overloaded):
 
 
 class TimedOut(AppError):
-    """The picture took longer than a waiting caller is made to wait."""
+    """The picture was not ready within the time limit of the server or the job."""
 
     status = 504
     code = "timeout"
@@ -295,7 +295,7 @@ class TimedOut(AppError):
 
 
 class StorageFull(AppError):
-    """No room to keep what came or was made. Nothing was accepted, or what was is not lost."""
+    """No disk space for inputs or pictures. Nothing was accepted, or what was accepted is not lost."""
 
     status = 507
     code = "insufficient_storage"
@@ -305,7 +305,7 @@ class StorageFull(AppError):
 
 
 class JobFailed(AppError):
-    """What a job ended with, for those who wait for it or ask again; asking again would end alike."""
+    """The error that a job ended with; the same request would fail in the same way again."""
 
     def __init__(self, message: str, *, status: int, code: str) -> None:
         super().__init__(message, code=code, headers=DO_NOT_REPEAT)

@@ -1,6 +1,6 @@
 """Structured logs: one line per event, JSON for machines or colours for a terminal.
 
-Loggers are values handed down from `create_app`, so two servers in one process log apart.
+Loggers are passed down from `create_app`, so two servers in one process log separately.
 """
 
 import logging
@@ -23,7 +23,7 @@ REPEAT_SECONDS = 1.0
 
 
 def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
-    """A logger for `stream` (standard error when None). Values are escaped: one event, one line."""
+    """Return a logger for `stream` (standard error when None). Values are escaped: one event, one line."""
     stream = stream or sys.stderr
     is_console = is_for_people(settings, stream)
     # repr_native_str: a line break or an escape sequence in a value must not reach the terminal.
@@ -32,7 +32,7 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
             colors=stream.isatty(),
             repr_native_str=True,
             pad_event_to=20,
-            exception_formatter=structlog.dev.plain_traceback,  # the pretty one shows prompts
+            exception_formatter=structlog.dev.plain_traceback,  # the default one shows prompts
         )
         if is_console
         else structlog.processors.JSONRenderer()
@@ -55,19 +55,19 @@ def make_logger(settings: Settings, stream: TextIO | None = None) -> Logger:
 
 @dataclass(slots=True)
 class _Said:
-    """A line that was passed on, and how many like it were not since."""
+    """A line that was logged, and how many like it have been held back since."""
 
     level: int
     source: str
-    until: float  # when it may be said again
+    until: float  # when it may be logged again
     num_held: int = 0
 
 
 class Relay(logging.Handler):
-    """Inside the block, what a library logs under `name` becomes lines of ours.
+    """Turns what a library logs under `name` into lines of `logger`, as a context manager.
 
-    A line is passed on once a second at most, then with `repeated`, how often it came meanwhile: what a
-    client can have said again and again must not fill a disk.
+    The same line is logged once a second at most, then with `repeated`, how often it came meanwhile: a line
+    that a client can provoke again and again must not fill a disk.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Relay(logging.Handler):
         self._say_held(math.inf)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a line on, unless it was just said."""
+        """Log a line, unless the same one was just logged."""
         if self._is_muted():
             return
         text, now = record.getMessage(), self._clock()
@@ -109,7 +109,7 @@ class Relay(logging.Handler):
         self._log(record.levelno, text, source=record.name, exc_info=record.exc_info)
 
     def _say_held(self, now: float) -> None:
-        """Forget the lines whose time is over; those that came again are said with their number first."""
+        """Forget the lines whose time is over; those that were repeated are logged first, with the number."""
         for text, said in [(text, said) for text, said in self._said.items() if said.until <= now]:
             if said.num_held:
                 self._log(said.level, text, source=said.source, repeated=said.num_held)
@@ -123,5 +123,5 @@ class Relay(logging.Handler):
 
 
 def is_for_people(settings: Settings, stream: TextIO) -> bool:
-    """Whether lines for the eye are wanted, and not one JSON object each for a program."""
+    """Return whether logs are for people to read, and not JSON for programs."""
     return settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())

@@ -1,4 +1,4 @@
-"""Builds and wires the server; nobody else does."""
+"""The only module that builds and wires the server."""
 
 import asyncio
 import math
@@ -69,7 +69,7 @@ Unusable = Callable[[Exception], None]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a server is made of before its event loop runs."""
+    """The parts of a server that exist before its event loop runs."""
 
     settings: Settings
     images: ImageStore
@@ -89,11 +89,11 @@ def create_app(
     on_ready: Ready = lambda: None,
     on_unusable: Unusable = lambda _: None,
 ) -> FastAPI:
-    """A server of its own, that shares nothing with another one in the same process.
+    """Create a server that shares nothing with another one in the same process.
 
     `runner` replaces the real model, in a thread of this process. `on_ready` is called when requests can be
     served, `on_unusable` with the reason why they never will be, be it the database or the model. Raises
-    SettingsError when there is no room for what a server has to write.
+    SettingsError when there is no disk space for what a server has to write.
     """
     settings = settings or load_settings()
     with _room_to_start(settings.data_dir):
@@ -119,7 +119,7 @@ def create_app(
         description="Pictures from prompts, by Stable Cascade.",
         version=version(DISTRIBUTION),
         lifespan=lifespan,
-        docs_url=None,  # ours, which needs no other server
+        docs_url=None,  # replaced by ours, which needs no CDN
         redoc_url=None,
         redirect_slashes=False,
         separate_input_output_schemas=False,  # one job, one schema
@@ -144,7 +144,7 @@ def create_app(
 
 @contextmanager
 def _room_to_start(folder: Path) -> Iterator[None]:
-    """What cannot be written at the start for want of room is the operator's."""
+    """Turn a lack of disk space at the start into a SettingsError."""
     try:
         with room_for("what a server needs"):
             yield
@@ -173,7 +173,7 @@ def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
 
 
 async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
-    """Start everything that runs; `stack` ends it, in reverse order."""
+    """Start everything that runs; `stack` stops it, in reverse order."""
     settings = parts.settings
     faults = Faults(settings.faults)
     stack.callback(parts.tracing.close)
@@ -231,7 +231,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         post=outbound.post,
         metrics=parts.metrics,
         logger=parts.logger,
-        clock=time.time,  # receivers compare it with their own
+        clock=time.time,  # receivers compare it with their own clock
         faults=faults,
     )
     stack.push_async_callback(_cancel, asyncio.create_task(courier.run()))
@@ -239,7 +239,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
 
 
 def _supervisors(parts: Parts) -> list[Supervisor]:
-    """The keeper of an engine for each device."""
+    """Return the supervisor of an engine for each device."""
     settings = parts.settings
     return [
         Supervisor(
@@ -275,7 +275,7 @@ async def _cancel(task: "asyncio.Task[None]") -> None:
 
 
 async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) -> None:
-    """Log how loading ended, and on success a line to paste."""
+    """Log how loading ended; on success also print a first request to paste."""
     settings, logger = services.settings, services.logger
     await services.dispatcher.wait_loaded(math.inf)
     try:
@@ -283,7 +283,7 @@ async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) 
     except ModelUnusable:
         on_unusable(SettingsError(services.dispatcher.engines[0].reason))
         return
-    except Overloaded:  # the server stops before it was ready
+    except Overloaded:  # the server stopped before it was ready
         return
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
@@ -297,6 +297,6 @@ async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) 
 
 
 def _example(url: str, *, has_keys: bool) -> str:
-    """A first request, as a command for a shell."""
+    """Return a first request as a shell command."""
     key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
     return f"curl -s {url}/v1/images/generations{key} -H 'content-type: application/json' -d '{FIRST_PROMPT}'"

@@ -1,7 +1,6 @@
-"""What Prometheus may know. Labels come from small closed sets: never a prompt, an id or a path as sent.
+"""Metrics for Prometheus. Labels come from small closed sets: never a prompt, an id or a path as sent.
 
-Whoever sees something tells it by a method named after it; the names and labels of the figures are known
-here alone.
+Most events are recorded by a method named after them; all names and labels are defined here.
 """
 
 import asyncio
@@ -19,9 +18,9 @@ ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
 
 WebhookOutcome = Literal["delivered", "failed", "gone", "given_up"]
 
-MAX_SHAPES = 24  # more of them, which only odd sizes bring, share the label "other"
+MAX_SHAPES = 24  # further ones, which only odd sizes cause, share the label "other"
 
-# Why a job ended otherwise than well; a code that is not listed counts as "other".
+# Why a job did not succeed; a code that is not listed counts as "other".
 REASONS = frozenset(
     {
         "out_of_memory",
@@ -33,14 +32,14 @@ REASONS = frozenset(
         "timeout",
     }
 )
-# What engines tell of with every heartbeat.
+# Events that engines report with every heartbeat.
 EVENTS = frozenset({"halvings", "bisections", "fp32_retries", "memory_waits", "cache_hits", "cache_misses"})
 # Why an engine process was replaced.
 RESTARTS = frozenset({"exit", "hang", "device_lost"})
 
 
 class Metrics:
-    """The counters of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -80,7 +79,7 @@ class Metrics:
         self.webhooks = Counter(
             "cascade_webhook_attempts", "Attempts to call webhooks", ["outcome"], registry=registry
         )
-        for outcome in get_args(WebhookOutcome):  # an alert sees the first one only beside a zero
+        for outcome in get_args(WebhookOutcome):  # starts at zero, or an alert would miss the first one
             self.webhooks.labels(outcome)
         self.pictures = Counter("cascade_pictures", "Pictures made", registry=registry)
         self.phase_seconds = Histogram(
@@ -148,7 +147,7 @@ class Metrics:
         cap: int,
         is_backlogged: bool,
     ) -> None:
-        """An engine stepped `samples` pictures, which are `rows` rows, together."""
+        """Record a tick: an engine stepped `samples` pictures, which are `rows` rows, together."""
         self.steps.labels(stage).inc(samples)
         self.step_seconds.labels(stage).observe(seconds)
         self.rows.labels(stage, self._bounded_shape(shape)).observe(rows)
@@ -156,40 +155,40 @@ class Metrics:
             self.fill.labels(stage).observe(rows / max(cap, 1))
 
     def streaming(self) -> AbstractContextManager[object]:
-        """An event stream is open inside."""
+        """Count an event stream as open during the block."""
         return self.streams.track_inprogress()
 
     def happened(self, event: str, times: int = 1) -> None:
-        """An engine told of something with its heartbeat."""
+        """Count an event that an engine reported with its heartbeat."""
         self.engine_events.labels(event if event in EVENTS else "other").inc(times)
 
     def beat(self, device: str, *, num_samples: int, memory_bytes: int, device_memory_bytes: int) -> None:
-        """An engine lives, and this is what it holds."""
+        """Record the heartbeat of an engine, and what it holds."""
         self.engine_samples.labels(device).set(num_samples)
         self.engine_memory_bytes.labels(device).set(memory_bytes)
         self.device_memory_bytes.labels(device).set(device_memory_bytes)
 
     def restarted(self, device: str, reason: str) -> None:
-        """An engine process was replaced by another."""
+        """Count an engine process that was replaced by another."""
         self.restarts.labels(device, reason if reason in RESTARTS else "other").inc()
 
     def ended(self, outcome: str, reason: str | None, phases: dict[str, float]) -> None:
-        """A job reached its final status; `phases` are its seconds in each."""
+        """Count a job that reached its final status; `phases` are its seconds in each."""
         bounded = "" if reason is None else reason if reason in REASONS else "other"
         self.jobs.labels(outcome, bounded).inc()
         for phase, seconds in phases.items():
             self.phase_seconds.labels(phase).observe(seconds)
 
     def predicted(self, seconds: float, actual_seconds: float) -> None:
-        """A job that was said to be done after `seconds` was done after `actual_seconds`."""
+        """Record that a job predicted to take `seconds` took `actual_seconds`."""
         self.eta_error.observe(abs(seconds - actual_seconds) / max(actual_seconds, 0.001))
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
-        """A gauge that is read when somebody asks."""
+        """Add a gauge that is read at each scrape."""
         Gauge(f"cascade_{name}", documentation, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:
-        """Prometheus text format 0.0.4."""
+        """Return the metrics in Prometheus text format 0.0.4."""
         return generate_latest(self.registry)
 
     def _bounded_shape(self, shape: str) -> str:
@@ -201,5 +200,5 @@ class Metrics:
 def _num_tasks() -> float:
     try:
         return len(asyncio.all_tasks())
-    except RuntimeError:  # there is no loop here
+    except RuntimeError:  # no event loop is running
         return 0

@@ -1,7 +1,7 @@
-"""Calls to addresses that callers chose: only public ones, unless the operator names them.
+"""HTTP calls to addresses that callers chose: only public ones, unless the operator allows others.
 
-A name is resolved once, and the connection goes to the very address that was looked at: a name that means
-something else a moment later leads nowhere. Redirects are not followed, and answers are bounded.
+A name is resolved once, and the connection goes to the very address that was checked, so that DNS rebinding
+has no effect. Redirects are not followed, and answers are bounded.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ import httpcore2
 from app.settings import Network
 
 MAX_CONNECTIONS = 100
-MAX_BYTES = 64 * 1024  # of an answer: its head, and as much of its body as is read so that nobody is cut off
-CONNECT_SECONDS = 4.0  # for one of several addresses of a name
+MAX_BYTES = 64 * 1024  # of an answer: its head, and what is read of its body so that the sender can finish
+CONNECT_SECONDS = 4.0  # for each address of a name but the last
 
 T = TypeVar("T")
 Address = IPv4Address | IPv6Address
@@ -33,7 +33,7 @@ _GLOBAL_UNICAST = IPv6Network("2000::/3")
 
 
 class Unreachable(Exception):
-    """No answer, or nobody that may be asked; the message says why, without the path that was called."""
+    """No answer, or an address that may not be called; the message says why, without the URL's path."""
 
 
 class NotAllowed(Unreachable):
@@ -41,14 +41,14 @@ class NotAllowed(Unreachable):
 
 
 class Outbound:
-    """Calls others. For one event loop."""
+    """Makes HTTP calls. For one event loop."""
 
     def __init__(self, allowed: Iterable[Network | str]) -> None:
         self._backend = _Guard(allowed)
 
     @cached_property
     def _pool(self) -> httpcore2.AsyncConnectionPool:
-        """Made when it is needed: to read the certificates of this machine takes a while."""
+        """Connection pool, created on first use: reading the system's certificates takes a while."""
         return httpcore2.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_connections=MAX_CONNECTIONS,
@@ -57,9 +57,9 @@ class Outbound:
         )
 
     def require_allowed(self, url: str) -> None:
-        """Raises NotAllowed for a URL that names an address where nobody may be asked.
+        """Raise NotAllowed for a URL with an address that may not be called.
 
-        Whether a name leads to one is found out when it is called.
+        A host name is checked only when it is called.
         """
         host = (urlsplit(url).hostname or "").rstrip(".")
         if host == "localhost" or host.endswith(".localhost"):
@@ -72,7 +72,7 @@ class Outbound:
         self._backend.choose(host, [address])
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, *, seconds: float) -> int:
-        """The status of the answer, which must come within `seconds`. Raises Unreachable."""
+        """Return the status of the answer, which must come within `seconds`. Raises Unreachable."""
         lines = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
         status = 0
         try:
@@ -92,13 +92,13 @@ class Outbound:
         return status
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         if "_pool" in self.__dict__:
             await self._pool.aclose()
 
 
 class _Guard(httpcore2.AsyncNetworkBackend):
-    """Opens connections, to addresses that may be called."""
+    """Opens connections, but only to addresses that may be called."""
 
     def __init__(self, allowed: Iterable[Network | str]) -> None:
         self._inner = httpcore2.AnyIOBackend()
@@ -130,7 +130,7 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         await self._inner.sleep(seconds)
 
     def choose(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
-        """Those that may be called. Raises NotAllowed when there are addresses, and none of them is."""
+        """Return the addresses that may be called. Raises NotAllowed if there are some, but none of these."""
         if host.rstrip(".").lower() in self._names:
             return addresses
         chosen = [address for address in addresses if is_public(address) or self._is_named(address)]
@@ -146,7 +146,7 @@ class _Guard(httpcore2.AsyncNetworkBackend):
 
 
 class _Bounded(httpcore2.AsyncNetworkStream):
-    """A connection that gives so many bytes and no more: some answers have no end, and heads neither."""
+    """A connection of which at most MAX_BYTES are read: some answers, or heads, have no end."""
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
         self._inner = inner
@@ -178,7 +178,7 @@ class _Bounded(httpcore2.AsyncNetworkStream):
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address leads to the internet, also where one of the other kind is wrapped in it."""
+    """Return whether an address is public, and so is any IPv4 address that is embedded in it."""
     return all(
         meaning.is_global
         and not meaning.is_multicast
@@ -188,7 +188,7 @@ def is_public(address: Address) -> bool:
 
 
 def _meanings(address: Address) -> list[Address]:
-    """The IPv4 addresses that an IPv6 address stands for, if it does; else itself."""
+    """Return the IPv4 addresses that are embedded in an IPv6 address, or else the address itself."""
     if isinstance(address, IPv4Address):
         return [address]
     wrapped: list[Address] = [
@@ -200,7 +200,7 @@ def _meanings(address: Address) -> list[Address]:
 
 
 async def _resolve(host: str, port: int) -> list[Address]:
-    """All addresses of a name, or the address that it is, in the order of preference of the system."""
+    """Resolve a name to all its addresses, in the system's order of preference; an address to itself."""
     try:
         return [ip_address(host)]
     except ValueError:
@@ -213,9 +213,9 @@ async def _resolve(host: str, port: int) -> list[Address]:
 
 
 async def _in_thread(look: Callable[[], T]) -> T:
-    """What `look` returns or raises, in a thread of its own, which nobody waits for in the end.
+    """Run `look` in a daemon thread of its own, and return or raise what it does.
 
-    The system's resolver cannot be told to stop, and a few slow names would fill the threads that all share.
+    The system's resolver cannot be cancelled, and a few slow names would fill a shared pool of threads.
     """
     loop = asyncio.get_running_loop()
     found: asyncio.Future[T] = loop.create_future()

@@ -1,6 +1,6 @@
-"""The request that every contract's body becomes: validated once, at the door, and never changed after.
+"""The request that every contract's body becomes: validated once, on arrival, and then immutable.
 
-The engine knows nothing else. The bodies themselves are in `app/api/bodies.py`; they share the types here.
+The engine knows no other. The bodies themselves are in `app/api/bodies.py`; they share the types here.
 """
 
 import re
@@ -19,7 +19,7 @@ MAX_PROMPT_CHARACTERS = 32_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_ASPECT = 64, 4096, 8, 4
 MAX_IMAGE_PROMPTS = 4
 MAX_LORAS = 4
-DEFAULT_STRENGTH = 0.75  # of image-to-image; what a mask or an anchor leaves free is painted anew, with 1
+DEFAULT_STRENGTH = 0.75  # of image-to-image; with a mask or an anchor the default is 1
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Preset = Literal["official", "diffusers"]
@@ -54,7 +54,7 @@ Side = Annotated[
     AfterValidator(_check_side),
     Number,
 ]
-AnySide = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), Number]  # what is drawn is cut to any size
+AnySide = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), Number]  # a drawn picture is fitted to any size
 PriorSteps = Annotated[int, Field(ge=1, le=100), Number]
 PriorGuidance = Annotated[float, Field(ge=0.0, le=20.0), Number]
 DecoderSteps = Annotated[int, Field(ge=1, le=60), Number]
@@ -78,7 +78,7 @@ Interval = Annotated[tuple[Share, Share], AfterValidator(_check_interval)]  # of
 
 
 class PictureRef(BaseModel):
-    """A picture that came with a request: where its content is kept, and its size. Never the picture."""
+    """A reference to an input picture: the name of its file, and its size; never the content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -97,7 +97,7 @@ class ImagePrompt(BaseModel):
 
 
 class Control(BaseModel):
-    """A picture that says where things are, through a ControlNet."""
+    """A picture that says where things are, by way of a ControlNet."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -111,7 +111,7 @@ class Control(BaseModel):
 
 
 class LoRA(BaseModel):
-    """An installed LoRA, and how much of it."""
+    """An installed LoRA and its scale."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -120,7 +120,7 @@ class LoRA(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What to make: with all defaults filled in, so that the same request gives the same pictures."""
+    """A request with all defaults filled in, so that the same request gives the same pictures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -140,7 +140,7 @@ class GenerationRequest(BaseModel):
     embed_metadata: bool = False
     image: PictureRef | None = None
     strength: Share | None = None
-    mask: PictureRef | None = None  # of one channel: white is painted anew
+    mask: PictureRef | None = None  # one channel: white is repainted
     feather: Feather = 0
     anchor: Anchor | None = None
     image_prompts: Annotated[tuple[ImagePrompt, ...], Field(max_length=MAX_IMAGE_PROMPTS)] = ()
@@ -149,16 +149,16 @@ class GenerationRequest(BaseModel):
     guidance_interval: Interval = (0.0, 1.0)
     weighted_prompt: bool = False
     long_prompt: bool = False
-    previews: NumPreviews = 0  # of each picture, for those who follow its job
+    previews: NumPreviews = 0  # per picture, for callers that follow the job's events
 
     @property
     def num_images(self) -> int:
-        """Pictures to make."""
+        """Number of pictures to make."""
         return len(self.seeds)
 
     @property
     def pictures(self) -> Iterator[PictureRef]:
-        """All that came with the request. One that came twice is there twice."""
+        """All input pictures of the request. One that was sent twice is there twice."""
         if self.image is not None:
             yield self.image
         if self.mask is not None:
@@ -170,12 +170,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def input_names(self) -> frozenset[str]:
-        """The sha256 of each picture that came with the request."""
+        """The SHA-256 of each input picture of the request."""
         return frozenset(picture.sha256 for picture in self.pictures)
 
     @property
     def denoising_strength(self) -> float:
-        """How freely the picture to start from is redrawn; 1 where there is none."""
+        """How freely the input picture is redrawn; 1 where there is none."""
         if self.image is None:
             return 1.0
         if self.strength is not None:
@@ -185,13 +185,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def prior_steps(self) -> int:
-        """Steps that Stage C takes: image-to-image begins in the middle of the way."""
+        """Number of steps that Stage C takes: image-to-image starts part of the way through."""
         strength = self.denoising_strength
         return max(int(self.prior_num_inference_steps * strength + 1e-9), 1) if strength else 0
 
     @property
     def guided_steps(self) -> int:
-        """Those of Stage C's steps that take two rows."""
+        """Number of Stage C's steps with guidance, which take two rows."""
         if self.prior_guidance_scale <= 1:
             return 0
         start, end = (ceil(share * self.prior_steps - 1e-9) for share in self.guidance_interval)
@@ -204,9 +204,9 @@ class GenerationRequest(BaseModel):
 
 
 def check_company(request: Any) -> None:
-    """Refuse members that mean nothing without another one; for the body of a request and the request itself.
+    """Refuse members that need another one which is absent, in a body or in a GenerationRequest.
 
-    The error is pydantic's, of the kind `company`, with the name of the member that is alone.
+    Raises PydanticCustomError of type `company`, with the name of the lone member.
     """
 
     def require(is_met: object, member: str, message: str) -> None:
@@ -225,7 +225,7 @@ _SIZE = re.compile(r"([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})")
 
 
 def parse_size(size: str) -> tuple[int, int] | None:
-    """Width and height of `WIDTHxHEIGHT`, None for `auto`."""
+    """Parse `WIDTHxHEIGHT` into width and height, `auto` into None. Raises InvalidRequest."""
     if size.strip().lower() == "auto":
         return None
     match = _SIZE.fullmatch(size.strip())
@@ -235,7 +235,7 @@ def parse_size(size: str) -> tuple[int, int] | None:
 
 
 def check_size(width: int, height: int, *, max_pixels: int, param: str, step: int = SIDE_STEP) -> None:
-    """Refuse what no model may be asked for. The product is checked before anything is allocated."""
+    """Raise InvalidRequest for a size that is not allowed, before anything is allocated."""
     for name, side in (("width", width), ("height", height)):
         try:
             _check_side(side, step)
@@ -253,7 +253,7 @@ def check_size(width: int, height: int, *, max_pixels: int, param: str, step: in
 
 
 def fit_size(width: int, height: int, *, max_pixels: int, step: int = SIDE_STEP) -> tuple[int, int]:
-    """The allowed size that is nearest to a picture's, with its proportions as far as they are allowed."""
+    """Return the allowed size nearest to a picture's, with its proportions as far as they are allowed."""
     ratio = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
     area = min(width * height, max_pixels)
     tall, wide = (area / ratio) ** 0.5, (area * ratio) ** 0.5
@@ -261,13 +261,13 @@ def fit_size(width: int, height: int, *, max_pixels: int, step: int = SIDE_STEP)
     factor = min(factor, MAX_SIDE / max(tall, wide))
     sides = [_near_side(side * factor, step) for side in (wide, tall)]
     longer = sides.index(max(sides))
-    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # by the rounding
+    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # due to rounding
         sides[longer] -= step
     return sides[0], sides[1]
 
 
 def other_side(side: int, ratio: float, step: int = SIDE_STEP) -> int:
-    """The allowed side nearest to `side` times `ratio`."""
+    """Return the allowed side nearest to `side` times `ratio`."""
     return _near_side(side * ratio, step)
 
 
@@ -276,6 +276,6 @@ def _near_side(side: float, step: int) -> int:
 
 
 def choose_seeds(seed: int | None, num_images: int) -> tuple[int, ...]:
-    """One seed for each picture: seed + i modulo 2^32, from a random start for None and -1."""
+    """Return one seed per picture: seed + i modulo 2^32, from a random start for None and -1."""
     first = secrets.randbelow(MAX_SEED + 1) if seed is None or seed == -1 else seed
     return tuple((first + i) % (MAX_SEED + 1) for i in range(num_images))

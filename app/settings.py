@@ -30,7 +30,7 @@ PREFIX = "CASCADE_"
 MEBIBYTE = 1024 * 1024
 DEFAULT_PORT = 8000
 _LIBRARIES = Path("/usr/lib")
-ONE_DEVICE = f"{PREFIX}DEVICE"  # what people write who have one, in place of CASCADE_DEVICES
+ONE_DEVICE = f"{PREFIX}DEVICE"  # accepted in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _HOST_NAME = re.compile(r"(?!.*:)(?![0-9./]+$)[A-Za-z0-9._-]{1,253}")
@@ -45,7 +45,7 @@ class ApiKey:
 
 
 def _split(value: object) -> object:
-    """Comma-separated text as a tuple; everything else unchanged."""
+    """Split comma-separated text into a tuple; return everything else unchanged."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
@@ -66,7 +66,7 @@ def _parse_receivers(value: object) -> object:
 
 
 def _parse_receiver(entry: str) -> "Network | str":
-    """A network, an address, or the name of a host."""
+    """Parse a network, an address, or the name of a host."""
     try:
         return ipaddress.ip_network(entry)
     except ValueError:
@@ -86,7 +86,7 @@ def _parse_keys(value: object) -> object:
 
 
 def _parse_key(entry: str, number: int) -> ApiKey:
-    """`KEY`, `NAME=KEY` or `NAME=sha256:HEX`. An equals sign that only pads a key is part of it."""
+    """Parse `KEY`, `NAME=KEY` or `NAME=sha256:HEX`. Equals signs that only pad a key are part of it."""
     name, separator, key = entry.partition("=")
     if not separator or not key.strip("="):
         name, key = f"key-{number}", entry
@@ -122,7 +122,7 @@ def _port(value: object) -> object:
 
 
 def _parse_weights(value: object) -> object:
-    """`NAME=SHARE,...` as a dictionary."""
+    """Parse `NAME=SHARE,...` into a dictionary."""
     entries = _split(value)
     if not isinstance(entries, tuple):
         return entries
@@ -153,7 +153,7 @@ BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
 
 
 class Settings(BaseSettings):
-    """What the operator decides. Each field `name` is read from `CASCADE_NAME`, or handed over."""
+    """The operator's settings. Each field `name` is read from `CASCADE_NAME`, or passed in."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=()
@@ -262,22 +262,22 @@ class Settings(BaseSettings):
 
     @property
     def model_name(self) -> str:
-        """The model as callers may know it: of a folder only its last name."""
+        """Name of the model for callers: of a folder only the last part of its path."""
         return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
 
     @property
     def jobs_url(self) -> str:
-        """The database of jobs, as SQLAlchemy names it."""
+        """URL of the job database, for SQLAlchemy."""
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'jobs.db'}"
 
     @property
     def key_ttl(self) -> float:
-        """Seconds that an idempotency key stands for its job: as long as that and its pictures are kept."""
+        """Seconds that an idempotency key is valid: no longer than its job and its pictures are kept."""
         return min(self.idempotency_ttl, self.job_ttl, self.file_ttl)
 
     @property
     def profiles_dir(self) -> Path:
-        """The folder of what was measured of devices."""
+        """Folder of the measurements of devices."""
         return self.cache_dir or self.data_dir / "cache"
 
     @property
@@ -320,11 +320,11 @@ class Settings(BaseSettings):
 
 
 def engine_environment() -> dict[str, str]:
-    """What an engine process is started with: ours, and what makes memory quick where the system has it.
+    """Return the environment of an engine process: ours, and a faster memory allocator where there is one.
 
     Small networks are some 5 to 10 % faster on a CPU with huge pages for glibc's allocator, and as much again
-    with tcmalloc in its place: glibc cuts a block to size twice for each tensor. Only the start of a process
-    can choose them.
+    with tcmalloc in its place: glibc cuts a block to size twice for each tensor. Both can be chosen only when
+    a process starts.
     """
     chosen = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     if (allocator := _tcmalloc()) is not None:
@@ -333,7 +333,7 @@ def engine_environment() -> dict[str, str]:
 
 
 def _where_we_are() -> dict[str, str]:
-    """Lets an engine find this very program where that was started from its folder, and is not installed."""
+    """Return the PYTHONPATH by which an engine finds this program if it runs from a folder uninstalled."""
     root = str(Path(__file__).parents[1])
     if root in sys.path[1:]:
         return {}
@@ -342,7 +342,7 @@ def _where_we_are() -> dict[str, str]:
 
 
 def _tcmalloc() -> Path | None:
-    """Where distributions put the library, if it is installed."""
+    """Return the path of the library where distributions put it, if it is installed."""
     folders = (
         _LIBRARIES / str(sysconfig.get_config_var("MULTIARCH")),
         _LIBRARIES.with_name("lib64"),
@@ -353,13 +353,13 @@ def _tcmalloc() -> Path | None:
 
 
 def service_environment() -> dict[str, str]:
-    """What a service manager set for this process, by names that are its own."""
+    """Return the variables that a service manager set for this process."""
     names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment, with `overrides` (from the command line) before them.
+    """Load settings from the environment; `overrides` (from the command line) take precedence.
 
     Raises `SettingsError` with one line for each mistake.
     """
@@ -375,7 +375,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def unknown_variables(environment: Mapping[str, str], known: Mapping[str, object]) -> list[str]:
-    """One sentence for each `CASCADE_*` variable that means nothing, with the nearest that does."""
+    """Return one sentence for each unknown `CASCADE_*` variable, with the nearest known one."""
     names = [f"{PREFIX}{name.upper()}" for name in known]
     unknown = sorted(
         name
@@ -390,7 +390,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def _one_line(location: tuple[int | str, ...], message: str, overrides: Mapping[str, Any]) -> str:
-    """A mistake, with the option or else the variable that brought the setting."""
+    """Return the message for a mistake, with the option or else the variable of the setting."""
     message = re.sub(r"^(Input|String) should", "must", message.removeprefix("Value error, "))
     message = message.partition(", unable")[0]
     if not location:

@@ -1,7 +1,7 @@
-"""AUTOMATIC1111's contract: `/sdapi/v1/txt2img` and `img2img`, and what its clients ask for around them.
+"""AUTOMATIC1111's contract: `/sdapi/v1/txt2img` and `img2img`.
 
-What it has settings for and this model has not is accepted and ignored: its clients send everything that
-their forms hold.
+Settings that this model does not have are accepted and ignored, because clients send every field of their
+forms.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ from app.schemas import AnySide, Feather, Number, Prompt, Seed, Share
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], dependencies=[Depends(authenticate)])
 
-LAYER = "sdapi"  # what jobs of this layer have under `api` in their metadata
-MOST_STEPS, MOST_GUIDANCE = 100, 20.0  # its forms go further
+LAYER = "sdapi"  # value of `api` in the metadata of this layer's jobs
+MOST_STEPS, MOST_GUIDANCE = 100, 20.0  # A1111's forms allow more; larger values are clamped to these
 SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim"}
 
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?(?::[^<>]*)?>")
-_MANY = 1000  # more are a mistake, and no number to be told back
+_MANY = 1000  # larger factors are refused before their product is quoted in an error
 
 
 class TextToImage(BaseModel):
@@ -95,7 +95,7 @@ class ImageToImage(TextToImage):
     openapi_extra=a1111_body(TextToImage, {"prompt": "a red circle on a blue background", "seed": 7}),
 )
 async def text_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
-    """PNG in base64, and `info`, which is JSON as a text."""
+    """Return PNG in base64, and `info`, which is JSON as a string."""
     members = await read_json_object(request, services)
     body = validated(TextToImage, _present(members), {})
     return await _respond(request, services, exchange, members, body, {})
@@ -114,14 +114,14 @@ async def text_to_image(request: Request, services: TheServices, exchange: TheEx
     ),
 )
 async def image_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
-    """The answer is that of `txt2img`. Without a prompt, what the picture shows takes its place."""
+    """Answer as `txt2img` does. Without a prompt, the picture is an image prompt too."""
     members = await read_json_object(request, services)
     body = validated(ImageToImage, _present(members), {})
     picture = _sent(body.init_images[0], "init_images")
     mask = None if body.mask is None else _sent(body.mask, "mask")
     if mask is not None:
         if read_key(request) is None:
-            await services.dispatcher.require_room(exchange.tenant)  # before it is decoded
+            await services.dispatcher.require_room(exchange.tenant)  # before the mask is decoded
         remake = partial(mask_like, picture, mask, services.inputs, is_inverted=body.inpainting_mask_invert)
         mask = await asyncio.get_running_loop().run_in_executor(services.reader, remake)
     guides: dict[str, Any] = {
@@ -136,7 +136,7 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
 
 
 def _present(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Absent is what is null; and an index of samplers, which is no name, is none either."""
+    """Drop members that are null, and a `sampler_name` that is an index rather than a name."""
     given = {name: value for name, value in members.items() if value is not None}
     if not isinstance(given.get("sampler_name", ""), str):
         del given["sampler_name"]
@@ -144,7 +144,7 @@ def _present(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sent(source: Source, name: str) -> Source:
-    """A picture that came with this request, and is called so by the caller."""
+    """Label a picture with the caller's `name`. Raises InvalidRequest unless this request contains it."""
     if source.name:
         raise InvalidRequest(f"{name} must be in base64", param=name, code="invalid_type")
     return Source(source.content, place=name)
@@ -167,7 +167,7 @@ async def _respond(
     metadata = {"api": LAYER, **({"task": body.force_task_id} if body.force_task_id else {})}
     asked = Asked(members, in_native_members(native, sent_as), "png", metadata)
     drawn = await draw(request, services, exchange, asked)
-    if drawn.job.status != JobStatus.CANCELED:  # by `interrupt`: what is there is the answer
+    if drawn.job.status != JobStatus.CANCELED:  # by `interrupt`: answer with the finished pictures
         require_success(drawn.job)
     embedding = Embedding()
     write = partial(_answer, drawn.job, services, members, body, embedding)
@@ -198,12 +198,12 @@ def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
 
 
 def _words(prompt: str) -> str:
-    """The prompt without what names LoRAs."""
+    """Return the prompt without its LoRA tags."""
     return _LORA.sub("", prompt).strip() if "<lora:" in prompt else prompt
 
 
 async def _loras(prompt: str, services: Services) -> dict[str, Any]:
-    """Those that the prompt names and that are installed. Of others A1111 draws without them, too."""
+    """Return the installed LoRAs that the prompt names; others are ignored, as A1111 does."""
     named = {name.strip(): _scale(name, scale) for name, scale in _LORA.findall(prompt)}
     if not named:
         return {}
@@ -233,7 +233,7 @@ def _headers(drawn: Drawn, ignored: Collection[str]) -> dict[str, str]:
 def _answer(
     job: Job, services: Services, members: Mapping[str, Any], body: TextToImage, embedding: Embedding
 ) -> bytes:
-    """The whole answer as JSON. For a thread: it reads the files, and repeats what was sent."""
+    """Return the answer as JSON. Runs in a thread, since it reads files and echoes the request."""
     infotexts = [_infotext(services.images.read(image.name)) for image in job.images]
     echo = {**members, **{name: None for name in ("init_images", "mask") if name in members}}
     answer = {
@@ -245,13 +245,13 @@ def _answer(
 
 
 def _infotext(content: bytes) -> str:
-    """The settings of a picture, as they are written into its file."""
+    """Return the settings text that is embedded in a picture's file."""
     with Image.open(BytesIO(content), formats=("PNG",)) as image:
         return str(image.info["parameters"])
 
 
 def _info(job: Job, body: TextToImage, infotexts: list[str]) -> dict[str, Any]:
-    """What is told of the pictures, in the names that its clients look for."""
+    """Return the facts about the pictures under the names that A1111's clients look for."""
     generation, seeds = job.request, [image.seed for image in job.images]
     number, drawn_at = len(seeds), datetime.fromtimestamp(job.completed_at or job.created_at, UTC)
     return {

@@ -1,7 +1,7 @@
-"""What AUTOMATIC1111's clients ask for beside pictures: options, lists, progress, interrupting, file texts.
+"""AUTOMATIC1111's routes besides generation: options, lists, progress, interrupting, settings in files.
 
-There is one model, and nothing can be set from outside: what they send to be set is taken and forgotten. Most
-of the lists are empty here; where clients need an entry there is one that changes nothing.
+There is one model, and clients cannot change any option: those that they set are accepted and ignored. Most
+lists are empty here; where clients need an entry there is one that changes nothing.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from app.storage.encoding import EXIF_IFD, USER_COMMENT
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], dependencies=[Depends(authenticate)])
 
-AT_ONCE = 100  # of a caller's jobs that are read
-LONGEST_TEXT = 100_000  # of settings in a picture; more is no such text
+AT_ONCE = 100  # jobs read from the store per page
+LONGEST_TEXT = 100_000  # characters of settings read from a picture; the rest is cut off
 IDLE = Progress()
 
 OPTIONS: dict[str, Any] = {
@@ -137,7 +137,7 @@ _add_always()
     openapi_extra=NEEDS_KEY,
 )
 async def get_options() -> dict[str, Any]:
-    """Those that clients look for."""
+    """Return the options that clients look for."""
     return OPTIONS
 
 
@@ -149,7 +149,7 @@ async def get_options() -> dict[str, Any]:
     openapi_extra=json_body({"sd_model_checkpoint": {"type": "string"}}, {"sd_model_checkpoint": MODEL_ID}),
 )
 async def set_options(request: Request, services: TheServices) -> dict[str, Any]:
-    """Nothing is changed. Another model than the one served is an error; all else is ignored."""
+    """Change nothing. A model other than the one served is an error; all else is ignored."""
     given = await read_json_or_null(request, services) or {}
     name = given.get("sd_model_checkpoint")
     if isinstance(name, str) and name:
@@ -165,7 +165,7 @@ async def set_options(request: Request, services: TheServices) -> dict[str, Any]
     openapi_extra=NEEDS_KEY,
 )
 async def list_loras(services: TheServices) -> list[dict[str, Any]]:
-    """A prompt uses one as `<lora:NAME:1>`."""
+    """List the LoRAs; a prompt uses one as `<lora:NAME:1>`."""
     folders = services.dispatcher.model.lora_dirs
     names = await asyncio.get_running_loop().run_in_executor(services.encoders, services.loras.names, folders)
     return [{"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in names]
@@ -179,7 +179,7 @@ async def list_loras(services: TheServices) -> list[dict[str, Any]]:
     openapi_extra=NEEDS_KEY,
 )
 async def get_progress(services: TheServices, exchange: TheExchange) -> dict[str, Any]:
-    """Of the jobs that came this way the oldest that runs, or waits; without any, `job_count` is 0."""
+    """Report the oldest running job of this API, else the oldest waiting one, else `job_count` 0."""
     jobs = await _open_jobs(services, exchange.tenant)
     first = jobs[0] if jobs else None
     progress = IDLE if first is None else services.dispatcher.progress(first)
@@ -205,7 +205,7 @@ async def get_progress(services: TheServices, exchange: TheExchange) -> dict[str
 
 
 async def interrupt(services: TheServices, exchange: TheExchange) -> dict[str, Any]:
-    """Whoever waits for them gets the pictures that are finished, as of AUTOMATIC1111's own server."""
+    """Cancel the jobs; waiting requests get the finished pictures, as from AUTOMATIC1111's server."""
     for job in await _open_jobs(services, exchange.tenant):
         await services.dispatcher.cancel(job.id, exchange.tenant)
     return {}
@@ -231,7 +231,7 @@ for name in ("interrupt", "skip"):
     openapi_extra=json_body({"image": {"type": "string"}}, {"image": PICTURE}),
 )
 async def read_picture(request: Request, services: TheServices) -> dict[str, Any]:
-    """Of `image`, in base64: the text `parameters` as it is, and read."""
+    """Return the text `parameters` of `image` (base64), raw and parsed."""
     members = await read_json_object(request, services)
     given = members.get("image")
     if not isinstance(given, str) or not given:
@@ -241,26 +241,26 @@ async def read_picture(request: Request, services: TheServices) -> dict[str, Any
 
 
 def _read(source: Source) -> dict[str, Any]:
-    """For the reader's thread."""
+    """Read the settings text of a picture. Runs in the reader's thread."""
     text = _parameters(content_of(source))[:LONGEST_TEXT]
     return {"info": text, "items": {"parameters": text} if text else {}, "parameters": parse_parameters(text)}
 
 
 def _parameters(content: bytes) -> str:
-    """The text in a file; nothing of the pixels is decoded."""
+    """Return the settings text of a file, without decoding its pixels."""
     try:
         with Image.open(BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as file:
             text = file.info.get("parameters")
             if isinstance(text, str):
                 return text
             comment = file.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
-    except Exception:  # what a reader says of damaged bytes may be anything
+    except Exception:  # Pillow may raise anything for damaged bytes
         raise invalid_picture("image", "must be a picture in PNG, JPEG or WebP") from None
     return comment[8:].decode("utf-16-be", "replace") if comment[:8] == b"UNICODE\x00" else ""
 
 
 async def _open_jobs(services: Services, tenant: str) -> list[Job]:
-    """The caller's jobs of this layer that have not ended: first those that run, the oldest first of all."""
+    """Return the caller's unfinished jobs of this layer: running before queued, each oldest first."""
     jobs: list[Job] = []
     for status in (JobStatus.QUEUED, JobStatus.RUNNING):
         cursor, is_last = None, False

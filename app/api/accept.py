@@ -12,9 +12,9 @@ _FORMATS: dict[str, OutputFormat] = {
 
 
 def raw_format(accept: str, output_format: OutputFormat) -> OutputFormat | None:
-    """The format of raw bytes that `accept` prefers, None for JSON. `image/*` means `output_format`.
+    """Return the format of raw bytes that `accept` prefers, None for JSON. `image/*` means `output_format`.
 
-    Raises NotAcceptable when only kinds of pictures are accepted that cannot be made.
+    Raises NotAcceptable when `accept` allows only picture formats that cannot be made.
     """
     kinds = _by_preference(accept)
     for kind in kinds:
@@ -30,12 +30,12 @@ def raw_format(accept: str, output_format: OutputFormat) -> OutputFormat | None:
 
 
 def prefers_events(accept: str) -> bool:
-    """Whether a stream of events is what the caller wants most."""
+    """Return whether the caller prefers a stream of events."""
     return _by_preference(accept)[:1] == ["text/event-stream"]
 
 
 def _by_preference(accept: str) -> list[str]:
-    """Media ranges with the best first; equal ones in the order given, those of weight 0 left out."""
+    """Return the media ranges, best first; ties keep their order, and those of weight 0 are dropped."""
     weighted = []
     for part in accept.split(","):
         kind, *parameters = (piece.strip().lower() for piece in part.split(";"))

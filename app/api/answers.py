@@ -1,4 +1,4 @@
-"""Answers about jobs, in the forms that all contracts share: the job itself, accepted, or one raw picture."""
+"""Answers about jobs that all contracts share: the job itself, 202 Accepted, or one raw picture."""
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ JOBS = "/api/v1/jobs"
 VARY = "Accept, Prefer"
 POLL_SECONDS = 1
 
-Tell = Callable[[Job, Mapping[str, str]], Awaitable[Response]]  # an ended job and headers to an answer
+Tell = Callable[[Job, Mapping[str, str]], Awaitable[Response]]  # (ended job, headers) -> answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,20 @@ class Call:
     services: Services
     exchange: Exchange
     preference: Preference
-    raw: OutputFormat | None  # the bytes of one picture in this format
+    raw: OutputFormat | None  # format of a raw picture, if that is the answer
 
 
 async def answer_when_ended(
     call: Call, submitted: Submitted, tell: Tell, headers: Mapping[str, str]
 ) -> Response:
-    """Wait for the pictures; `tell` is what a contract says of them, unless their bytes are wanted.
+    """Wait for the pictures and answer with `tell`, or with the bytes of one if the caller wants those.
 
-    A caller that does not want to wait so long is told where to ask for the job.
+    A caller that prefers not to wait so long gets 202 and the URL of the job.
     """
     job, told = submitted.now, {**headers, **replayed(submitted.is_replay)}
     ended = await wait_for_end(call.request, call.services, job, call.preference)
     if ended is None:
-        if call.preference.patience_seconds:  # it may have been begun since
+        if call.preference.patience_seconds:  # it may have started meanwhile
             job = await call.services.store.get(job.id, job.tenant) or job
         return await _accepted(call, job, {**told, "X-Job-Id": job.id, "Vary": VARY})
     require_success(ended)
@@ -54,17 +54,17 @@ async def answer_when_ended(
 
 
 def file_url(image: StoredImage, services: Services, base: str) -> str:
-    """Where the picture can be had for a while, without a key."""
+    """Return a signed URL of the picture, which works for a while without a key."""
     return f"{base}/files/{image.name}?{services.signer.sign(image.name)}"
 
 
 def events_path(job_id: str) -> str:
-    """The path of a job's events, which is also what its signature is for."""
+    """Return the path of a job's events, which is also the text that is signed."""
     return f"{JOBS}/{job_id}/events"
 
 
 def job_urls(job_id: str, services: Services) -> JobUrls:
-    """Where to ask about a job."""
+    """Return the URLs of a job."""
     events = events_path(job_id)
     return JobUrls(
         self=f"{JOBS}/{job_id}",
@@ -82,7 +82,7 @@ async def view(
     images: list[ImageView] | None = None,
     progress: Progress | None = None,
 ) -> JobView:
-    """The job as it stands, its pictures as URLs under `base` and its progress that of now, unless given."""
+    """Return the view of a job, by default with picture URLs under `base` and its current progress."""
     if images is None:
         images = [image_view(image, url=file_url(image, services, base)) for image in job.images]
     now, position = await _standing(job, services)
@@ -98,17 +98,17 @@ async def view(
 
 
 async def _standing(job: Job, services: Services) -> tuple[Progress, int | None]:
-    """How far a job is, and how many are before it in the queue."""
+    """Return the progress of a job, and how many are ahead of it in the queue."""
     progress = services.dispatcher.progress(job)
     if job.status != JobStatus.QUEUED:
         return progress, None
     eta_seconds = await services.dispatcher.eta_seconds(job)
     position = await services.store.position(job)
-    return replace(progress, eta_seconds=eta_seconds), position or 0  # None: it was taken just now
+    return replace(progress, eta_seconds=eta_seconds), position or 0  # None: it has just been claimed
 
 
 async def _accepted(call: Call, job: Job, headers: Mapping[str, str]) -> Response:
-    """202: the job goes on, and where to ask for it."""
+    """Answer 202 with the job, which goes on, and its URL."""
     base = public_base(call.request, call.services.settings)
     told = await view(job, call.services, call.exchange, base)
     headers = {
@@ -121,7 +121,7 @@ async def _accepted(call: Call, job: Job, headers: Mapping[str, str]) -> Respons
 
 
 async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) -> Response:
-    """The bytes of the one picture of an ended job."""
+    """Answer with the bytes of the one picture of an ended job."""
     [image] = job.images
     [content] = await read_images(services, job.images)
     return Response(
@@ -136,13 +136,13 @@ async def raw_picture(services: Services, job: Job, headers: Mapping[str, str]) 
 
 
 def require_one(num_images: int, param: str) -> None:
-    """Raw bytes hold one picture."""
+    """Raise NotAcceptable for more than one picture as raw bytes."""
     if num_images > 1:
         raise NotAcceptable(f"raw bytes hold one picture: ask for {param} = 1, or for JSON", param=param)
 
 
 def picture_headers(job: Job) -> dict[str, str]:
-    """What is told about the pictures of an ended job, in every form of answer."""
+    """Return the headers about the pictures of an ended job, which every form of answer has."""
     headers = {
         "X-Job-Id": job.id,
         "X-Seed": ", ".join(str(image.seed) for image in job.images),
@@ -157,11 +157,11 @@ def picture_headers(job: Job) -> dict[str, str]:
 
 
 def ignored_params(names: Iterable[str]) -> dict[str, str]:
-    """Names the members of a request that mean nothing here."""
+    """Return the header that names the ignored members of a request."""
     printable = [name for name in sorted(names) if name.isascii() and name.isprintable() and len(name) <= 64]
     return {"X-Ignored-Params": ", ".join(printable)[:1000]} if printable else {}
 
 
 def replayed(is_replay: bool) -> dict[str, str]:
-    """Says that the answer is that of an earlier request with the same key."""
+    """Return the header that says that an earlier request with the same key is answered again."""
     return {"Idempotency-Replayed": "true"} if is_replay else {}

@@ -1,4 +1,4 @@
-"""The bodies of the contracts: which members they have, and the several ways in which callers send them."""
+"""The request bodies of the contracts: their members, and the various forms in which callers send them."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -62,7 +62,7 @@ def _usual_name(output_format: object) -> object:
 
 
 class GenerationMembers(BaseModel):
-    """What every contract's body has: the picture, and how the job of making it is treated."""
+    """Members of every contract's body: what to draw, and how to treat the job."""
 
     prompt: Prompt = Field(
         description="What the picture shows; may be blank only with `image_prompts`, or with `strength` 0",
@@ -170,7 +170,7 @@ class ImageGenerationBody(GenerationMembers):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of the members that mean nothing here."""
+        """Names of the members that are ignored."""
         return sorted(self.model_extra or {})
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ class ImageGenerationBody(GenerationMembers):
 
 
 class ImageEditBody(ImageGenerationBody):
-    """Body of `POST /v1/images/edits`: that of a generation, and the picture that is edited."""
+    """Body of `POST /v1/images/edits`: that of a generation, and the picture to edit."""
 
     size: str = Field(
         "auto",
@@ -190,14 +190,14 @@ class ImageEditBody(ImageGenerationBody):
 
 
 class ImageVariationBody(ImageGenerationBody):
-    """Body of `POST /v1/images/variations`: a picture, and no prompt. It becomes the one image prompt."""
+    """Body of `POST /v1/images/variations`: a picture, which becomes the one image prompt."""
 
     prompt: Prompt = Field("", description="None is needed")
     size: str = Field("auto", description="`WIDTHxHEIGHT`, or `auto`: that of the picture")
 
 
 class WebhookBody(BaseModel):
-    """Whom to tell of a job."""
+    """A receiver to call about a job."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -218,13 +218,13 @@ class WebhookBody(BaseModel):
         return url
 
     def target(self, base: str) -> Webhook:
-        """What the job keeps of it; `base` is where this server is for its callers."""
+        """Return the webhook as the job stores it; `base` is the base of this server's URLs."""
         statuses = dict.fromkeys(status for name in self.events for status in WEBHOOK_TYPES[name])
         return Webhook(url=str(self.url), statuses=tuple(statuses), base=base)
 
 
 def _as_webhook(value: object) -> object:
-    """A bare URL stands for the ends of the job."""
+    """Wrap a bare URL, which is told only how the job ended."""
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -260,7 +260,7 @@ class NativeImageBody(GenerationMembers):
 
     @property
     def num_images(self) -> int:
-        """Pictures to make."""
+        """Number of pictures to make."""
         return self.num_images_per_prompt or len(self.seeds or [0])
 
     @model_validator(mode="after")
@@ -290,7 +290,7 @@ ALIASES = {
 
 
 def parse_image_generation(members: Mapping[str, Any]) -> ImageGenerationBody:
-    """Check the body of OpenAI's contract. None and an empty text count as absent."""
+    """Check the body of OpenAI's contract. None and empty strings count as absent."""
     return _parse_openai(ImageGenerationBody, members, {})
 
 
@@ -318,7 +318,7 @@ def parse_image_variation(members: Mapping[str, Any]) -> ImageVariationBody:
 
 
 def _given_pictures(members: Mapping[str, Any], most: int) -> list[Source]:
-    """What came as `image`, once or several times, or as `images` in JSON."""
+    """Return the pictures given as `image`, once or several times, or as `images` in JSON."""
     if members.get("image") not in _EMPTY and members.get("images") not in _EMPTY:
         raise InvalidRequest("give image or images, not both", param="images")
     name = "image" if members.get("image") not in _EMPTY else "images"
@@ -333,7 +333,7 @@ def _given_pictures(members: Mapping[str, Any], most: int) -> list[Source]:
 
 
 def given_picture(given: object, name: str) -> Source:
-    """The picture in a member of that name. Raises InvalidRequest for what cannot be one."""
+    """Return the picture in the member `name`. Raises InvalidRequest for what cannot be one."""
     if isinstance(given, Mapping) and "image_url" in given:
         given = given["image_url"]
     try:
@@ -344,7 +344,7 @@ def given_picture(given: object, name: str) -> Source:
 
 
 def _parse_openai(kind: type[OpenAIBody], members: Mapping[str, Any], sent_as: dict[str, str]) -> OpenAIBody:
-    if members.get("webhook") not in _EMPTY:  # a caller would wait for it in vain
+    if members.get("webhook") not in _EMPTY:  # it would never be called
         raise UnsupportedParameter("webhook is a member of POST /api/v1/images only", param="webhook")
     if members.get("background") == "transparent":
         raise UnsupportedParameter("background must be auto or opaque", param="background")
@@ -372,7 +372,7 @@ def parse_native(members: Mapping[str, Any]) -> NativeImageBody:
 
 
 def _allow_no_prompt(given: dict[str, Any]) -> None:
-    """Where a picture takes its place it may be absent as well as empty."""
+    """Let the prompt be absent, not only empty, where a picture takes its place."""
     is_kept = given.get("image") is not None and str(given.get("strength")) in ("0", "0.0")
     if given.get("image_prompts") or is_kept:
         given.setdefault("prompt", "")

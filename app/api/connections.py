@@ -1,9 +1,9 @@
-"""uvicorn, made patient with the work and impatient with its callers.
+"""uvicorn with time limits for slow clients, a limit on connections, and a graceful stop.
 
-It waits for ever for the head of a request, for the rest of a body that was answered already, and for whoever
-does not read an answer; here a connection that dawdles is closed. It takes connections until no descriptor is
-left; here some are kept for the work. And when it is told to stop, it refuses connections at once; here it
-goes on answering while the work in hand is finished.
+uvicorn waits for ever for the head of a request, for the rest of a body that was already answered, and for
+clients that do not read an answer; here such connections are closed. It accepts connections until no
+descriptor is left; here some are reserved for the work. On a signal it refuses connections at once; here it
+goes on answering while running work is finished.
 """
 
 import asyncio
@@ -29,21 +29,21 @@ from app.jobs.fleet import LEAVE_SECONDS
 from app.settings import Settings
 
 DEFAULT_SECONDS = 10.0
-KEEP_ALIVE_SECONDS = 75  # more than proxies and clients keep an idle connection: else they send into its end
-REST_SECONDS = 30.0  # for a body that nobody wants: most clients read an answer only when all is sent
-READING_SECONDS = 30.0  # after which it is seen how much of an answer was taken
-READING_RATE = 1024  # bytes a second at least; a slow telephone takes eight times as many
-HURRIED_SECONDS = 2  # for each wait of a connection that should not be there
-DESCRIPTORS_SHARE = 0.75  # of all, for connections; the rest is for pictures, uploads, databases and engines
-LAST_SECONDS = 0.3  # for requests that were on their way when the door was closed
-ANSWER_SECONDS = 2  # of the grace, for the answers to those whose work was given up
-AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_SECONDS  # of the grace, in all
+KEEP_ALIVE_SECONDS = 75  # longer than proxies and clients do, or they send while it is being closed
+REST_SECONDS = 30.0  # for an unwanted body: most clients read the answer only after sending it all
+READING_SECONDS = 30.0  # between checks of how much of an answer was read
+READING_RATE = 1024  # bytes a second at least; a slow mobile connection reads eight times as many
+HURRIED_SECONDS = 2  # each time limit of a connection beyond the maximum
+DESCRIPTORS_SHARE = 0.75  # for connections; the rest is for pictures, uploads, databases and engines
+LAST_SECONDS = 0.3  # for requests in flight when the listening sockets were closed
+ANSWER_SECONDS = 2  # of the grace period, for answers to callers whose work was abandoned
+AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_SECONDS  # of grace, in all
 
 
 class HastyProtocol(H11Protocol):
-    """HTTP/1.1 in which the head of a request must come within a time, or the connection is closed.
+    """HTTP/1.1 that closes a connection whose request head does not arrive in time.
 
-    So must what is left of a body after the answer. What is sent must be taken at some rate.
+    The same holds for the rest of a body after its answer. Answers must be read at a minimum rate.
     """
 
     header_seconds = DEFAULT_SECONDS
@@ -56,7 +56,7 @@ class HastyProtocol(H11Protocol):
     _judging: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The head of the first request is awaited from now on."""
+        """Limit the time for the first request's head, or refuse a connection beyond the maximum."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # writing is paused as long as anything is left unsent
         num_beyond = len(self.connections) - self.max_connections
@@ -68,29 +68,29 @@ class HastyProtocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Some more of a head, or of a body."""
+        """Handle more of a head or a body."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
+        """Cancel all time limits."""
         super().connection_lost(exc)
         self._stop_watching()
         self._stop_judging()
 
     def on_response_complete(self) -> None:
-        """What is left of the body is awaited from now on."""
+        """Limit the time for the rest of the body."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self._watch()
 
     def pause_writing(self) -> None:
-        """Something is left unsent, be the connection closing or not: the peer has to take it."""
+        """Check the reading rate from now on: data is left unsent, even if the connection is closing."""
         super().pause_writing()
         self._judge_later()
 
     def resume_writing(self) -> None:
-        """All is sent."""
+        """Stop checking the reading rate: everything is sent."""
         super().resume_writing()
         self._stop_judging()
 
@@ -117,11 +117,11 @@ class HastyProtocol(H11Protocol):
         self._judging = self.loop.call_later(self.reading_seconds, self._judge)
 
     def _judge(self) -> None:
-        """Nothing more is written meanwhile, so what is owed now and was not is what the peer has taken."""
+        """Abort a slow reader. Nothing is written meanwhile, so what is no longer owed has been read."""
         if self._owed_bytes - self._count_owed() >= READING_RATE * self.reading_seconds:
             self._judge_later()
             return
-        reset = struct.pack("ii", 1, 0)  # or the kernel would go on keeping what it has of the answer
+        reset = struct.pack("ii", 1, 0)  # otherwise the kernel would keep its part of the answer
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         self.transport.abort()
 
@@ -131,10 +131,10 @@ class HastyProtocol(H11Protocol):
             self._judging = None
 
     def _count_owed(self) -> int:
-        """Bytes that the peer has not acknowledged.
+        """Return the number of bytes that the peer has not acknowledged.
 
-        Those in the kernel count: it takes no more before a good part of what it holds is gone, for which a
-        slow peer may need a minute.
+        Those in the kernel's buffer count: it accepts no more until a good part of them is acknowledged, for
+        which a slow peer may need a minute.
         """
         connection = self.transport.get_extra_info("socket")
         [in_kernel] = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
@@ -142,14 +142,14 @@ class HastyProtocol(H11Protocol):
 
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn is to serve `app`."""
+    """Return uvicorn's configuration for `app`."""
     return uvicorn.Config(
         app,
         http=protocol(settings.header_timeout, max_connections=_room_for_connections(settings)),
         log_config=None,  # the app logs its own requests, one JSON line each
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # the app decides which proxies it believes
+        proxy_headers=False,  # the app decides which proxies it trusts
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=ANSWER_SECONDS,
     )
@@ -166,7 +166,7 @@ def protocol(
     reading_seconds: float = READING_SECONDS,
     max_connections: int = sys.maxsize,
 ) -> type[HastyProtocol]:
-    """The protocol with that patience and room, as uvicorn wants it: a class."""
+    """Return a protocol class with these limits: uvicorn takes a class, not an instance."""
     patience = {
         "header_seconds": header_seconds,
         "rest_seconds": rest_seconds,
@@ -177,9 +177,9 @@ def protocol(
 
 
 class DrainingServer(uvicorn.Server):
-    """On a signal: no more work is taken, what is in work is finished within the grace, then all ends.
+    """A server that on a signal takes no more work, finishes running work within the grace, and stops.
 
-    Meanwhile everybody is answered, if only with 503. A second signal ends the grace.
+    Meanwhile every request is answered, if only with 503. A second signal ends the grace period.
     """
 
     def __init__(self, config: uvicorn.Config, grace_seconds: float, on_stopping: Callable[[], None]) -> None:
@@ -189,7 +189,7 @@ class DrainingServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Also what uvicorn does on a second signal, for which it knows only Ctrl-C."""
+        """End the grace on a second signal of any kind; uvicorn itself only knows a second Ctrl-C."""
         if self.should_exit and self._draining is not None:
             self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)
         super().handle_exit(sig, frame)
@@ -207,5 +207,5 @@ class DrainingServer(uvicorn.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_SECONDS)
-        self.force_exit = False  # or the app would not be told to end
+        self.force_exit = False  # otherwise uvicorn would skip the app's shutdown
         await super().shutdown(sockets)

@@ -1,4 +1,4 @@
-"""What routes ask for: the parts of the server, the caller behind a key, a decoded body, its own address."""
+"""Dependencies of routes: the parts of the server, API keys, request bodies, and the public base URL."""
 
 import asyncio
 import base64
@@ -53,7 +53,7 @@ class Services:
     outbound: Outbound
     uploads: Uploads
     limit: RateLimit
-    encoders: Executor  # encoding and disk, which must not hold up the event loop
+    encoders: Executor  # encoding and disk access, which must not block the event loop
     reader: Executor  # one thread for pictures from outside: decoding one may take 300 MB
     loras: InstalledLoRAs
     metrics: Metrics
@@ -78,7 +78,7 @@ TheExchange = Annotated[Exchange, Depends(_exchange)]
 
 
 async def authenticate(request: Request, services: TheServices, exchange: TheExchange) -> None:
-    """Refuse a request without a configured key, when keys are configured."""
+    """Raise Unauthorized for a request without a configured key, if there are any."""
     keys = services.settings.api_keys
     if not keys:
         return
@@ -86,7 +86,7 @@ async def authenticate(request: Request, services: TheServices, exchange: TheExc
     found = None
     for candidate in offered:
         digest = hashlib.sha256(candidate).digest()
-        for key in keys:  # all of them, always: the time taken says nothing about which one matched
+        for key in keys:  # always all of them, so that timing does not tell which one matched
             if hmac.compare_digest(key.sha256, digest):
                 found = key
     if found is None:
@@ -97,12 +97,12 @@ async def authenticate(request: Request, services: TheServices, exchange: TheExc
 
 
 async def count_request(services: TheServices, exchange: TheExchange) -> None:
-    """Refuse a key that asks for pictures too often. Stands behind `authenticate`."""
+    """Count a request for pictures; raise RateLimited beyond the limit. Runs after `authenticate`."""
     exchange.headers.update(services.limit.take(exchange.tenant))
 
 
 def _offered_keys(request: Request) -> Iterator[bytes]:
-    """Every key that the request carries, in any of the forms that clients use."""
+    """Yield every key that the request carries, in any of the forms that clients use."""
     scheme, _, value = request.headers.get("authorization", "").strip().partition(" ")
     value = value.strip()
     if scheme.lower() == "bearer" and value:
@@ -120,13 +120,13 @@ def _offered_keys(request: Request) -> Iterator[bytes]:
 
 
 async def read_json_object(request: Request, services: Services, *, or_form: bool = False) -> dict[str, Any]:
-    """The body as a JSON object, read no further than the limit. `or_form`: its caller reads forms, too."""
+    """Read the body, up to the limit, as a JSON object. `or_form`: errors name forms as allowed, too."""
     _require_json(request, or_form=or_form)
     return await parse_object(await read_body(request, services, services.settings.max_body_bytes), services)
 
 
 async def read_json_or_null(request: Request, services: Services) -> dict[str, Any] | None:
-    """The same, but for those who send `null`, or nothing, for an object without members."""
+    """Read the body as a JSON object; None if it is `null` or empty."""
     body = await read_body(request, services, services.settings.max_body_bytes)
     return None if body.strip() in (b"", b"null") else await parse_object(body, services)
 
@@ -140,21 +140,21 @@ def _require_json(request: Request, *, or_form: bool) -> None:
 
 
 async def read_body(request: Request, services: Services, limit_bytes: int) -> bytes:
-    """The body as it is, read no further than the limit."""
+    """Read the raw body, no further than the limit."""
     refuse_compressed(request)
     async with services.uploads.reading(services.settings.body_timeout):
         return b"".join([chunk async for chunk in bounded_stream(request, limit_bytes)])
 
 
 async def parse_object(body: bytes, services: Services) -> dict[str, Any]:
-    """The JSON object that a body is. Raises InvalidRequest."""
+    """Parse a body as a JSON object, in a thread if it is long. Raises InvalidRequest."""
     if len(body) <= LONG_BYTES:
         return _parse_object(body)
     return await asyncio.get_running_loop().run_in_executor(services.encoders, _parse_object, body)
 
 
 def refuse_compressed(request: Request) -> None:
-    """What a compressed body becomes is not known before it is here."""
+    """Refuse a compressed body, since its decompressed size is not known in advance."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed")
 
@@ -172,7 +172,7 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 
 async def bounded_stream(request: Request, limit_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body, no further than the limit. Raises PayloadTooLarge and ClientGone."""
+    """Yield the body, no further than the limit. Raises PayloadTooLarge and ClientGone."""
     too_large = PayloadTooLarge(f"the body must be at most {limit_bytes} bytes")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit_bytes:
@@ -188,12 +188,12 @@ async def bounded_stream(request: Request, limit_bytes: int) -> AsyncGenerator[b
         raise ClientGone("the caller left while sending the body") from None
 
 
-_ANYWHERE = re.compile(r"^(0\.0\.0\.0|\[::\])(?=$|:)")  # what a server binds to, not where it is
+_ANYWHERE = re.compile(r"^(0\.0\.0\.0|\[::\])(?=$|:)")  # bound to, but not callable
 _HOST = re.compile(r"[A-Za-z0-9.\-_]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 
 
 def public_base(request: Request, settings: Settings) -> str:
-    """Where this server is for its callers, as `https://host:port`, to put before the paths of URLs."""
+    """Return the base of this server's URLs for its callers, as `https://host:port`."""
     if settings.public_base_url is not None:
         return settings.public_base_url
     scheme = request.url.scheme

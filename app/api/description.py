@@ -1,4 +1,4 @@
-"""What `/openapi.json` says beyond what FastAPI reads from the routes: bodies, errors by family, keys."""
+"""The parts of `/openapi.json` that FastAPI cannot read from the routes: bodies, errors, keys."""
 
 from typing import Any
 
@@ -100,34 +100,34 @@ _ANSWER_SCHEMA = {
 
 
 def openai_errors(*statuses: int) -> Responses:
-    """Errors of a route in OpenAI's family, for the description."""
+    """Describe the errors of a route in OpenAI's format."""
     return {status: {"model": OpenAIError, "description": MEANINGS[status]} for status in statuses}
 
 
 def a1111_errors(*statuses: int) -> Responses:
-    """Errors of a route in AUTOMATIC1111's family, for the description."""
+    """Describe the errors of a route in AUTOMATIC1111's format."""
     return {status: {"model": A1111Error, "description": MEANINGS[status]} for status in statuses}
 
 
 def hugging_face_errors(*statuses: int) -> Responses:
-    """Errors of a route in Hugging Face's family, for the description."""
+    """Describe the errors of a route in Hugging Face's format."""
     return {status: {"model": HuggingFaceError, "description": MEANINGS[status]} for status in statuses}
 
 
 def problems(*statuses: int) -> Responses:
-    """Errors of a route as RFC 9457 problems, for the description."""
+    """Describe the errors of a route as RFC 9457 problems."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
 def _body_schema(body: type[GenerationMembers]) -> dict[str, Any]:
-    """The schema of a generation's body, in which every member but the required may be null, as if absent."""
+    """Return the schema of a body; all members that are not required may also be null, as if absent."""
     schema = body.model_json_schema(ref_template=_REFERENCE)
-    schema.pop("$defs", None)  # among the components: see `describe`
+    schema.pop("$defs", None)  # `describe` puts them among the components
     for name, member in schema["properties"].items():
         if name not in schema.get("required", ()) and "anyOf" not in member:
             texts = {key: member.pop(key) for key in ("title", "description", "default") if key in member}
-            if texts.get("default") == {}:  # some generators of clients trip over it
+            if texts.get("default") == {}:  # some client generators fail on it
                 del texts["default"]
             schema["properties"][name] = {"anyOf": [member, {"type": "null"}], **texts}
     return schema
@@ -139,7 +139,7 @@ _FILE = {"type": "string", "format": "binary"}
 def _form_schema(
     body: type[GenerationMembers], *, pictures: int, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The same as a form: pictures are file parts, and what is no plain value is JSON text."""
+    """Return a body's schema as a form: pictures are file parts, structured members are JSON text."""
     schema = _body_schema(body)
     properties: dict[str, Any] = {name: m for name, m in schema["properties"].items() if name not in without}
     if pictures:
@@ -190,9 +190,9 @@ def _generation(
     without: tuple[str, ...] = (),
     requires: tuple[str, ...] = ("prompt",),
 ) -> dict[str, Any]:
-    """What OpenAPI is told of a route that makes pictures, beyond its answers.
+    """Describe the requests of a route that makes pictures.
 
-    `pictures` are the file parts `image` at most, `without` are members that mean nothing there.
+    `pictures` is the maximum number of `image` file parts; `without` are members that do not apply there.
     """
     named = {name: {"value": example} for name, example in examples.items()}
     schema = _body_schema(body)
@@ -341,14 +341,14 @@ def _layer(content: dict[str, Any], *headers: dict[str, Any]) -> dict[str, Any]:
 
 
 def json_body(properties: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAPI is told of a route that reads a few members of an object."""
+    """Describe the body of a route that reads a few members of an object."""
     schema = {"type": "object", "properties": properties, "additionalProperties": True}
     content = {"application/json": {"schema": schema, "examples": {"simple": {"value": example}}}}
     return {**NEEDS_KEY, "requestBody": {"content": content}}
 
 
 def a1111_body(body: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAPI is told of a route that makes pictures for AUTOMATIC1111's clients."""
+    """Describe the requests of a route that makes pictures for AUTOMATIC1111's clients."""
     schema = body.model_json_schema(ref_template=_REFERENCE)
     return _layer({"application/json": {"schema": schema, "examples": {"simple": {"value": example}}}})
 
@@ -401,7 +401,7 @@ HF_IMAGE_TO_IMAGE = _layer(
 
 
 def describe(app: FastAPI, *, needs_key: bool) -> None:
-    """Make `app` describe itself with the parts of this module; without keys it `needs_key` of nobody."""
+    """Add the parts of this module to `app`'s OpenAPI; `needs_key` tells whether keys are configured."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -438,7 +438,7 @@ def _make_keys_optional(schema: dict[str, Any]) -> None:
 
 
 def _remove_framework_errors(schema: dict[str, Any]) -> None:
-    """FastAPI lists its own 422 wherever there are parameters; here no such answer leaves the server."""
+    """Remove FastAPI's own 422, listed wherever there are parameters: this server never sends it."""
     for path in (*schema["paths"].values(), *schema["webhooks"].values()):
         for operation in path.values():
             if "HTTPValidationError" in str(operation["responses"].get("422")):

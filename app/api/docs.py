@@ -1,4 +1,4 @@
-"""`/docs`: the description as a page. Its script and style come from here: it works without the internet."""
+"""`/docs`: Swagger UI, with its script and style served from here, so that it works offline."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 
 from app.errors import NotFound
 
-FOLDER = Path(fastapi_offline.__file__).parent / "static"  # it packs Swagger UI as its makers publish it
+FOLDER = Path(fastapi_offline.__file__).parent / "static"  # holds Swagger UI as published
 MEDIA_TYPES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
 router = APIRouter(include_in_schema=False)
@@ -17,7 +17,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 async def page(request: Request) -> HTMLResponse:
-    """Names everything relative to itself, so that a proxy may put the server under any path."""
+    """Return the page. Its URLs are relative, so that a proxy may put the server under any path."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title=request.app.title,
@@ -29,7 +29,7 @@ async def page(request: Request) -> HTMLResponse:
 
 @router.api_route("/docs/{name}", methods=["GET", "HEAD"])
 async def asset(name: str) -> FileResponse:
-    """A file of the page."""
+    """Return a file of the page."""
     if name not in MEDIA_TYPES:
         raise NotFound(f"/docs/{name} is not here; the page itself is /docs")
     headers = {"Cache-Control": "public, max-age=86400"}

@@ -1,6 +1,6 @@
-"""Answers in JSON that hold pictures in base64, read and encoded as they are sent.
+"""JSON answers with pictures in base64, which are read and encoded while they are sent.
 
-What a slow reader has not taken yet is on the disk and not in memory, however many pictures it asked for.
+What a slow client has not read yet is on disk and not in memory, however many pictures it asked for.
 """
 
 import asyncio
@@ -13,23 +13,23 @@ from starlette.responses import StreamingResponse
 from app.jobs.job import StoredImage
 from app.storage.images import ImageStore
 
-PART_BYTES = 96 * 1024  # a multiple of three, so that the base64 of parts is that of the whole
+PART_BYTES = 96 * 1024  # a multiple of three, so that the parts' base64 joins without padding
 
 
 class Embedding:
-    """The pictures of one answer, and what stands for each in its JSON until it is sent."""
+    """The pictures of one answer, each with a placeholder in the JSON until it is sent."""
 
     def __init__(self) -> None:
-        self._mark = secrets.token_hex(16)  # nobody can have written it into a prompt
+        self._mark = secrets.token_hex(16)  # unguessable, so that no prompt can contain it
         self._names: list[str] = []
 
     def base64_of(self, image: StoredImage) -> str:
-        """What to write for it. The order of the calls has to be that in the JSON."""
+        """Return the placeholder of a picture. The calls must be in the order of the JSON."""
         self._names.append(image.name)
         return self._mark
 
     async def respond(self, text: bytes, images: ImageStore, headers: Mapping[str, str]) -> StreamingResponse:
-        """`text` with the pictures in it. Raises NotFound or DamagedFile for what cannot be sent."""
+        """Answer `text` with the pictures filled in. Raises NotFound or DamagedFile for a missing one."""
         sizes = [(await asyncio.to_thread(images.examine, name)).size_bytes for name in self._names]
         pieces = text.split(self._mark.encode())
         length = sum(map(len, pieces)) + sum((size + 2) // 3 * 4 for size in sizes)
@@ -42,7 +42,7 @@ class Embedding:
     async def _parts(
         self, pieces: Sequence[bytes], sizes: Sequence[int], images: ImageStore
     ) -> AsyncIterator[bytes]:
-        """The pieces of the JSON, and between them the pictures."""
+        """Yield the pieces of the JSON, and between them the pictures."""
 
         def encode(name: str, start: int, num_bytes: int) -> bytes:
             return base64.b64encode(images.read_part(name, start, num_bytes))

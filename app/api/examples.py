@@ -1,4 +1,4 @@
-"""Pictures for the examples on /docs, which work as they stand: 64x64 pixels, two colours, PNG, base64."""
+"""Pictures for the runnable examples on /docs: 64x64 pixels, two colours, PNG, base64."""
 
 # A red circle on a blue background.
 PICTURE = (
@@ -7,7 +7,7 @@ PICTURE = (
     "MLMeVWIhWEgEK/PuZRi2fS1P4we9mxVt0n1lfgAAAABJRU5ErkJggg=="
 )
 
-# White where the circle is, with a little of what surrounds it.
+# White on the circle and a narrow margin around it.
 MASK = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAeklEQVR42sXQsQ3CUAyE4e8ZCipgBDYhbMQIb7SMkBEYIQUF"
     "BYopokiJ9BqqXHXy/bZOZm9dRgSe53lQMitB0M1I5khw5URw4zhvYSGDQqKsowJ1Ay8moGtGf5kJ+kbU6qOSBD3T9uCLL8HI"

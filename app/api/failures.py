@@ -1,4 +1,4 @@
-"""Errors as answers. The path chooses the family, as clients of a contract read errors of no other one."""
+"""Errors as answers. The path chooses the format, since clients of a contract read no other."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 
 class OpenAIErrorMembers(BaseModel):
-    """The members of an OpenAI error; all four are always there."""
+    """The members of an OpenAI error; all four are always present."""
 
     message: str = Field(description="What was wrong and what is allowed, in one sentence")
     type: str
@@ -28,7 +28,7 @@ class OpenAIErrorMembers(BaseModel):
 
 
 class OpenAIError(BaseModel):
-    """An error of the OpenAI family."""
+    """An error in OpenAI's format."""
 
     error: OpenAIErrorMembers
 
@@ -41,7 +41,7 @@ class ProblemPointer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error as RFC 9457 shapes it (`application/problem+json`)."""
+    """An error in the format of RFC 9457 (`application/problem+json`)."""
 
     type: str
     title: str
@@ -54,7 +54,7 @@ class Problem(BaseModel):
 
 
 class A1111Error(BaseModel):
-    """An error as AUTOMATIC1111's server tells it."""
+    """An error in the format of AUTOMATIC1111's server."""
 
     error: str
     detail: str = Field(description="What was wrong and what is allowed, in one sentence")
@@ -63,7 +63,7 @@ class A1111Error(BaseModel):
 
 
 class HuggingFaceError(BaseModel):
-    """An error as Hugging Face's inference servers tell it."""
+    """An error in the format of Hugging Face's inference servers."""
 
     error: str = Field(description="What was wrong and what is allowed, in one sentence")
     estimated_time: float | None = Field(
@@ -72,13 +72,13 @@ class HuggingFaceError(BaseModel):
 
 
 def openai_error(error: AppError) -> dict[str, Any]:
-    """The body that says `error` in OpenAI's family."""
+    """Return the body for `error` in OpenAI's format."""
     members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     return {"error": members}
 
 
 def respond(error: AppError, path: str, request_id: str) -> Response:
-    """The answer that says `error` in the family of `path`."""
+    """Return the answer for `error` in the format of `path`."""
     family = _FAMILIES.get(path.split("/")[1] if path.startswith("/") else "")
     if family is not None:
         return family(error)
@@ -102,7 +102,7 @@ def _openai(error: AppError) -> Response:
 
 
 def _a1111(error: AppError) -> Response:
-    """Its clients send keys as passwords, so they are asked for one."""
+    """Answer in A1111's format; a 401 also offers Basic, since its clients send keys as passwords."""
     told = A1111Error(error="HTTPException", detail=error.message, body="", errors=error.message)
     headers = dict(error.headers)
     if error.status == 401:
@@ -117,14 +117,14 @@ def _hugging_face(error: AppError) -> Response:
     return JSONResponse(told.model_dump(), error.status, error.headers)
 
 
-# By the first part of the path; everywhere else errors are RFC 9457 problems.
+# By the first part of the path; for other paths errors are RFC 9457 problems.
 _FAMILIES: Mapping[str, Callable[[AppError], Response]] = MappingProxyType(
     {"v1": _openai, "sdapi": _a1111, "hf": _hugging_face}
 )
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every error of a route an answer of its family; what is not listed here the gateway catches."""
+    """Answer every error of a route in its format; the gateway catches exceptions not listed here."""
 
     async def handle(request: Request, error: Exception) -> Response:
         path = request.url.path
@@ -137,7 +137,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def allowed_methods(server: FastAPI, scope: Scope) -> list[str]:
-    """Methods of all routes at the path of `scope`, and OPTIONS."""
+    """Return the methods of all routes at the path of `scope`, and OPTIONS."""
     methods = {"OPTIONS"}
     for route in iter_route_contexts(server.router.routes):
         match, _ = route.matches({**scope, "method": "GET"})
@@ -147,7 +147,7 @@ def allowed_methods(server: FastAPI, scope: Scope) -> list[str]:
 
 
 def _meant(request: Request) -> str | None:
-    """Where a client of OpenAI wanted to go whose base URL lacks `/v1`."""
+    """Return the path with `/v1` in front if there is such a route: OpenAI clients' base URLs may lack it."""
     path = f"/v1{request.url.path}"
     scope = {**request.scope, "path": path}
     is_there = any(
@@ -157,7 +157,7 @@ def _meant(request: Request) -> str | None:
 
 
 def as_app_error(error: Exception, request: Request) -> AppError:
-    """Our own error for one of the framework."""
+    """Convert an error of the framework to an AppError."""
     if isinstance(error, AppError):
         return error
     if isinstance(error, RequestValidationError):

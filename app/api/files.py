@@ -1,4 +1,4 @@
-"""Finished pictures by signed URL: no key needed, nothing to list, nothing to guess."""
+"""Finished pictures by signed URL: no key is needed, and URLs cannot be listed or guessed."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ async def get_file(
     sig: Annotated[str, Query(description="HMAC-SHA256 of name and end")] = "",
     download: Annotated[str, Query(description="`1` makes browsers save the picture")] = "",
 ) -> Response:
-    """The picture, to whoever holds its URL, until the URL expires or the picture is removed."""
+    """Return the picture to any holder of its URL, until the URL expires or the picture is removed."""
     seconds_left = services.signer.verify(name, exp, sig)
     image = await asyncio.get_running_loop().run_in_executor(services.encoders, services.images.examine, name)
     etag = f'"{image.sha256}"'
@@ -72,7 +72,7 @@ def _matches(if_none_match: str, etag: str) -> bool:
 
 
 def _range(request: Request, etag: str, size: int) -> tuple[int, int]:
-    """First byte and the one after the last. Several ranges, and foreign units, give the whole file."""
+    """Return first byte and one after the last. Several ranges, or unknown units, mean the whole file."""
     match = _RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
     if match is None or match[0] == "bytes=-" or request.headers.get("if-range", etag) != etag:
         return 0, size
@@ -86,7 +86,7 @@ def _range(request: Request, etag: str, size: int) -> tuple[int, int]:
 
 
 async def _chunks(images: ImageStore, name: str, start: int, end: int) -> AsyncIterator[bytes]:
-    """The file is closed between two of them: its reader may take hours, or leave."""
+    """Yield the bytes. The file is closed between chunks: the client may take hours, or disconnect."""
     while start < end:
         chunk = await asyncio.to_thread(images.read_part, name, start, min(_CHUNK_BYTES, end - start))
         start += len(chunk)

@@ -1,7 +1,7 @@
-"""`multipart/form-data` as the members of a request: the same names and rules as in JSON.
+"""`multipart/form-data` as the members of a request, with the same names and rules as in JSON.
 
-Numbers and booleans are text there, structured members are JSON text, pictures are file parts. `params` may
-hold a whole JSON object, in which the single fields win.
+Numbers and booleans are text, structured members are JSON text, pictures are file parts. `params` may hold a
+whole JSON object, whose members the single fields override.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ from app.storage.writing import room_for
 
 MAX_FILES = 32
 MAX_FIELDS = 200
-CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of those that Python knows take minutes for a megabyte
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # some of Python's other codecs take minutes for a megabyte
 
 STRUCTURED = ("image_prompts", "control", "loras", "seeds", "metadata", "guidance_interval", "webhook")
-LISTS = ("image_prompts", "loras", "seeds", "guidance_interval")  # a list, too, when there is one of them
+LISTS = ("image_prompts", "loras", "seeds", "guidance_interval")  # always lists, even of one value
 ONCE = {*NativeImageBody.model_fields, *ImageEditBody.model_fields, *ALIASES} - {*LISTS, "image"}
-WITH_PICTURE = ("image_prompts", "control")  # file parts of these names are the pictures of their entries
-TEXTS = ("prompt", "negative_prompt")  # those for which empty is not the same as absent
+WITH_PICTURE = ("image_prompts", "control")  # a file part of this name is the picture of an entry
+TEXTS = ("prompt", "negative_prompt")  # empty is not the same as absent
 
-_INDEX = re.compile(r"\[[0-9]*\]$")  # of one of several parts: `image[]`, or `image[0]` as PHP's curl has it
+_INDEX = re.compile(r"\[[0-9]*\]$")  # one of several parts: `image[]`, or `image[0]` as PHP's curl writes it
 
 Texts = dict[str, list[str]]
 Files = dict[str, list[Source]]
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's, which takes a body that breaks off for one without its last part."""
+    """Starlette's parser, which accepts a truncated body; `is_complete` tells whether it is whole."""
 
     is_complete = False
 
@@ -47,7 +47,7 @@ class _FormParser(MultiPartParser):
 
 
 async def read_members(request: Request, services: TheServices) -> dict[str, Any]:
-    """The body of a request for pictures, be it JSON or a form, read no further than the limit."""
+    """Read the body of a request for pictures, JSON or a form, no further than the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         return await read_json_object(request, services, or_form=True)
@@ -63,7 +63,7 @@ async def read_members(request: Request, services: TheServices) -> dict[str, Any
 
 
 def _refuse_other_charsets(request: Request) -> None:
-    """Texts are decoded as the header says: see that it says what we can read."""
+    """Refuse charsets other than UTF-8, since texts are decoded as the header says."""
     _, options = parse_options_header(request.headers["content-type"])
     charset = options.get(b"charset", CHARSETS[0])
     if charset.strip().lower() not in CHARSETS:
@@ -73,17 +73,17 @@ def _refuse_other_charsets(request: Request) -> None:
 async def parse_form(
     request: Request, stream: AsyncGenerator[bytes, None], max_field_bytes: int
 ) -> tuple[Texts, Files]:
-    """The parts of a body that is read from `stream`, by their names.
+    """Read the parts of a body from `stream`, by their names.
 
-    Raises InvalidRequest, and StorageFull.
+    Raises InvalidRequest and StorageFull.
     """
     parser = _FormParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_field_bytes
     )
     try:
-        with room_for("the files of the form"):  # long ones pass through the folder of temporary files
+        with room_for("the files of the form"):  # large ones pass through the temporary folder
             form = await parser.parse()
-    except (MultiPartException, ValueError) as error:  # the second is what its parser raises
+    except (MultiPartException, ValueError) as error:  # python-multipart raises ValueErrors
         raise InvalidRequest(f"the body is not valid multipart/form-data: {error}") from None
     texts: Texts = {}
     files: Files = {}
@@ -104,7 +104,7 @@ async def parse_form(
 
 
 def _members(texts: Texts, files: Files) -> dict[str, Any]:
-    """What the parts say. Of long texts for a thread."""
+    """Return the members that the parts give. With long texts it runs in a thread."""
     members = _params(texts.pop("params", []))
     for name, values in texts.items():
         read = [_structured(name, value) for value in values if value or name in TEXTS]
@@ -126,7 +126,7 @@ def _members(texts: Texts, files: Files) -> dict[str, Any]:
 
 
 def _refuse_repeated(name: str, number: int) -> None:
-    """What means nothing here is ignored, however often it comes."""
+    """Refuse a known member that is repeated; unknown ones are ignored, however often they come."""
     if name in ONCE:
         raise InvalidRequest(f"{name} must be given once, not {number} times", param=name)
 
@@ -142,7 +142,7 @@ def _params(values: list[str]) -> dict[str, Any]:
 
 
 def _structured(name: str, value: str) -> Any:
-    """A member that is not plain text, from its JSON."""
+    """Parse a member as JSON if it is not plain text."""
     is_json = name in STRUCTURED or (name in ("image", "mask") and value.startswith("{"))
     return _json(name, value) if is_json and value[:1] in "[{" else value
 

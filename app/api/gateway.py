@@ -1,6 +1,6 @@
-"""The outermost layer around every request: its id, log line and figures, CORS and OPTIONS, the last net.
+"""The outermost layer around every request: its id, log line, metrics, CORS, OPTIONS, unexpected errors.
 
-Written against ASGI itself, so that bodies and answers stream through it untouched.
+Plain ASGI, so that bodies and answers stream through it untouched.
 """
 
 import asyncio
@@ -22,16 +22,15 @@ from app.jobs.database import DatabaseAway
 from app.logs import Logger
 from app.metrics import Metrics
 
-AWAY_SECONDS = 2  # after which a database may be back
+AWAY_SECONDS = 2  # until the database may be back
 PART_BYTES = 256 * 1024
-CROWDED = "is_crowded"  # in the state of requests that came over a connection too many
-CROWDED_SECONDS = 5  # after which there may be fewer
+CROWDED = "is_crowded"  # in the state of requests on connections beyond the limit
+CROWDED_SECONDS = 5  # until there may be fewer connections
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
-_ABSOLUTE = re.compile(
-    r"^https?://[^/]*/?", re.IGNORECASE
-)  # a target as for a proxy: RFC 9112, section 3.2.2
-_QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds by machines: logged at debug level
+# An absolute target, which a server must accept as a proxy does (RFC 9112, section 3.2.2).
+_ABSOLUTE = re.compile(r"^https?://[^/]*/?", re.IGNORECASE)
+_QUIET = {"/healthz", "/readyz", "/metrics"}  # polled every few seconds: logged at debug level
 
 EXPOSED_HEADERS = (
     "x-request-id, x-job-id, retry-after, retry-after-ms, location, preference-applied, x-seed, "
@@ -43,22 +42,22 @@ EXPOSED_HEADERS = (
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its answer, as the log tells it."""
+    """One request and its answer, as they are logged."""
 
     request_id: str
     status: int = 0
     key_name: str | None = None
     facts: dict[str, object] = field(default_factory=dict)  # what the route adds to the log line
-    headers: dict[str, str] = field(default_factory=dict)  # what the answer has, whichever it is
+    headers: dict[str, str] = field(default_factory=dict)  # added to the answer, whichever it is
 
     @property
     def tenant(self) -> str:
-        """Whose jobs the caller may see: those of its key, or of everybody where there are no keys."""
+        """Owner of the jobs that the caller may see: the name of its key, or "" where there are no keys."""
         return self.key_name or ""
 
     @property
     def has_started(self) -> bool:
-        """Whether the answer is on its way, so that another cannot be given any more."""
+        """Whether the answer has started, so that no other can be sent."""
         return self.status != 0
 
 
@@ -103,7 +102,7 @@ class Gateway:
 
         try:
             await self._answering(scope, headers, exchange)(scope, receive, send_with_headers)
-        except asyncio.CancelledError:  # the server ends and waits for its requests no longer
+        except asyncio.CancelledError:  # the server stops without waiting any longer
             if exchange.has_started:
                 raise
             error: AppError = ShuttingDown()
@@ -118,7 +117,7 @@ class Gateway:
             await respond(error, scope["path"], exchange.request_id)(scope, receive, send_with_headers)
         except Exception as failure:
             cause = failure.__cause__ or failure
-            if exchange.has_started and isinstance(cause, AppError):  # as a picture removed meanwhile
+            if exchange.has_started and isinstance(cause, AppError):  # such as a picture removed meanwhile
                 self._logger.info("answer broken off", request_id=exchange.request_id, reason=str(cause))
                 return
             self._logger.exception("request failed", request_id=exchange.request_id)
@@ -129,7 +128,7 @@ class Gateway:
             self._note(scope, exchange, time.perf_counter() - started)
 
     def _answering(self, scope: Scope, headers: Headers, exchange: Exchange) -> ASGIApp:
-        """Who answers this request: mostly the server behind."""
+        """Return the app that answers this request, usually the wrapped one."""
         if scope["state"].get(CROWDED) and scope["path"] not in _QUIET:
             crowded = Overloaded(
                 "too many connections are open; try again", retry_after_seconds=CROWDED_SECONDS
@@ -145,7 +144,7 @@ class Gateway:
         return self._app
 
     def _options(self, scope: Scope, headers: Headers) -> Response:
-        """The answer to OPTIONS, for everybody and every path, with what a browser wants to know."""
+        """Answer OPTIONS for everybody and every path, including CORS preflights."""
         allowed = ", ".join(allowed_methods(self._server, scope))
         response = Response(status_code=204, headers={"Allow": allowed})
         if self._origins.allows(headers.get("origin")) and "access-control-request-method" in headers:
@@ -166,7 +165,7 @@ class Gateway:
             answer["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
 
     def _note(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
-        """One log line and the figures of a request that has ended."""
+        """Write the log line and the metrics of a request that has ended."""
         method = scope["method"] if scope["method"] in METHODS else "other"
         route = _route_path(scope)
         self._metrics.requests.labels(method, route, str(exchange.status)).inc()
@@ -192,7 +191,7 @@ def _check_framing(headers: Headers) -> None:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """The message, a long body as several: to send, or to keep, all of it at once would hold up others."""
+    """Split the message of a long body: sending or buffering it all at once would hold up others."""
     body = message.get("body", b"")
     if len(body) <= PART_BYTES:
         yield message
@@ -204,7 +203,7 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 def _request_id(headers: Headers) -> str:
-    """The first usable one of the client's own, else a new one."""
+    """Return the first usable request id of the client, else a new one."""
     for name in ("x-request-id", "x-client-request-id"):
         given = headers.get(name, "")
         if _REQUEST_ID.fullmatch(given):
@@ -213,5 +212,5 @@ def _request_id(headers: Headers) -> str:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path of the route as declared: a closed set, unlike the paths that are asked for."""
+    """Return the path of the route as declared: a closed set, unlike the requested paths."""
     return getattr(scope.get("route"), "path", None) or "unmatched"

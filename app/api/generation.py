@@ -1,7 +1,7 @@
-"""What all contracts share: from a checked request to a job, and from the job to its files.
+"""Code shared by all contracts: from a checked request to a job, and from the job to its files.
 
-A caller who waits is counted by the dispatcher as long as it does; when the last one leaves, the work on a
-job that nobody could fetch later is dropped.
+The dispatcher counts the callers that wait for a job; when the last one leaves, the job is canceled, unless
+it is to finish without them.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from app.schemas import (
 )
 
 MODEL_NAMES = (MODEL_ID, "stabilityai/stable-cascade")
-SUPER_RESOLUTION = 2  # times the sides of the picture, unless another size is asked for
+SUPER_RESOLUTION = 2  # default factor from the sides of the picture to those of the result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Order:
     """A checked request, and how its job is to be treated."""
 
     generation: GenerationRequest
-    body: GenerationMembers  # which says how
+    body: GenerationMembers  # for priority, deadline and disconnect behaviour
     preference: Preference
     received: Received
     idempotency: Idempotency | None
@@ -60,7 +60,7 @@ class Order:
 
 
 def resolve_model(name: str | None, services: Services) -> None:
-    """Accept the names of the one model that is served; raises ModelNotFound for others."""
+    """Accept the names of the one model that is served. Raises ModelNotFound for others."""
     settings = services.settings
     if (
         name is None
@@ -75,7 +75,7 @@ def resolve_model(name: str | None, services: Services) -> None:
 def seeds_for(
     seed: int | None, seeds: list[int] | None, num_images: int, services: Services, *, param: str
 ) -> tuple[int, ...]:
-    """The seed of each picture; refuses more pictures than the operator allows."""
+    """Return the seed of each picture. Raises InvalidRequest for more pictures than allowed."""
     most = services.settings.max_images
     if num_images > most:
         raise InvalidRequest(
@@ -95,10 +95,10 @@ def size_for(
     like: tuple[int, int] | None = None,
     step: int = SIDE_STEP,
 ) -> tuple[int, int]:
-    """The sides asked for, all within the limits.
+    """Return width and height. Raises InvalidRequest for sides beyond the limits or no multiples of `step`.
 
-    Those that are absent are those of the native size, or of a picture `like` that fits into the limits; one
-    absent side keeps its proportions. They must be multiples of `step`.
+    Absent sides are those of the native size, or of a picture of size `like`, scaled to fit the limits; a
+    single absent side keeps the proportions of `like`.
     """
     model, most = services.dispatcher.model, services.settings.max_pixels
     if like is None:
@@ -118,7 +118,7 @@ def size_for(
 
 
 def picture_size(received: Received) -> tuple[int, int] | None:
-    """The size that a result has by itself: that of the picture it is made of, or of the control picture."""
+    """Return the default size of a result: that of the input picture, or else by the control picture."""
     if received.image is not None:
         return received.image.width, received.image.height
     if received.control is None:
@@ -128,13 +128,13 @@ def picture_size(received: Received) -> tuple[int, int] | None:
 
 
 def variation_size(received: Received) -> tuple[int, int] | None:
-    """The size of the first picture that is a prompt."""
+    """Return the size of the first image prompt, if any."""
     first = next(iter(received.image_prompts), None)
     return None if first is None else (first.image.width, first.image.height)
 
 
 async def check_abilities(generation: GenerationRequest, services: Services) -> None:
-    """Refuse what the model has no network or file for, before anything is queued."""
+    """Refuse a request that the installed networks and files cannot serve, before anything is queued."""
     model = services.dispatcher.model
     if generation.anchor is not None and generation.image is not None:
         _check_canvas(generation, generation.image)
@@ -172,7 +172,7 @@ def _check_canvas(generation: GenerationRequest, image: PictureRef) -> None:
 
 
 def shared_members(body: GenerationMembers, received: Received) -> dict[str, Any]:
-    """Those members of a GenerationRequest that mean the same in every contract."""
+    """Return the members of a GenerationRequest that mean the same in every contract."""
     return {
         **received.members(),
         "prompt": body.prompt,
@@ -193,9 +193,9 @@ def shared_members(body: GenerationMembers, received: Received) -> dict[str, Any
 
 
 async def wait_for_model(services: Services) -> None:
-    """Give a model that is still loading some time: a caller right after the start need not ask again.
+    """Wait some time for a model that is still loading, so that early callers need not retry.
 
-    Whether there is one, whoever needs it finds out from the dispatcher.
+    It may not be loaded after that: `dispatcher.model` raises then.
     """
     await services.dispatcher.wait_loaded(services.settings.loading_wait)
 
@@ -203,7 +203,7 @@ async def wait_for_model(services: Services) -> None:
 async def submit(services: Services, exchange: Exchange, order: Order) -> Submitted:
     """Commit the job of `order`, or find the one that its idempotency key stands for.
 
-    The pictures that came are on the disk before it is.
+    Its input pictures are on disk before it is committed.
     """
     generation, body = order.generation, order.body
     await check_abilities(generation, services)
@@ -230,15 +230,15 @@ async def submit(services: Services, exchange: Exchange, order: Order) -> Submit
     await order.received.keep(services)
     submitted = await services.dispatcher.submit(job, order.idempotency)
     exchange.facts["job"] = submitted.job.id
-    exchange.headers["X-Job-Id"] = submitted.job.id  # of errors, too: it may be asked for later
+    exchange.headers["X-Job-Id"] = submitted.job.id  # on errors, too: the job may be fetched later
     return submitted
 
 
 async def wait_for_end(request: Request, services: Services, job: Job, preference: Preference) -> Job | None:
-    """The ended job; None when it goes on and its caller does not want to wait any more.
+    """Return the ended job, or None when it goes on and its caller prefers not to wait any longer.
 
-    Raises ClientGone when the caller leaves, TimedOut when the server's own patience is over, and StorageFull
-    when the job cannot go on before there is room.
+    Raises ClientGone when the caller disconnects, TimedOut after the server's own limit, and StorageFull when
+    the job cannot go on until there is disk space.
     """
     dispatcher, most = services.dispatcher, services.settings.sync_timeout
     if preference.may_outlive_the_call and not preference.patience_seconds:
@@ -268,19 +268,19 @@ async def wait_for_end(request: Request, services: Services, job: Job, preferenc
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the caller has closed the connection."""
+    """Return when the caller has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def require_success(job: Job) -> None:
-    """Raise what a caller is told who waited for pictures and gets none."""
+    """Raise the error of an ended job that did not succeed."""
     if error := outcome_error(job):
         raise error
 
 
 def outcome_error(job: Job) -> AppError | None:
-    """Why an ended job has no pictures; None when it has."""
+    """Return the error of an ended job, or None if it succeeded."""
     if job.failure is not None:
         return JobFailed(job.failure.message, status=job.failure.status, code=job.failure.code)
     if job.status == JobStatus.CANCELED:
@@ -291,7 +291,7 @@ def outcome_error(job: Job) -> AppError | None:
 
 
 async def read_images(services: Services, images: tuple[StoredImage, ...]) -> list[bytes]:
-    """The files of `images`."""
+    """Read the files of `images`."""
     loop = asyncio.get_running_loop()
     reads = [loop.run_in_executor(services.encoders, services.images.read, image.name) for image in images]
     return list(await asyncio.gather(*reads))

@@ -1,4 +1,4 @@
-"""Questions about the server itself: is it up, is it ready, what is it, how is it doing."""
+"""Routes about the server itself: index, liveness, readiness, version and metrics."""
 
 from fastapi import APIRouter, Depends, Response
 
@@ -13,7 +13,7 @@ router = APIRouter(tags=["Health"])
 @router.get("/", operation_id="index", summary="What this is")
 @router.head("/", include_in_schema=False)
 async def index(services: TheServices) -> dict[str, str]:
-    """Name, version, model and where the documentation is."""
+    """Return name, version, model and the path of the documentation."""
     return {
         "name": "stable-cascade-server",
         "version": services.version,
@@ -25,7 +25,7 @@ async def index(services: TheServices) -> dict[str, str]:
 @router.get("/healthz", operation_id="healthz", summary="Is the process up?")
 @router.head("/healthz", include_in_schema=False)
 async def healthz() -> dict[str, str]:
-    """Always 200: the process answers, whatever the engine does."""
+    """Answer 200 always: the process is up, whatever the engine does."""
     return {"status": "ok"}
 
 
@@ -34,9 +34,9 @@ async def healthz() -> dict[str, str]:
 )
 @router.head("/readyz", include_in_schema=False)
 async def readyz(services: TheServices) -> dict[str, str]:
-    """200 when the model is loaded, queue and disk have room and the database answers.
+    """Answer 200 when the model is loaded, queue and disk have room and the database answers.
 
-    Else 503 with `Retry-After`.
+    Else 503 with `Retry-After`, or 500 if the model cannot be loaded.
     """
     dispatcher = services.dispatcher
     model = dispatcher.model
@@ -57,7 +57,7 @@ async def readyz(services: TheServices) -> dict[str, str]:
 @router.get("/version", operation_id="version", summary="Version of server and model")
 @router.head("/version", include_in_schema=False)
 async def version(services: TheServices) -> dict[str, str]:
-    """The version of this program and the checkpoint it was given."""
+    """Return the version of this program and the checkpoint it was given."""
     return {"version": services.version, "model": services.settings.model_name}
 
 
@@ -72,5 +72,5 @@ async def version(services: TheServices) -> dict[str, str]:
 )
 @router.head("/metrics", dependencies=[Depends(authenticate)], include_in_schema=False)
 async def metrics(services: TheServices) -> Response:
-    """Prometheus text format."""
+    """Return the metrics in Prometheus text format."""
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

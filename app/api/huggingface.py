@@ -35,7 +35,7 @@ router = APIRouter(
 
 RENAMED = ("num_inference_steps", "guidance_scale")  # as OpenAI's layer does
 KNOWN = (*RENAMED, "target_size")
-NOT_HERE = ("image", "num_images", "seeds")  # members that a call for one picture has under other names
+NOT_HERE = ("image", "num_images", "seeds")  # native members that do not apply, or that `inputs` replaces
 
 
 @router.post(
@@ -47,7 +47,7 @@ NOT_HERE = ("image", "num_images", "seeds")  # members that a call for one pictu
     openapi_extra=HF_TEXT_TO_IMAGE,
 )
 async def text_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
-    """`inputs` is the prompt; `parameters` may have native members, too. Unknown ones are ignored."""
+    """Draw the prompt in `inputs`. `parameters` may have native members, too; unknown ones are ignored."""
     members = await read_json_object(request, services)
     body = _body({"prompt": members.get("inputs")}, _parameters(members), {"prompt": "inputs"})
     return await _respond(request, services, exchange, members, body)
@@ -62,10 +62,10 @@ async def text_to_image(request: Request, services: TheServices, exchange: TheEx
     openapi_extra=HF_IMAGE_TO_IMAGE,
 )
 async def image_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:
-    """`inputs` is the picture in base64, or the body is the picture itself.
+    """Redraw a picture, which is `inputs` in base64, or the body itself.
 
-    With a prompt the picture is drawn anew by it, the more freely the higher `strength` is; without one the
-    answer is a variation, of what the picture shows.
+    With a prompt the picture is redrawn to match it, more freely with a higher `strength`; without one the
+    answer is a variation of what the picture shows.
     """
     members = await _members(request, services)
     parameters = _parameters(members)
@@ -83,7 +83,7 @@ async def image_to_image(request: Request, services: TheServices, exchange: TheE
 
 
 async def _members(request: Request, services: Services) -> dict[str, Any]:
-    """JSON, or a picture, told by what comes first in it: clients name its type wrongly, or not at all."""
+    """Read JSON or a picture, told apart by the first byte: clients send a wrong type, or none."""
     content = await read_body(request, services, services.settings.max_body_bytes)
     if content.removeprefix(BOM_UTF8).lstrip()[:1] == b"{":
         return await parse_object(content, services)
@@ -108,7 +108,7 @@ def _target_size(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _body(given: Mapping[str, Any], parameters: Mapping[str, Any], sent_as: Mapping[str, str]) -> LayerBody:
-    """The native members of a task. What is given wins over parameters of that name."""
+    """Return the native members of a task. `given` wins over `parameters` of the same name."""
     named, names = {**parameters, **given}, dict(sent_as)
     for alias in RENAMED:
         if named.get(ALIASES[alias]) is None and named.get(alias) is not None:

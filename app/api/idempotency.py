@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: submitting twice is submitting once, if it is the same request."""
+"""`Idempotency-Key`: sending the same request twice submits it once."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _KEY = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
 
 
 def read_key(request: Request) -> str | None:
-    """The key, bare or a quoted string of structured fields; None when there is none."""
+    """Return the key, which is bare or a structured-field string, or None. Raises InvalidRequest."""
     lines = request.headers.getlist(HEADER)
     if not lines:
         return None
@@ -33,16 +33,16 @@ def read_key(request: Request) -> str | None:
 def idempotency_of(
     request: Request, members: Mapping[str, Any], generation: GenerationRequest, ttl_seconds: float
 ) -> Idempotency | None:
-    """What the key stands for: method, path, canonical body and format of the files. None without a key.
+    """Return the key and a digest of method, path, canonical body and output format; None without a key.
 
-    Pictures count by their digests, in whatever form they came.
+    Pictures count by their digests, in whatever form they were sent.
     """
     key = read_key(request)
     if key is None:
         return None
     given = {name: value for name, value in members.items() if value is not None and name not in PICTURES}
     pictures = generation.model_dump(include=set(PICTURES), exclude_defaults=True, mode="json")
-    # A file part that nobody reads has a `repr` without its content, and is as good as any other.
+    # `repr` leaves out the content of file parts that nobody reads, so they all count as equal.
     body = json.dumps({**given, **pictures}, sort_keys=True, separators=(",", ":"), default=repr)
     text = f"{request.method}\n{request.url.path}\n{generation.output_format}\n{body}"
     return Idempotency(key, hashlib.sha256(text.encode()).hexdigest(), ttl_seconds)

@@ -1,7 +1,7 @@
-"""The text of settings in a picture, as AUTOMATIC1111 made it a custom, read back into its parts.
+"""Parser of the settings text in a picture, in the format that AUTOMATIC1111 introduced.
 
-A prompt of any number of lines, then perhaps `Negative prompt: ...`, then a line of `Name: value` with commas
-between; a value that holds commas is JSON text.
+A prompt of any number of lines, then optionally `Negative prompt: ...`, then a line of comma-separated
+`Name: value` pairs; a value that contains commas is a JSON string.
 """
 
 import json
@@ -9,11 +9,11 @@ import re
 
 _PAIR = re.compile(r'(\w[\w \-/]{0,60}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
-_LEAST_PAIRS = 3  # of the last line; with fewer it is a part of the prompt
+_LEAST_PAIRS = 3  # in the last line; with fewer it is part of the prompt
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """The settings by their names, with `Prompt` and `Negative prompt` among them; {} for an empty text."""
+    """Return the settings by name, including `Prompt` and `Negative prompt`; {} for an empty text."""
     lines = text.strip().splitlines()
     if not lines:
         return {}

@@ -19,30 +19,30 @@ T = TypeVar("T")
 
 
 def last_number(job: Job) -> int:
-    """The number of a job's last event, larger than any before it."""
+    """Return the number of a job's last event, which is larger than any before it."""
     return (job.fence + 1) * NUMBERS_PER_CLAIM
 
 
 @dataclass(frozen=True, slots=True)
 class JobStream:
-    """How one caller is told of jobs."""
+    """Streams the events of jobs to one caller."""
 
     services: Services
     exchange: Exchange
-    base: str  # of URLs
-    as_base64: bool = False  # pictures themselves instead of their URLs
+    base: str  # of picture URLs
+    as_base64: bool = False  # send pictures themselves instead of their URLs
 
     async def events(self, job: Job, last_id: int = 0) -> AsyncGenerator[bytes, None]:
-        """What happened to `job` after `last_id`, what happens, how it ends. Of an ended one the end only.
+        """Yield the events of `job` after `last_id` up to its end; of an ended job, only its last event.
 
-        The stream ends without the end when the server stops; callers come back with the number they have.
+        The stream breaks off when the server stops; callers reconnect with the last number they received.
         """
         if job.is_finished:
             yield await self._end(job)
             return
         async with aclosing(self.services.dispatcher.follow(job.id, last_id)) as news:
             async for event in news:
-                if job.request.previews and event.kind == "progress":  # an engine has it
+                if job.request.previews and event.kind == "progress":  # an engine has the job
                     self.services.dispatcher.want_previews(job.id, job.request.previews)
                 yield await self._told(event)
 
@@ -85,5 +85,5 @@ class JobStream:
         return image_view(image, in_base64=base64.b64encode(content).decode())
 
     async def _off_the_loop(self, work: Callable[[], T]) -> T:
-        """To read files, and base64 of megabytes, takes its time."""
+        """Run `work` in a thread: reading files and base64 of megabytes is slow."""
         return await asyncio.get_running_loop().run_in_executor(self.services.encoders, work)

@@ -1,4 +1,4 @@
-"""Jobs by their ids, `/api/v1/jobs`: look, watch, cancel, forget. Nobody sees the jobs of another key."""
+"""`/api/v1/jobs`: list, read, follow, cancel and delete jobs. Nobody sees the jobs of another key."""
 
 import asyncio
 import re
@@ -46,7 +46,7 @@ async def list_jobs(
     ] = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs of this status")] = None,
 ) -> JobList:
-    """Newest first. The cursor stays good while new jobs arrive."""
+    """List jobs, newest first. The cursor stays valid while new jobs arrive."""
     base = public_base(request, services.settings)
     found, following = await services.store.list(exchange.tenant, limit=limit, cursor=cursor, status=status)
     return JobList(
@@ -65,7 +65,7 @@ async def list_jobs(
     openapi_extra=NEEDS_KEY,
 )
 async def get_job(job_id: str, request: Request, services: TheServices, exchange: TheExchange) -> JobView:
-    """Where it stands; its pictures so far, with URLs that are signed anew."""
+    """Return its state, and its pictures so far with freshly signed URLs."""
     job = await _job(job_id, services, exchange.tenant)
     return await view(job, services, exchange, public_base(request, services.settings))
 
@@ -91,7 +91,7 @@ async def get_job_events(
     sig: Annotated[str, Query(description="HMAC-SHA256 of path and end")] = "",
     last_event_id: Annotated[str, Header(description="Where an earlier stream ended")] = "",
 ) -> Response:
-    """From the event after `Last-Event-ID` on. An ended job has one event, its last."""
+    """Stream events from the one after `Last-Event-ID` on. An ended job has one event, its last."""
     if sig:
         services.signer.verify(events_path(job_id), exp, sig)
         job = await _job(job_id, services, None)
@@ -100,7 +100,7 @@ async def get_job_events(
         job = await _job(job_id, services, exchange.tenant)
     last = int(last_event_id) if re.fullmatch(r"[0-9]{1,9}", last_event_id) else 0
     if job.is_finished and last >= last_number(job):
-        return Response(status_code=204)  # a browser would come back for ever
+        return Response(status_code=204)  # otherwise a browser would reconnect for ever
     stream = JobStream(services, exchange, public_base(request, services.settings))
     return respond_with_events(stream.events(job, last), {}, services.metrics, retry=True)
 
@@ -114,7 +114,7 @@ async def get_job_events(
     openapi_extra=NEEDS_KEY,
 )
 async def cancel_job(job_id: str, request: Request, services: TheServices, exchange: TheExchange) -> JobView:
-    """A queued job never starts, a running one stops after the step; an ended one stays as it is."""
+    """Cancel: a queued job never starts, a running one stops after its step, an ended one is unchanged."""
     job = await services.dispatcher.cancel(job_id, exchange.tenant)
     if job is None:
         raise NotFound(NO_JOB)
@@ -131,7 +131,7 @@ async def cancel_job(job_id: str, request: Request, services: TheServices, excha
     openapi_extra=NEEDS_KEY,
 )
 async def delete_job(job_id: str, services: TheServices, exchange: TheExchange) -> Response:
-    """Only when it has ended; cancel it first if it has not."""
+    """Delete a job that has ended; cancel it first if it has not."""
     deleted = await services.store.delete(job_id, exchange.tenant)
     if deleted is None:
         raise NotFound(NO_JOB)

@@ -1,7 +1,7 @@
-"""What the layers for other programs share: from their members to an ended job, the way of all contracts.
+"""Code shared by the layers for other programs' clients: from their members to an ended job.
 
-A layer renames what comes in and shapes what goes out. It waits for its pictures, as its clients know nothing
-of jobs, and ignores what it does not know, as they send what means something elsewhere.
+A layer renames the members of a request and shapes the answer. It waits for its pictures, because its clients
+know nothing of jobs, and ignores unknown members, because clients send what only other servers understand.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ from app.schemas import (
 
 
 class LayerBody(GenerationMembers):
-    """The native members of a request that came in other words. Sides may be any whole numbers."""
+    """The native members of a request to a layer. Sides may be any whole numbers."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -56,7 +56,7 @@ class LayerBody(GenerationMembers):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request to a layer: its body as it came, and in native members."""
+    """A request to a layer: its body as received, and in native members."""
 
     members: Mapping[str, Any]
     body: LayerBody
@@ -66,14 +66,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What became of it."""
+    """The result of a request to a layer."""
 
     job: Job  # ended, with pictures or without
     is_replay: bool
 
 
 def in_native_members(given: Mapping[str, Any], sent_as: Mapping[str, str]) -> LayerBody:
-    """Check members that a layer has renamed; `sent_as` are the caller's own names of them.
+    """Validate members that a layer has renamed; `sent_as` maps them to the caller's names.
 
     None counts as absent. Raises InvalidRequest.
     """
@@ -82,9 +82,9 @@ def in_native_members(given: Mapping[str, Any], sent_as: Mapping[str, str]) -> L
 
 
 async def draw(request: Request, services: Services, exchange: Exchange, asked: Asked) -> Drawn:
-    """Have the pictures made while the caller waits, and drop the work when it leaves.
+    """Submit a job and wait for its end; by default it is canceled when the caller disconnects.
 
-    Raises what submitting a job does; how the job ended is for the layer to tell.
+    Raises what `submit` and `wait_for_end` raise; the layer reports how the job ended.
     """
     body = asked.body
     await wait_for_model(services)

@@ -1,4 +1,4 @@
-"""How often a key may ask for pictures: so many requests in a minute, counted by this server alone."""
+"""Rate limit of picture requests per key and minute, counted by this server alone."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class _Window:
 
 
 class RateLimit:
-    """A fixed window for each tenant, from its first request on."""
+    """A fixed window for each tenant, which begins with its first request."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
@@ -24,7 +24,7 @@ class RateLimit:
         self._windows: dict[str, _Window] = {}
 
     def take(self, tenant: str) -> dict[str, str]:
-        """Count a request; returns what its answer tells of the limit. Raises RateLimited over it."""
+        """Count a request and return the headers about the limit. Raises RateLimited beyond it."""
         limit = self._per_minute
         if limit is None:
             return {}
@@ -46,7 +46,7 @@ class RateLimit:
 
 
 def _headers(limit: int, left: int, seconds: int) -> dict[str, str]:
-    """The limit in OpenAI's headers and in those of the IETF's draft."""
+    """Return the limit in OpenAI's headers and in those of the IETF's draft."""
     return {
         "x-ratelimit-limit-requests": str(limit),
         "x-ratelimit-remaining-requests": str(left),

@@ -1,4 +1,4 @@
-"""How the mistakes in a body become an error that names their places, in the words of the caller."""
+"""Turns the mistakes in a body into one error, which names their places as the caller called them."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MAX_PLACES = 20  # mistakes that one answer lists
 
-CODES = {  # what pydantic calls a mistake -> our code of it; others are "invalid_value"
+CODES = {  # pydantic's type of a mistake -> our code; others are "invalid_value"
     "not_a_number": "invalid_type",
     "missing": "missing_required_parameter",
     "extra_forbidden": "unsupported_parameter",
@@ -37,7 +37,7 @@ CODES = {  # what pydantic calls a mistake -> our code of it; others are "invali
     "unsupported_url": "unsupported_parameter",
 }
 
-INSTEAD = {  # names of other interfaces -> what the native one has
+INSTEAD = {  # names in other interfaces -> the native ones
     "size": "width and height",
     "n": "num_images_per_prompt",
     "num_images": "num_images_per_prompt",
@@ -56,10 +56,10 @@ INSTEAD = {  # names of other interfaces -> what the native one has
 
 
 def validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, str]) -> Body:
-    """A body of this kind, or the InvalidRequest that says what is wrong with it.
+    """Validate a body of this kind. Raises InvalidRequest that says what is wrong with it.
 
     Args:
-        sent_as: the names that the caller used for members, where they are other ones.
+        sent_as: the caller's names of members, where they differ from those here.
     """
     try:
         return kind.model_validate(given)
@@ -70,7 +70,7 @@ def validated(kind: type[Body], given: Mapping[str, Any], sent_as: Mapping[str, 
 def _invalid_request(
     error: ValidationError, sent_as: Mapping[str, str], kind: type[BaseModel]
 ) -> InvalidRequest:
-    """The first mistake in words, under the name that the caller used, and the places of all."""
+    """Return an error with the first mistake as message, under the caller's name, and all places."""
     problems = error.errors(include_url=False, include_input=False)
     places = [
         (pointer(_path(problem, sent_as)), _words(problem, _path(problem, sent_as), kind))
@@ -87,7 +87,7 @@ def _invalid_request(
 
 
 def _path(problem: ErrorDetails, sent_as: Mapping[str, str]) -> list[str]:
-    """Names from the body down to the mistake. What concerns several members names one, or else the seeds."""
+    """Return the names down to the mistake. One about several members names one, or else `seeds`."""
     first, *rest = problem["loc"] or (problem.get("ctx", {}).get("member", "seeds"),)
     names = [sent_as.get(str(first), str(first)), *(str(part) for part in rest if part != "[key]")]
     return [printable(name) for name in names]
@@ -116,7 +116,7 @@ def _words(problem: ErrorDetails, names: list[str], kind: type[BaseModel]) -> st
 
 
 def _instead(name: str, kind: type[BaseModel]) -> str | None:
-    """What was meant by a member that a body of this kind does not have, if that can be told."""
+    """Return the member that was probably meant by an unknown one, if any."""
     name = name.lower()
     close = get_close_matches(name, kind.model_fields, n=1, cutoff=0.8)
     return INSTEAD.get(name) or (close[0] if close else None)

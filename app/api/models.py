@@ -1,4 +1,4 @@
-"""What the native contract says of the model: its limits, defaults and abilities, and which LoRAs it has."""
+"""The model in the native contract: its limits, defaults and abilities, and its LoRAs."""
 
 import asyncio
 from typing import Literal
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/api/v1", tags=["Native"], dependencies=[Depends(auth
 
 
 class Limits(BaseModel):
-    """What a request may ask for."""
+    """Limits of a request."""
 
     min_side: int = MIN_SIDE
     max_side: int = MAX_SIDE
@@ -42,7 +42,7 @@ class Limits(BaseModel):
 
 
 class Defaults(BaseModel):
-    """What a request is taken to ask for."""
+    """Defaults of a request."""
 
     width: int
     height: int
@@ -56,7 +56,7 @@ class Defaults(BaseModel):
 
 
 class Abilities(BaseModel):
-    """What can be done with the files that are installed."""
+    """What the installed files make possible."""
 
     image_to_image: bool
     inpainting: bool
@@ -107,7 +107,7 @@ class LoRAList(BaseModel):
     openapi_extra=NEEDS_KEY,
 )
 async def list_models(services: TheServices) -> NativeModelList:
-    """One model. 503 while it is being loaded: what it can do is not known before."""
+    """List the one model. 503 while it is being loaded: its abilities are not known before."""
     return NativeModelList(data=[_model(services, services.dispatcher.model)])
 
 
@@ -119,7 +119,7 @@ async def list_models(services: TheServices) -> NativeModelList:
     openapi_extra=NEEDS_KEY,
 )
 async def list_loras(services: TheServices) -> LoRAList:
-    """Those in the model's folder and in `CASCADE_LORA_DIR`, as they are now."""
+    """List the LoRAs in the model's folder and in `CASCADE_LORA_DIR`, as they are now."""
     folders = services.dispatcher.model.lora_dirs
     loop = asyncio.get_running_loop()
     found = await loop.run_in_executor(services.encoders, services.loras.all, folders)

@@ -51,7 +51,7 @@ async def generate_images(
     exchange: TheExchange,
     members: Annotated[dict[str, Any], Depends(read_members)],
 ) -> Response:
-    """Answers with the job, a picture or events, as `Accept` has it; or at once, as `Prefer` has it."""
+    """Answer with the job, a picture or events, as `Accept` says; or at once, if `Prefer` says so."""
     body = parse_native(members)
     accept = request.headers.get("accept", "")
     is_stream = prefers_events(accept)
@@ -61,7 +61,7 @@ async def generate_images(
     raw = None if is_stream or preference.is_async else raw_format(accept, body.output_format)
     if raw is not None:
         require_one(body.num_images, "num_images_per_prompt")
-    base = public_base(request, services.settings)  # a bad Host is refused before the work
+    base = public_base(request, services.settings)  # refuse a bad Host before the work
     resolve_model(body.model, services)
     if body.webhook is not None:
         check_receiver(body.webhook, services)
@@ -97,7 +97,7 @@ async def generate_images(
     openapi_extra=NEEDS_KEY,
 )
 async def get_queue(services: TheServices) -> QueueView:
-    """Jobs of all callers, in numbers."""
+    """Count the jobs of all callers."""
     counts = await services.store.counts()
     return QueueView(
         running=counts.running,
@@ -110,7 +110,7 @@ async def get_queue(services: TheServices) -> QueueView:
 def _order(
     call: Call, body: NativeImageBody, members: Mapping[str, Any], received: Received, base: str
 ) -> Order:
-    """The body with every default filled in and every limit checked."""
+    """Return the order, with all defaults filled in and all limits checked."""
     services = call.services
     seeds = seeds_for(body.seed, body.seeds, body.num_images, services, param="num_images_per_prompt")
     param, like = "width" if body.width else "height", picture_size(received)

@@ -87,9 +87,9 @@ async def create_image(
     exchange: TheExchange,
     members: Members,
 ) -> Response:
-    """Waits for the pictures, or with `stream` sends them as events.
+    """Wait for the pictures, or with `stream` send them as events.
 
-    With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture. `Prefer: respond-async` gives
+    With `Accept: image/png` (jpeg, webp) and n = 1 the answer is the picture. `Prefer: respond-async` returns
     the job at once.
     """
     return await _respond(request, services, exchange, members, parse_image_generation(members))
@@ -107,13 +107,13 @@ async def create_image(
 async def create_image_edit(
     request: Request, services: TheServices, exchange: TheExchange, members: Members
 ) -> Response:
-    """The first picture is edited, up to four further ones are image prompts.
+    """Edit the first picture; up to four further ones are image prompts.
 
-    With a `mask` (as large as the picture: transparent, or else white, is painted anew), or where the picture
-    itself is transparent, only that is painted, and everything else stays as it is to the bit. Without, the
-    whole picture is painted again from a noisy version of itself: the more so the higher `strength` is (0.75
-    unless given). The edited picture is not an image prompt too, which would hold against the prompt. The
-    answer is that of a generation, and the result is as large as the picture unless `size` is given.
+    With a `mask` (as large as the picture; its transparent, or else its white parts are repainted), or where
+    the picture itself is transparent, only that area is painted, and the rest stays bit-identical. Otherwise
+    the whole picture is redrawn from a noisy version of itself; a higher `strength` (default 0.75) changes
+    more. The edited picture is not also an image prompt, which would work against the prompt. The answer is
+    that of a generation, and the result is as large as the picture unless `size` is given.
     """
     return await _respond(request, services, exchange, members, parse_image_edit(members), "image_edit")
 
@@ -130,7 +130,7 @@ async def create_image_edit(
 async def create_image_variation(
     request: Request, services: TheServices, exchange: TheExchange, members: Members
 ) -> Response:
-    """The picture is an image prompt: what it shows counts, not where. The answer is that of a generation."""
+    """Use the picture as an image prompt: what it shows counts, not where. Answer as a generation does."""
     return await _respond(request, services, exchange, members, parse_image_variation(members))
 
 
@@ -142,7 +142,7 @@ async def _respond(
     body: ImageGenerationBody,
     event: EventFamily = "image_generation",
 ) -> Response:
-    """What all three have in common: a checked body to a job, and that to the answer asked for."""
+    """Submit the job of a checked body and answer in the form that the caller asked for."""
     call, base = _call(request, services, exchange, body)
     resolve_model(body.model, services)
     await wait_for_model(services)
@@ -162,7 +162,7 @@ async def _respond(
 def _call(
     request: Request, services: Services, exchange: Exchange, body: ImageGenerationBody
 ) -> tuple[Call, str | None]:
-    """How the caller wants to be answered, and where the URLs of its pictures begin; None: it gets base64."""
+    """Return how the caller wants to be answered, and the base of its picture URLs (None: no URLs)."""
     if body.stream:
         return Call(request, services, exchange, Preference(), raw=None), None
     preference = parse_prefer(request.headers.getlist("prefer"))
@@ -172,13 +172,13 @@ def _call(
         require_one(body.n, "n")
     as_url = raw is None and _wants_url(body)
     base = None
-    if as_url or preference.may_outlive_the_call:  # a bad Host is refused before the work
+    if as_url or preference.may_outlive_the_call:  # refuse a bad Host before the work
         base = public_base(request, services.settings)
     return Call(request, services, exchange, preference, raw), base if as_url else None
 
 
 def _stream(call: Call, submitted: Submitted, body: ImageGenerationBody, event: EventFamily) -> Response:
-    """The pictures as server-sent events, while they grow."""
+    """Stream the pictures as server-sent events while they are drawn."""
     services, job = call.services, submitted.job
     stream = ImageStream(services, _quality(body), body.partial_images, event)
     headers = {
@@ -199,7 +199,7 @@ def _stream(call: Call, submitted: Submitted, body: ImageGenerationBody, event: 
     openapi_extra=NEEDS_KEY,
 )
 async def list_models(services: TheServices) -> ModelList:
-    """One model, and with `CASCADE_LIST_ALIASES` the names that common clients insist on."""
+    """List the one model, and with `CASCADE_LIST_ALIASES` the names that common clients insist on."""
     aliases = LISTED_ALIASES if services.settings.list_aliases else ()
     owner = _owner(services.settings)
     return ModelList(data=[ModelView(id=name, owned_by=owner) for name in (MODEL_ID, *aliases)])
@@ -213,13 +213,13 @@ async def list_models(services: TheServices) -> ModelList:
     openapi_extra=NEEDS_KEY,
 )
 async def retrieve_model(model: str, services: TheServices) -> ModelView:
-    """The model of that name, which may be an alias."""
+    """Return the model of that name, which may be an alias."""
     resolve_model(model, services)
     return ModelView(id=MODEL_ID, owned_by=_owner(services.settings))
 
 
 def _owner(settings: Settings) -> str:
-    """Whose weights are served: the embedded ones are this project's, a repository has its owner."""
+    """Return the owner of the weights: this project for the embedded ones, or a repository's owner."""
     if settings.model == Settings.model_fields["model"].default:
         return PROJECT
     owner, slash, _ = settings.model_name.partition("/")
@@ -227,7 +227,7 @@ def _owner(settings: Settings) -> str:
 
 
 def _order(call: Call, body: ImageGenerationBody, members: Mapping[str, Any], received: Received) -> Order:
-    """The body with every default filled in and every limit checked."""
+    """Return the order, with all defaults filled in and all limits checked."""
     services = call.services
     seeds = seeds_for(body.seed, body.seeds, body.n, services, param="n")
     width, height = _size(body, received, services)
@@ -253,7 +253,7 @@ def _order(call: Call, body: ImageGenerationBody, members: Mapping[str, Any], re
 
 
 def _size(body: ImageGenerationBody, received: Received, services: Services) -> tuple[int, int]:
-    """`size`, in which `width` and `height` win; `auto` is that of a picture that came, or the native one."""
+    """Return `size`, overridden by `width` and `height`; `auto` is that of an input picture, or native."""
     sized = parse_size(body.size)
     if sized is not None:
         size_for(*sized, services, param="size")
@@ -274,7 +274,7 @@ def _wants_url(body: ImageGenerationBody) -> bool:
 
 
 def _wants_base64(body: ImageGenerationBody) -> bool:
-    """Unless it is to be a URL. Of an edit that does not say, some clients read this and some that."""
+    """Return whether to send base64. Edits without `response_format` always get it: clients differ."""
     is_edited = isinstance(body, ImageEditBody | ImageVariationBody)
     return not _wants_url(body) or (is_edited and body.response_format is None)
 
@@ -282,7 +282,7 @@ def _wants_base64(body: ImageGenerationBody) -> bool:
 def _data(
     image: StoredImage, services: Services, base: str | None, embedding: Embedding | None
 ) -> dict[str, Any]:
-    """A picture in the answer: as a signed URL under `base` and as base64, as far as there are these."""
+    """Return one picture of the answer: a signed URL if there is a `base`, base64 if an `embedding`."""
     data: dict[str, Any] = {"seed": image.seed}
     if base is not None:
         data["url"] = file_url(image, services, base)
@@ -294,7 +294,7 @@ def _data(
 def _answer(
     body: ImageGenerationBody, job: Job, services: Services, base: str | None, embedding: Embedding
 ) -> dict[str, Any]:
-    """The whole answer."""
+    """Return the whole answer."""
     generation, first = job.request, job.images[0]
     pictures = embedding if _wants_base64(body) else None
     answer: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The stream of OpenAI's contract: partial pictures, then `completed` for each picture, or `error`."""
+"""OpenAI's event stream: partial pictures, then `completed` for each picture, or `error`."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ EventFamily = Literal["image_generation", "image_edit"]
 
 
 def usage(prompt_tokens: int) -> dict[str, Any]:
-    """Tokens, as OpenAI counts them."""
+    """Return the token counts in OpenAI's form."""
     return {
         "total_tokens": prompt_tokens,
         "input_tokens": prompt_tokens,
@@ -36,17 +36,17 @@ def usage(prompt_tokens: int) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class ImageStream:
-    """What one caller is told of one job, and has been told already."""
+    """The events of one job for one caller, and a record of what has been sent."""
 
     services: Services
     quality: str
-    num_previews: int  # of each picture at most; one at least, if only the picture itself
+    num_previews: int  # per picture, at most; without any, the picture itself is sent as one
     family: EventFamily = "image_generation"
-    _previews: Counter[int] = field(default_factory=Counter)  # sent, by index of the picture
+    _previews: Counter[int] = field(default_factory=Counter)  # sent so far, by index of the picture
     _completed: set[int] = field(default_factory=set)
 
     async def events(self, job: Job) -> AsyncGenerator[bytes, None]:
-        """Everything up to the last picture, or to the error."""
+        """Yield all events up to the last picture or the error."""
         ended = job if job.is_finished else None
         reason: AppError = ShuttingDown()
         if ended is None:
@@ -71,7 +71,7 @@ class ImageStream:
                 return await self._preview(job, news)
             case StoredImage():
                 return await self._picture(job, news)
-            case Progress() if self.num_previews:  # an engine has it
+            case Progress() if self.num_previews:  # an engine has the job
                 self.services.dispatcher.want_previews(job.id, self.num_previews)
         return []
 
@@ -120,13 +120,13 @@ class ImageStream:
 
 
 def _error(ended: Job | None, reason: AppError) -> AppError | None:
-    """Why the stream ends without all pictures; `reason` is why it does before the job."""
+    """Return the error that ends the stream, if any; `reason` is that of a job that has not ended."""
     if ended is None or not ended.is_finished:
         return reason
     return outcome_error(ended)
 
 
 def _converted(preview: bytes, generation: GenerationRequest) -> bytes:
-    """A preview in the format of the pictures, with their mark."""
+    """Return a preview in the job's output format, marked as AI-made."""
     with Image.open(BytesIO(preview)) as image:
         return encode(image.convert("RGB"), generation.output_format, generation.output_quality)

@@ -9,7 +9,7 @@ _SECONDS = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """What of `Prefer` this server knows."""
+    """The preferences in `Prefer` that this server honours."""
 
     is_async: bool = False
     wait_seconds: int | None = None
@@ -21,17 +21,17 @@ class Preference:
 
     @property
     def patience_seconds(self) -> int:
-        """How long to wait before the job is answered as it stands."""
+        """Seconds to wait before the unfinished job is the answer."""
         return self.wait_seconds or 0
 
     @property
     def applied(self) -> str:
-        """`Preference-Applied` of an answer that followed it."""
+        """Value of `Preference-Applied` in an answer that honoured it."""
         return "respond-async" if self.wait_seconds is None else f"wait={self.wait_seconds}"
 
 
 def parse_prefer(lines: Iterable[str]) -> Preference:
-    """The preferences of all `Prefer` lines. The first of a name counts; what is malformed is ignored."""
+    """Parse all `Prefer` lines. The first of a name counts; malformed ones are ignored."""
     found: dict[str, str] = {}
     for part in ",".join(lines).split(","):
         name, _, value = part.partition(";")[0].partition("=")
@@ -46,7 +46,7 @@ def parse_prefer(lines: Iterable[str]) -> Preference:
 
 
 def _text(value: str) -> str | None:
-    """A word, bare or with anything in quotes; None for what is neither."""
+    """Return the value of a bare word or a quoted string; None for anything else."""
     if len(value) >= 2 and value[0] == value[-1] == '"':
         value = value[1:-1]
     elif len(value.split()) > 1:

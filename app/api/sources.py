@@ -1,7 +1,7 @@
-"""Pictures in requests: in which forms they may come, and from there to plain files with a name.
+"""Pictures in requests: the forms in which they may be sent, and their conversion to plain named files.
 
-A body is checked first, with the pictures as they came; then all are decoded, in a thread, and only then is
-anything kept. What a job says of them is their digest and size.
+A body is validated first, with its pictures still encoded; then all are decoded, in a thread, and only then
+is anything stored. Jobs refer to them by digest and size.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from app.api.bodies import GenerationMembers
 
 INVALID_IMAGE = "invalid_image"
-CLEARLY = 128  # an alpha channel that nowhere goes below this marks nothing
+CLEARLY = 128  # an alpha channel that nowhere goes below this is not a mask
 
 _DATA_URI = re.compile(r"data:[^,;]*(?:;[^,;]*)*?;base64,", re.IGNORECASE)
 _SPACE = string.whitespace.encode()
@@ -36,15 +36,15 @@ _SPACE = string.whitespace.encode()
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture as it came: the bytes of a file part, text in base64, or the name of one sent before."""
+    """A picture as sent: the bytes of a file part, text in base64, or the name of one sent before."""
 
     content: bytes | str = field(repr=False, default=b"")
     name: str = ""  # the sha256 of a picture of an earlier job of the caller
-    place: str = ""  # what the caller calls it, where that is not the member that it has become
+    place: str = ""  # the caller's name for it, if not that of the native member
 
 
 def parse_source(value: object, place: str = "") -> Source:
-    """What a member holds, as a source; pydantic's error when it cannot be one."""
+    """Return the source in a member's value. Raises PydanticCustomError if it cannot be one."""
     if isinstance(value, Source):
         return Source(value.content, value.name, place or value.place)
     if isinstance(value, dict) and set(value) <= {"sha256", "width", "height"}:
@@ -69,7 +69,7 @@ Picture = Annotated[
 
 
 def _as_entry(value: object) -> object:
-    """A bare picture stands for an image prompt of weight 1."""
+    """Wrap a bare picture as an image prompt, of weight 1."""
     is_picture = isinstance(value, str | Source) or (isinstance(value, dict) and "sha256" in value)
     return {"image": value} if is_picture else value
 
@@ -108,7 +108,7 @@ ImagePromptMember = Annotated[ImagePromptBody, BeforeValidator(_as_entry)]
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """The pictures of a request, decoded: how the job names them, and the files to be kept."""
+    """The decoded pictures of a request: the job's references to them, and the files to store."""
 
     image: PictureRef | None = None
     mask: PictureRef | None = None
@@ -117,7 +117,7 @@ class Received:
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def members(self) -> dict[str, Any]:
-        """As members of a GenerationRequest."""
+        """Return the references as members of a GenerationRequest."""
         return {
             "image": self.image,
             "mask": self.mask,
@@ -126,7 +126,7 @@ class Received:
         }
 
     async def keep(self, services: Services) -> None:
-        """Write the files, so that a job can name them. Raises StorageFull."""
+        """Store the files, so that a job can refer to them. Raises StorageFull."""
         loop = asyncio.get_running_loop()
         for content in self.files.values():
             await loop.run_in_executor(services.encoders, services.inputs.save, content)
@@ -135,10 +135,10 @@ class Received:
 async def receive(
     body: "GenerationMembers", services: Services, tenant: str, *, may_replay: bool
 ) -> Received:
-    """Decode all pictures of a body. Raises InvalidRequest, with the name of the member that is none.
+    """Decode all pictures of a body. Raises InvalidRequest, naming the member that is not a picture.
 
-    Decoding takes its time: when the queue is full, Overloaded is raised before it, unless the request
-    `may_replay` one that was accepted.
+    Decoding is slow: when the queue is full, Overloaded is raised before it, unless the request `may_replay`
+    one that was accepted.
     """
     sources = list(_sources(body))
     if not sources:
@@ -152,7 +152,7 @@ async def receive(
 
 
 def _sources(body: "GenerationMembers") -> Iterator[tuple[str, Source]]:
-    """All pictures of a body, each with the JSON pointer to it."""
+    """Yield all pictures of a body, each with the JSON pointer to it."""
     if body.image is not None:
         yield "/image", body.image
     if body.mask is not None:
@@ -164,7 +164,7 @@ def _sources(body: "GenerationMembers") -> Iterator[tuple[str, Source]]:
 
 
 def _decoded(body: "GenerationMembers", inputs: InputStore) -> Received:
-    """For the reader's thread."""
+    """Decode the pictures of a body. Runs in the reader's thread."""
     files: dict[str, bytes] = {}
 
     def kept(image: Image.Image) -> PictureRef:
@@ -196,10 +196,10 @@ def _decoded(body: "GenerationMembers", inputs: InputStore) -> Received:
 
 
 def mask_like(image: Source, mask: Source, inputs: InputStore, *, is_inverted: bool) -> Source:
-    """A mask at the size of its picture, as other programs send it at any. For the reader's thread."""
+    """Resize a mask to its picture: other programs send any size. Runs in the reader's thread."""
     size = _open("/image", image, inputs).size
     drawn = _open("/mask", mask, inputs)
-    marked = drawn.getchannel("A") if drawn.mode == "RGBA" else drawn.convert("L")  # theirs: opaque is white
+    marked = drawn.getchannel("A") if drawn.mode == "RGBA" else drawn.convert("L")  # opaque counts as white
     if is_inverted:
         marked = ImageOps.invert(marked)
     if marked.size != size:
@@ -208,7 +208,7 @@ def mask_like(image: Source, mask: Source, inputs: InputStore, *, is_inverted: b
 
 
 def content_of(source: Source) -> bytes:
-    """The file that a source brings. Raises InvalidRequest."""
+    """Return the bytes of a source's file. Raises InvalidRequest."""
     try:
         return _content(source.content)
     except BrokenPicture as error:
@@ -216,18 +216,18 @@ def content_of(source: Source) -> bytes:
 
 
 def invalid_picture(name: str, message: str) -> InvalidRequest:
-    """What is wrong with the picture in a member."""
+    """Return the error for the picture in a member."""
     return _invalid(f"/{name}", Source(), message)
 
 
 def _control(given: ControlBody, picture: Image.Image, kept: Any) -> Control:
-    """What is to be filled in by `inpaint` is transparent; elsewhere transparency means nothing."""
+    """Build the control. `inpaint` fills what is transparent; other types ignore transparency."""
     image = kept(picture if given.type == "inpaint" else opaque(picture))
     return Control(image=image, **given.model_dump(exclude={"image"}))
 
 
 def _is_cut_out(image: Image.Image) -> bool:
-    """Whether its transparency is meant: somewhere it is clearly transparent."""
+    """Return whether the transparency is intended: some of the picture is clearly transparent."""
     return image.mode == "RGBA" and any(image.getchannel("A").histogram()[:CLEARLY])
 
 
@@ -248,7 +248,7 @@ def _open(place: str, source: Source, inputs: InputStore) -> Image.Image:
 
 
 def _content(given: bytes | str) -> bytes:
-    """The bytes of a file, however they came. Raises BrokenPicture."""
+    """Return the bytes of a file, decoded from base64 if necessary. Raises BrokenPicture."""
     if isinstance(given, bytes):
         return given
     text = given

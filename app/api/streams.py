@@ -1,4 +1,4 @@
-"""Server-sent events on the wire: how one is written, and an answer that sends them as they come."""
+"""Server-sent events: the encoding of one event, and a response that streams them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -11,26 +11,26 @@ from starlette.types import Receive, Scope, Send
 
 from app.metrics import Metrics
 
-QUIET_SECONDS = 15.0  # then a comment, because proxies cut connections that seem dead
+QUIET_SECONDS = 15.0  # before a comment is sent, because proxies cut connections that seem dead
 RETRY_MILLISECONDS = 2000
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def sse(event: str, data: Mapping[str, Any] | Any, *, number: int | None = None) -> bytes:
-    """One event on the wire, its data one line of JSON."""
+    """Encode one event, with its data as one line of JSON."""
     return format_sse_event(
         event=event, data_str=to_json(data).decode(), id=None if number is None else str(number)
     )
 
 
 class _Stream(EventSourceResponse):
-    """Events that are sent inside `within`."""
+    """A response that sends its events inside the context `within`."""
 
     within: AbstractContextManager[None] = nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
+        """Send the events."""
         with self.within:
             await super().__call__(scope, receive, send)
 
@@ -43,9 +43,9 @@ def respond_with_events(
     retry: bool = False,
     within: AbstractContextManager[None] | None = None,
 ) -> EventSourceResponse:
-    """An answer that sends `events` as they come. When the caller leaves, they are closed.
+    """Return a response that streams `events`, and closes them when the caller disconnects.
 
-    `within` is entered when the answer begins, before anything else can happen, and left when it ends.
+    `within` is entered when the response starts, before anything else can happen, and left when it ends.
     """
     response = _Stream(_kept_alive(events, metrics, retry=retry), headers={**_HEADERS, **headers})
     response.within = within or nullcontext()
@@ -55,10 +55,10 @@ def respond_with_events(
 async def _kept_alive(
     events: AsyncGenerator[bytes], metrics: Metrics, *, retry: bool
 ) -> AsyncIterator[bytes]:
-    """`events`, with comments while there are none. The first bytes leave at once."""
+    """Yield `events`, with comments while there are none. The first bytes are sent at once."""
     ahead: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
     pump = asyncio.create_task(_pump(events, ahead))
-    # Not in a block of its own: some clients take that for an event.
+    # Sent along with the first event: some clients take a block of its own for an event.
     head = b"retry: %d\n" % RETRY_MILLISECONDS if retry else b""
     with metrics.streaming():
         try:
@@ -81,7 +81,7 @@ async def _kept_alive(
 
 
 async def _pump(events: AsyncGenerator[bytes], ahead: "asyncio.Queue[bytes | Exception | None]") -> None:
-    """Runs the generator in a task of its own, so that it may wait for something while it is closed."""
+    """Run the generator in a task of its own, so that it can still await while it is being closed."""
     try:
         async with aclosing(events):
             async for event in events:

@@ -1,6 +1,6 @@
-"""OpenTelemetry, when asked for: FastAPI makes a span of each request, and here its job's phases are added.
+"""Optional OpenTelemetry: FastAPI makes a span for each request, and this module adds its job's phases.
 
-The packages that send spans come with the extra `tracing`. Spans hold ids and figures, never prompts.
+The packages that export spans come with the extra `tracing`. Spans hold ids and figures, never prompts.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ NANOSECONDS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """Where spans go; nowhere without a provider."""
+    """Exports spans through a provider; without one it does nothing."""
 
     provider: "TracerProvider | None" = None
 
     @property
     def config(self) -> TelemetryConfig:
-        """What FastAPI is told: spans of requests only, since figures and logs are ours."""
+        """FastAPI's telemetry settings: request spans only, since metrics and logs are the server's own."""
         config = TelemetryConfig(
             tracing=self.provider is not None,
             metrics=False,
@@ -53,13 +53,13 @@ class Tracing:
             span.end(int(end * NANOSECONDS))
 
     def close(self) -> None:
-        """Send what has not been sent."""
+        """Export the remaining spans and shut the provider down."""
         if self.provider is not None:
             self.provider.shutdown()
 
 
 def _phases(job: Job) -> Iterator[tuple[str, float, float]]:
-    """Name, start and end of what a job went through, one after the other."""
+    """Yield the name, start and end of each phase of a job, in order."""
     start = job.created_at
     for phase in ("queued", "prior", "decoder", "encode"):
         end = start + getattr(job.timings, phase)
@@ -68,7 +68,7 @@ def _phases(job: Job) -> Iterator[tuple[str, float, float]]:
 
 
 def make_tracing(endpoint: str | None) -> Tracing:
-    """Spans sent to `endpoint`, in batches by a thread. Raises SettingsError where the extra is missing."""
+    """Make tracing that sends to `endpoint`, in batches by a thread. Raises SettingsError if unavailable."""
     if endpoint is None:
         return Tracing()
     try:

@@ -1,4 +1,4 @@
-"""Bodies on their way in: each has its time, and none is waited for when the server is about to stop."""
+"""Request bodies being read: each has a time limit, and none is waited for when the server stops."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from app.errors import RequestTimeout, ShuttingDown
 
 
 class Uploads:
-    """All bodies that are being read."""
+    """All request bodies that are being read."""
 
     def __init__(self) -> None:
         self._open: set[asyncio.Timeout] = set()
@@ -16,7 +16,7 @@ class Uploads:
 
     @asynccontextmanager
     async def reading(self, seconds: float) -> AsyncIterator[None]:
-        """Read a body inside. Raises RequestTimeout when that takes too long, ShuttingDown when we close."""
+        """Limit the time to read a body in the block. Raises RequestTimeout, or ShuttingDown once closed."""
         if self._is_closed:
             raise ShuttingDown
         try:
@@ -35,11 +35,11 @@ class Uploads:
 
     @property
     def num_open(self) -> int:
-        """Bodies that are being read now."""
+        """Number of bodies that are being read now."""
         return len(self._open)
 
     def close(self) -> None:
-        """Stop reading, now and from now on."""
+        """Stop reading, and refuse further bodies."""
         self._is_closed = True
         for patience in self._open:
             patience.reschedule(0)

@@ -1,4 +1,4 @@
-"""JSON from outside as values: no more of them than a request needs, as each may be a mistake to be told."""
+"""Parsing of untrusted JSON, with limits on the number of values, since each may be an error to report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,21 +7,21 @@ from pydantic_core import from_json
 
 from app.errors import InvalidRequest
 
-LONG_BYTES = 64 * 1024  # read off the event loop from here on
-MAX_MEMBERS = 200  # of any object or list
+LONG_BYTES = 64 * 1024  # longer texts are parsed off the event loop
+MAX_MEMBERS = 200  # of any one object or list
 MAX_VALUES = 2000  # in all
-MAX_MARKS = 200_000  # what begins a value; prompts and pictures have some too
+MAX_MARKS = 200_000  # characters that begin a value; prompts and pictures contain some too
 
 
 def parse_json(text: bytes) -> Any:
-    """The value that a text stands for. Raises ValueError, and InvalidRequest before it would take long."""
+    """Parse JSON. Raises ValueError, or InvalidRequest for a text that would take long to parse."""
     if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_MARKS:
         raise InvalidRequest(f"the body must have at most {MAX_MARKS} of the characters '[', '{{' and ','")
     return from_json(text, allow_inf_nan=False)
 
 
 def require_few(members: dict[str, Any]) -> None:
-    """Raises InvalidRequest with the place of an object or list in `members` that has too many members."""
+    """Raise InvalidRequest, naming the place, if an object or list in `members` has too many members."""
     num_values = 0
     places: list[tuple[tuple[str, ...], dict[str, Any] | list[Any]]] = [((), members)]
     while places:
@@ -36,7 +36,7 @@ def require_few(members: dict[str, Any]) -> None:
 
 
 def present(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Those members that are not null, which counts as absent, in objects inside them too."""
+    """Drop members that are null, which counts as absent, also in nested objects."""
     return {name: _present(value) for name, value in members.items() if value is not None}
 
 
@@ -51,12 +51,12 @@ def _present(value: Any) -> Any:
 
 
 def printable(name: str) -> str:
-    """A name that a caller chose, fit for a line of text."""
+    """Return a caller's name in a form that fits into a line of text."""
     return name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
 
 
 def pointer(names: Sequence[str]) -> str:
-    """A JSON pointer (RFC 6901)."""
+    """Return the JSON pointer (RFC 6901) of a path of names."""
     return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 

@@ -46,7 +46,7 @@ class ModelList(BaseModel):
 
 
 class ImageView(BaseModel):
-    """A finished picture: as a signed URL or as base64. What does not apply is left out."""
+    """A finished picture, as a signed URL or as base64. Members that do not apply are left out."""
 
     index: int
     seed: int = Field(description="Asked for alone it gives this picture again")
@@ -66,7 +66,7 @@ class ImageView(BaseModel):
 
 
 class ProgressView(BaseModel):
-    """How far the work is. The fraction never falls."""
+    """Progress of a job. The fraction never falls."""
 
     fraction: Seconds = Field(description="Of the work of the whole job, 0 to 1")
     stage: Literal["queued", "loading", "prior", "decoder", "encode", "done"] = Field(
@@ -78,7 +78,7 @@ class ProgressView(BaseModel):
 
 
 class TimingsView(BaseModel):
-    """Where the seconds of a job went, by the picture done last. Together they are the whole time."""
+    """Seconds that a job spent in each phase, by its last picture. Together they are the whole time."""
 
     queued: Seconds = Field(description="Until the first step of that picture, and what a crash undid")
     prior: Seconds = Field(description="In Stage C, waits between its steps included")
@@ -87,7 +87,7 @@ class TimingsView(BaseModel):
 
 
 class JobUrls(BaseModel):
-    """Where to go from here."""
+    """URLs of a job."""
 
     self: str
     events: str = Field(description="Signed: works without a key, for a while")
@@ -134,7 +134,7 @@ class QueueView(BaseModel):
 
 
 def image_view(image: StoredImage, *, url: str | None = None, in_base64: str | None = None) -> ImageView:
-    """A picture behind `url`, or with its content `in_base64`."""
+    """Return the view of a picture, with its `url` or its content `in_base64`."""
     return ImageView(
         index=image.index,
         seed=image.seed,
@@ -151,12 +151,12 @@ def image_view(image: StoredImage, *, url: str | None = None, in_base64: str | N
 
 
 def size_text(size: tuple[int, int] | None) -> str | None:
-    """`WIDTHxHEIGHT`."""
+    """Format a size as `WIDTHxHEIGHT`."""
     return f"{size[0]}x{size[1]}" if size else None
 
 
 def progress_view(progress: Progress) -> ProgressView:
-    """Where a job stands."""
+    """Return the view of a job's progress."""
     return ProgressView(
         fraction=progress.fraction,
         stage=progress.stage,
@@ -176,7 +176,7 @@ def job_view(
     request_id: str,
     ttl_seconds: float,
 ) -> JobView:
-    """All of a job."""
+    """Return the view of a job."""
     return JobView(
         id=job.id,
         status=job.status,
@@ -201,7 +201,7 @@ def job_view(
 
 
 def request_members(request: GenerationRequest) -> dict[str, Any]:
-    """The native body that makes the same pictures."""
+    """Return the native body that makes the same pictures."""
     members = request.model_dump(exclude={"seeds"})
     first = request.seeds[0]
     follow = tuple((first + i) % 2**32 for i in range(request.num_images))
@@ -229,7 +229,7 @@ def _problem(job: Job, request_id: str) -> Problem | None:
 
 
 def server_timing(job: Job) -> str:
-    """The `Server-Timing` of an answer that waited for `job`, in milliseconds."""
+    """Return the `Server-Timing` of an answer that waited for `job`, in milliseconds."""
     spans: Mapping[str, float] = {
         "queued": job.timings.queued,
         "prior": job.timings.prior,

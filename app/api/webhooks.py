@@ -1,4 +1,4 @@
-"""Webhooks: whether a receiver may be called, what it is told, and the secret that signs it."""
+"""Webhooks: which receivers may be called, the body of a call, and the secret that signs it."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -17,14 +17,14 @@ from app.jobs.job import JobStatus, Progress, Webhook
 from app.jobs.store import Delivery
 from app.outbound import NotAllowed
 
-calls = APIRouter(tags=["Webhooks"])  # what receivers are called with, for the description
+calls = APIRouter(tags=["Webhooks"])  # the calls to receivers, for the OpenAPI description
 router = APIRouter(prefix="/api/v1/webhooks", tags=["Jobs"], dependencies=[Depends(authenticate)])
 
 _TYPES = {status: name for name, statuses in WEBHOOK_TYPES.items() for status in statuses}
 
 
 class WebhookMessage(BaseModel):
-    """The body that a webhook is called with."""
+    """The body of a webhook call."""
 
     type: WebhookType
     timestamp: Moment = Field(description="When it happened")
@@ -32,7 +32,7 @@ class WebhookMessage(BaseModel):
 
 
 class SigningSecret(BaseModel):
-    """What the signatures of webhooks are made with."""
+    """The secret that signs webhooks."""
 
     key: str = Field(
         description="As libraries of Standard Webhooks take it", examples=["whsec_C2FVsBQIhrscChlQ"]
@@ -47,7 +47,7 @@ class SigningSecret(BaseModel):
     openapi_extra=NEEDS_KEY,
 )
 async def get_signing_secret(services: TheServices, exchange: TheExchange) -> SigningSecret:
-    """That of the calling key; it stays as long as the key has its name and the server its data."""
+    """Return the calling key's secret, unchanged while the key keeps its name and the server its data."""
     return SigningSecret(key=services.signer.webhook_secret(exchange.tenant))
 
 
@@ -58,11 +58,11 @@ async def receive_job(
     webhook_timestamp: Annotated[str, Header(description="Of this attempt, in seconds since 1970")],
     webhook_signature: Annotated[str, Header(description="`v1,BASE64`, as Standard Webhooks has it")],
 ) -> None:
-    """Any status from 200 to 299 will do. 410 ends further attempts, others are followed by another one."""
+    """Answer with any status from 200 to 299. 410 ends all attempts; after others, another one follows."""
 
 
 def check_receiver(webhook: WebhookBody, services: Services) -> None:
-    """Refuse a receiver that certainly would never be called."""
+    """Refuse a receiver that would certainly never be called."""
     try:
         services.outbound.require_allowed(str(webhook.url))
     except NotAllowed as error:
@@ -71,7 +71,7 @@ def check_receiver(webhook: WebhookBody, services: Services) -> None:
 
 
 async def message_body(services: Services, delivery: Delivery, webhook: Webhook) -> bytes:
-    """What is told, with URLs of pictures that are signed anew."""
+    """Return the body of a webhook call, with freshly signed picture URLs."""
     has_started = delivery.status == JobStatus.RUNNING
     job = delivery.job.as_started() if has_started else delivery.job
     happened_at = job.started_at if has_started else job.completed_at

@@ -1,8 +1,8 @@
-"""Pictures from outside, decoded safely: a file is nothing but a claim until its pixels are here.
+"""Safe decoding of untrusted pictures: nothing that a file claims is trusted before its pixels are decoded.
 
-Only PNG, JPEG and WebP, told apart by their content. The size that a header claims is bounded before a pixel
-is decoded. What comes out is plain: 8 bits, upright, sRGB, one frame, no metadata, no more pixels than the
-largest picture that can be asked for. For threads: large pictures take a second.
+Only PNG, JPEG and WebP are read, told apart by their content. The size in the header is checked before a
+pixel is decoded. The result is plain: 8 bits, upright, sRGB, one frame, no metadata, no more pixels than the
+largest picture that can be requested. Call it in threads: large pictures take a second.
 """
 
 import zlib
@@ -14,8 +14,8 @@ from PIL import Image, ImageCms, ImageMath, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP")
 PNG_LEVEL = 1
 
-# By what decoding takes, which is to stay below 300 MB: WebP needs 20 bytes a pixel. A JPEG of more pixels
-# than are needed is decoded at a half, a quarter or an eighth of its size.
+# Chosen so that decoding takes less than 300 MB: WebP needs 20 bytes a pixel. A JPEG of more pixels than
+# needed is decoded at a half, a quarter or an eighth of its size.
 MOST_PIXELS = {"PNG": 16_777_216, "JPEG": 50_000_000, "MPO": 50_000_000, "WEBP": 10_000_000}
 LONGEST_SIDE = 16_384
 
@@ -29,18 +29,18 @@ _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
 class BrokenPicture(ValueError):
-    """Not a picture that is taken here; the words follow the name of its place, as in "image is broken"."""
+    """A picture that is not accepted; the message follows the member's name, as in "image is damaged"."""
 
 
 def decode_picture(content: bytes, max_pixels: int) -> Image.Image:
-    """The picture in a file, as RGB, or RGBA where some of it is transparent.
+    """Decode the picture in a file as RGB, or as RGBA if some of it is transparent.
 
-    One of more than `max_pixels` is scaled down to them. Raises BrokenPicture.
+    One of more than `max_pixels` is scaled down to that. Raises BrokenPicture.
     """
     if content.startswith(_PNG):
         content = _sound_png(content)
     try:
-        # No other plugin is ever asked: each is code that reads hostile bytes.
+        # No other plugin is ever tried: each is code that reads hostile bytes.
         with Image.open(BytesIO(content), formats=FORMATS) as file:
             _check_claim(file)
             return _plain(file, max_pixels)
@@ -50,19 +50,19 @@ def decode_picture(content: bytes, max_pixels: int) -> Image.Image:
         raise BrokenPicture("has too many pixels") from None
     except UnidentifiedImageError:
         raise BrokenPicture("must be a picture in PNG, JPEG or WebP") from None
-    except Exception as error:  # what a decoder says of damaged bytes may be anything
+    except Exception as error:  # decoders may raise anything for damaged bytes
         raise BrokenPicture("is damaged and cannot be read") from error
 
 
 def encode_picture(image: Image.Image) -> bytes:
-    """A PNG file of nothing but the pixels, the same for the same ones."""
+    """Encode as PNG, with nothing but the pixels: equal pixels give equal files."""
     file = BytesIO()
     image.save(file, "PNG", compress_level=PNG_LEVEL)
     return file.getvalue()
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Without transparency: on white."""
+    """Flatten transparency onto white."""
     if image.mode != "RGBA":
         return image
     ground = Image.new("RGBA", image.size, "white")
@@ -70,25 +70,25 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def mask_of(image: Image.Image) -> Image.Image:
-    """What a picture marks as a mask, in one channel: its transparent parts, or else its white ones."""
+    """Return a picture as a one-channel mask, which marks its transparent or else its white parts."""
     return transparency(image) or image.convert("L")
 
 
 def transparency(image: Image.Image) -> Image.Image | None:
-    """Where a picture is transparent, as white; None when it is not, anywhere."""
+    """Return a mask that is white where a picture is transparent; None if it is opaque."""
     return ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else None
 
 
 def _sound_png(content: bytes) -> bytes:
-    """The file without its texts, which may be longer than Pillow reads. Raises BrokenPicture.
+    """Return the file without its texts, which may be longer than Pillow reads. Raises BrokenPicture.
 
-    Pillow does not look at the checksums of pixels: it draws what it makes of damaged ones.
+    Checksums are verified here, because Pillow ignores those of pixels and decodes damaged data.
     """
     sound, position = bytearray(_PNG), len(_PNG)
     for _ in range(_MAX_CHUNKS):
         end = position + 12 + int.from_bytes(content[position : position + 4])
         if end > len(content):
-            break  # it ends too early
+            break  # the file is truncated
         body, checksum = memoryview(content)[position + 4 : end - 4], content[end - 4 : end]
         if zlib.crc32(body) != int.from_bytes(checksum):
             raise BrokenPicture("is damaged and cannot be read")
@@ -97,12 +97,12 @@ def _sound_png(content: bytes) -> bytes:
             sound += content[position:end]
         position = end
         if kind == b"IEND":
-            return bytes(sound)  # whatever follows is no part of it
+            return bytes(sound)  # what follows is not part of the picture
     return bytes(sound + content[position:])
 
 
 def _check_claim(file: Image.Image) -> None:
-    """Before anything is decoded: whether the size is one that we decode."""
+    """Raise BrokenPicture for a size that is too large, before anything is decoded."""
     most = MOST_PIXELS[file.format or ""]
     if file.width * file.height > most or max(file.size) > LONGEST_SIDE:
         raise BrokenPicture(
@@ -144,7 +144,7 @@ _TURNS = {
 
 
 def _within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """The size, scaled to no more than so many pixels."""
+    """Scale a size down to at most `max_pixels`."""
     width, height = size
     if width * height <= max_pixels:
         return size
@@ -153,7 +153,7 @@ def _within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 
 def _true_colour(file: Image.Image) -> Image.Image:
-    """Eight bits of L, RGB, RGBA or CMYK."""
+    """Convert to eight bits of L, RGB, RGBA or CMYK."""
     if file.mode in _DEEP:
         return _eight_bits(file, file.info.get("transparency"))
     if file.mode in ("LA", "La", "PA", "RGBa") or file.has_transparency_data:
@@ -162,7 +162,7 @@ def _true_colour(file: Image.Image) -> Image.Image:
 
 
 def _eight_bits(file: Image.Image, transparent: int | None) -> Image.Image:
-    """Sixteen bits of grey to eight, of which one value may be transparent; Pillow's own cuts off at 255."""
+    """Scale 16-bit grey, of which one value may be transparent, to 8 bits; Pillow itself clips at 255."""
     grey = file.convert("I")
     plain = grey.point(_scale_down).convert("L")
     if transparent is None:
@@ -178,11 +178,11 @@ def _scale_down(value: float) -> float:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """In sRGB, by the profile of the file if that is good for anything."""
+    """Convert to sRGB by the profile of the file, if that is usable."""
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     colours = image.convert("RGB") if image.mode == "RGBA" else image
     if profile:
-        with suppress(Exception):  # a damaged profile, or one of other channels: as if there were none
+        with suppress(Exception):  # a damaged profile, or one of other channels, is ignored
             colours = _converted(colours, profile)
     colours = colours.convert("RGB")
     if alpha is not None:

@@ -1,7 +1,7 @@
-"""Pixels to PNG, JPEG or WebP, each with its mark: every picture says that a model made it.
+"""Encoding of pixels as PNG, JPEG or WebP, each marked as made by a model.
 
-The mark is XMP metadata (IPTC `DigitalSourceType`), which the readers of the platforms look for; it leaves
-the pixels alone. On request the settings go in too, as the `parameters` text that many tools read.
+The mark is XMP metadata (IPTC `DigitalSourceType`), which platforms look for; it leaves the pixels unchanged.
+On request the settings are embedded too, as the `parameters` text that many tools read.
 """
 
 import json
@@ -17,7 +17,7 @@ from app.schemas import Control, GenerationRequest, OutputFormat
 MIME_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
-PNG_LEVEL = 2  # deflate above 3 costs several times as long for a few per cent
+PNG_LEVEL = 2  # deflate above 3 takes several times as long for a few per cent
 NOTHING: Mapping[str, object] = MappingProxyType({})
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
@@ -35,7 +35,7 @@ XMP = (
 def encode(
     image: Image.Image, output_format: OutputFormat, quality: int, parameters: str | None = None
 ) -> bytes:
-    """A file of `output_format` with the mark. `quality` (1 to 100) counts for JPEG and WebP only.
+    """Encode as `output_format`, with the mark. `quality` (1 to 100) counts for JPEG and WebP only.
 
     `parameters` is the text to embed; None embeds nothing but the mark.
     """
@@ -54,10 +54,10 @@ def encode(
 def parameters_text(
     generation: GenerationRequest, seed: int, model: str, further: Mapping[str, object] = NOTHING
 ) -> str:
-    """The settings of the picture of `seed`, as the text that A1111 made a custom.
+    """Return the settings of the picture of `seed`, as text in A1111's format.
 
-    Of what guides the picture beside words it says how, and not the pictures themselves; what is as usual is
-    left out. `further` are settings that no request has.
+    Of input pictures it tells the settings but not the content, and leaves out defaults. `further` are
+    settings that are not part of a request.
     """
     settings = {
         "Steps": generation.prior_num_inference_steps,
@@ -79,7 +79,7 @@ def parameters_text(
 
 
 def _guides(generation: GenerationRequest) -> dict[str, object]:
-    """What guides a picture beside words, in the names of A1111 and of its extension for ControlNets."""
+    """Return what guides a picture besides the prompt, named as in A1111 and its ControlNet extension."""
     start, end = generation.guidance_interval
     guides = {
         "Denoising strength": None if generation.image is None else generation.denoising_strength,
@@ -106,7 +106,7 @@ def _control(control: Control) -> str:
 
 
 def _quoted(value: object) -> str:
-    """A value that holds what separates values is JSON text, as readers of this text expect it."""
+    """Quote a value that contains separators as a JSON string, as readers of this text expect."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
@@ -120,10 +120,10 @@ def _png_texts(parameters: str | None) -> PngInfo:
 
 
 def _exif(parameters: str | None) -> Image.Exif:
-    """EXIF with the text as user comment, in UTF-16 as the standard wants it."""
+    """Return EXIF with the text as user comment, in UTF-16 as the standard requires."""
     exif = Image.Exif()
     if parameters is not None:
-        # A marker of JPEG holds 65,533 bytes: longer prompts are cut rather than refused.
+        # A JPEG marker segment holds 65,533 bytes: longer texts are cut rather than refused.
         comment = b"UNICODE\x00" + parameters[:30_000].encode("utf-16-be", "replace")[:64_000]
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
     return exif

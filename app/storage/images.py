@@ -1,7 +1,7 @@
-"""Finished pictures in a local folder: written whole or not at all, under random names, for a while.
+"""Finished pictures in a local folder: written atomically, under random names, with a limited lifetime.
 
-Half of a name is random, the other half begins the digest of the content, so that a file that was damaged on
-the disk is known before a byte of it is served.
+Half of a name is random, the other half is the start of the content's SHA-256, so that a file that was
+damaged on disk is detected before a byte of it is served.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _MARK_DIGITS = 16
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """What a picture is now; its content is read apart, in parts."""
+    """Size and digest of a stored picture; its content is read separately, in parts."""
 
     size_bytes: int
     sha256: str
@@ -47,9 +47,9 @@ class ImageStore:
         return name
 
     def examine(self, name: str) -> StoredImage:
-        """The picture of that name, hashed.
+        """Return the size and digest of the picture of that name.
 
-        Raises NotFound for anything that `save` did not return, DamagedFile for another content.
+        Raises NotFound for a name that `save` did not return, DamagedFile if the content has changed.
         """
         with self._open(name) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -58,14 +58,14 @@ class ImageStore:
         return StoredImage(size_bytes, found)
 
     def read(self, name: str) -> bytes:
-        """The content of the picture of that name; raises what `examine` does."""
+        """Return the content of the picture of that name. Raises what `examine` does."""
         with self._open(name) as file:
             content = file.read()
         _require_digest(name, hashlib.sha256(content).hexdigest())
         return content
 
     def read_part(self, name: str, start: int, num_bytes: int) -> bytes:
-        """Some of a picture that was examined. It is open for this alone: a slow reader holds no descriptor.
+        """Return part of an examined picture. It is opened only for this: a slow client holds no descriptor.
 
         Raises NotFound when it was removed meanwhile, DamagedFile when it is shorter.
         """
@@ -77,7 +77,7 @@ class ImageStore:
         return part
 
     def remove(self, names: Iterable[str]) -> int:
-        """Forget pictures; returns how many were there."""
+        """Remove pictures; return how many existed."""
         removed = 0
         for name in names:
             path = self._folder / name
@@ -87,7 +87,7 @@ class ImageStore:
         return removed
 
     def sweep(self) -> int:
-        """Remove the pictures whose time is over, and what a crash left unfinished; returns how many."""
+        """Remove expired pictures, and what a crash left unfinished; return how many."""
         removed = 0
         oldest = self._clock() - self._ttl_seconds
         with os.scandir(self._folder) as entries:

@@ -1,8 +1,8 @@
-"""Pictures that came with requests, in a local folder: decoded, plain, and named by the digest of the file.
+"""Input pictures in a local folder: decoded, as plain PNG, and named by the digest of the file.
 
-A file is there before the job that names it is committed, so that a job that was accepted finds it after any
-crash. Many jobs may name one file. It goes when none does, and when it has been there for a while: a request
-that is just being accepted has no job yet.
+A file is written before the job that names it is committed, so that an accepted job finds it after any crash.
+Many jobs may name one file. It is removed when none does and it is old enough: a request that is just being
+accepted has no job yet.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from app.errors import DamagedFile, NotFound
 from app.storage.decoding import decode_picture
 from app.storage.writing import UNFINISHED, keep_name, room_for, write_whole
 
-GRACE_SECONDS = 600.0  # from a file to the commit of its job, at the very most
+GRACE_SECONDS = 600.0  # from writing a file to the commit of its job, at most
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LOCK = ".lock"
@@ -37,27 +37,27 @@ class InputStore:
         self._clock = clock
 
     def decode(self, content: bytes) -> Image.Image:
-        """The picture in a file from outside. Raises BrokenPicture."""
+        """Decode an untrusted file. Raises BrokenPicture."""
         return decode_picture(content, self._max_pixels)
 
     def name(self, content: bytes) -> str:
-        """What a file is called."""
+        """Return the name of a file."""
         return hashlib.sha256(content).hexdigest()
 
     def save(self, content: bytes) -> str:
-        """Keep a file, and return its name. Raises StorageFull."""
+        """Store a file and return its name. Raises StorageFull."""
         name = self.name(content)
         with room_for(_WHAT), self._locked():
             path = self._folder / name
             if path.exists():
-                os.utime(path, (self._clock(), self._clock()))  # whoever sweeps sees that it is wanted again
-                keep_name(path, what=_WHAT)  # whoever wrote it may have crashed before that
+                os.utime(path, (self._clock(), self._clock()))  # so that it is not removed as old
+                keep_name(path, what=_WHAT)  # its writer may have crashed before that
             else:
                 self._write(path, content)
         return name
 
     def read(self, name: str) -> bytes:
-        """The file of that name. Raises NotFound, and DamagedFile for another content."""
+        """Return the file of that name. Raises NotFound, or DamagedFile if its content has changed."""
         if not _NAME.fullmatch(name):
             raise NotFound("there is no such picture")
         try:
@@ -69,13 +69,13 @@ class InputStore:
         return content
 
     def old(self) -> list[str]:
-        """Names of the files that no request that is just being accepted can need."""
+        """Return the names of files too old for a request that is just being accepted."""
         return [
             path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name) and self._is_old(path)
         ]
 
     def remove(self, names: Collection[str]) -> int:
-        """Remove those that are still old, and what a crash left unfinished; returns how many."""
+        """Remove files that are still old, and what a crash left unfinished; return how many."""
         removed = 0
         with self._locked():
             unfinished = [path for path in self._folder.iterdir() if path.name.endswith(UNFINISHED)]
@@ -97,7 +97,7 @@ class InputStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone among all threads and servers: nobody removes a file in the moment in which it is wanted."""
+        """Exclude all other threads and servers, so that no file is removed just when it is needed."""
         with (self._folder / _LOCK).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -1,4 +1,4 @@
-"""The LoRAs that are installed: files in folders, which come and go while the server runs."""
+"""Installed LoRAs: files in folders, which may come and go while the server runs."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class InstalledLoRA:
-    """A file, by the name that requests use."""
+    """A LoRA file, with the name that requests use."""
 
     name: str
     num_bytes: int
@@ -18,24 +18,24 @@ class InstalledLoRA:
 
 
 class InstalledLoRAs:
-    """Looks into folders. Its methods use the disk: call them outside the event loop."""
+    """Finds LoRAs in folders. Its methods use the disk: call them outside the event loop."""
 
     def __init__(self) -> None:
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def names(self, folders: Iterable[str]) -> list[str]:
-        """All names. Of two files of one name the one in the last folder counts, as for the engine."""
+        """Return all names. Of two files of one name the one in the last folder counts, as in the engine."""
         return sorted(_files(folders))
 
     def all(self, folders: Iterable[str]) -> list[InstalledLoRA]:
-        """All, by name. A file is read once, and again when it was changed."""
+        """Return all LoRAs, by name. A file is hashed once, and again when it has changed."""
         found, digests = [], {}
         for name, path in sorted(_files(folders).items()):
             try:
                 status = path.stat()
                 key = (path, status.st_mtime_ns, status.st_size)
                 digest = self._digests.get(key) or _digest(path)
-            except OSError:  # gone in this moment, or not ours to read
+            except OSError:  # just removed, or not readable
                 continue
             digests[key] = digest
             found.append(InstalledLoRA(name, status.st_size, digest))

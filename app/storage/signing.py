@@ -1,4 +1,4 @@
-"""Signed, expiring names: who holds one may fetch the file, nobody else, and only for a while."""
+"""Signed, expiring names: only a holder of one may fetch the file, and only for a while."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ SECRET_BYTES = 32
 
 
 class Signer:
-    """Signs `name` until a time in whole Unix seconds, with HMAC-SHA256."""
+    """Signs names with HMAC-SHA256, each with an expiry time in whole Unix seconds."""
 
     def __init__(self, secret: bytes, ttl_seconds: float, clock: Callable[[], float] = time.time) -> None:
         self._secret = secret
@@ -26,12 +26,12 @@ class Signer:
         self._clock = clock
 
     def sign(self, name: str) -> str:
-        """The query that opens `name` from now on for the life of a URL."""
+        """Return the query string that gives access to `name` for the life of a URL."""
         expires = int(self._clock() + self._ttl_seconds)
         return f"exp={expires}&sig={self._signature(name, str(expires))}"
 
     def verify(self, name: str, expires: str, signature: str) -> int:
-        """Seconds that the signature is still good for; raises Forbidden or Gone."""
+        """Return the seconds for which the signature is still valid. Raises Forbidden or Gone."""
         genuine = self._signature(name, expires).encode()
         if not hmac.compare_digest(genuine, signature.encode("utf-8", "replace")):
             raise Forbidden(
@@ -43,7 +43,7 @@ class Signer:
         return int(left)
 
     def webhook_secret(self, tenant: str) -> str:
-        """What signs the webhooks of a tenant, in the form of Standard Webhooks."""
+        """Return the secret that signs the webhooks of a tenant, in the form of Standard Webhooks."""
         key = hmac.digest(self._secret, b"webhooks", hashlib.sha256)
         secret = hmac.digest(key, tenant.encode(), hashlib.sha256)
         return f"whsec_{base64.b64encode(secret).decode()}"
@@ -54,7 +54,7 @@ class Signer:
 
 
 def load_secret(path: Path) -> bytes:
-    """The secret in `path`, made there (readable by the owner alone) when it does not exist.
+    """Return the secret in `path`, which is created (readable by the owner alone) if it does not exist.
 
     Raises SettingsError when the file holds something else.
     """
@@ -64,7 +64,7 @@ def load_secret(path: Path) -> bytes:
 
 
 def _make_secret(path: Path) -> None:
-    """Appears in `path` whole or not at all; if another process was faster, its secret stays."""
+    """Create `path` atomically; if another process was faster, its secret stays."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".secret-", suffix=".partial") as file:
         file.write(secrets.token_hex(SECRET_BYTES))
         file.flush()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are on the disk when they do; and how much room there is."""
+"""Atomic and durable writing of files, and the space on a disk."""
 
 import errno
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 from app.errors import StorageFull
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNFINISHED = ".partial"  # ends the name of a file that is being written, or was when something crashed
+UNFINISHED = ".partial"  # suffix of a file that is being written, or was during a crash
 
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of folders, on some mounts of CIFS and FUSE
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # from folders, on some mounts of CIFS and FUSE
 
 
 def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now: float) -> None:
     """Write `path`, a new file, by way of `unfinished`, a new file beside it. If it fails, neither is left.
 
-    `now` is when it was written: the system's clock may be set at any time. Raises StorageFull, which names
-    `what`.
+    `now` becomes its modification time, because the system's clock may be set at any time. Raises
+    StorageFull, which names `what`.
     """
     with room_for(what):
         try:
@@ -40,14 +40,14 @@ def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now:
 
 
 def keep_name(path: Path, *, what: str) -> None:
-    """The name of a file that somebody else wrote is on the disk, too. Raises StorageFull, as above."""
+    """Sync the folder of a file that another process wrote. Raises StorageFull, which names `what`."""
     with room_for(what):
         _sync_folder(path.parent)
 
 
 @contextmanager
 def room_for(what: str) -> Iterator[None]:
-    """What goes wrong inside for want of room is a StorageFull that names `what`."""
+    """Turn an OSError for lack of space in the block into a StorageFull that names `what`."""
     try:
         yield
     except OSError as error:
@@ -59,14 +59,14 @@ def room_for(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Of a disk, in bytes."""
+    """Space of a disk, in bytes."""
 
     free: int
     total: int
 
 
 def space_of(folder: Path) -> Space | None:
-    """What this process may still write there; None where the file system does not tell."""
+    """Return what this process may still write in `folder`; None if the file system does not tell."""
     try:
         told = os.statvfs(folder)
     except OSError:
@@ -75,7 +75,7 @@ def space_of(folder: Path) -> Space | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The names in a folder are on the disk, as far as its file system can promise that."""
+    """Sync the names in a folder to disk, as far as its file system supports that."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
