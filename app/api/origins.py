@@ -24,7 +24,7 @@ class Origins:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._public_host = (settings.public_base_url or "").lower().partition("://")[2].partition("/")[0]
+        self._public_host = _host_of(settings.public_base_url or "")
 
     @property
     def has_any(self) -> bool:
@@ -49,9 +49,9 @@ class Origins:
         origin = headers.get("origin")
         if origin is None or self.allows(origin) or not _is_simple(scope, headers):
             return
-        page = origin.lower().partition("://")[2]
+        page = _host_of(origin)
         is_neighbour = _is_loopback(page) and _is_loopback(host)
-        if page not in (host, self._public_host) and not is_neighbour:
+        if not page or (page not in (host, self._public_host) and not is_neighbour):
             raise Forbidden(
                 f"pages of {origin[:100]} may not call this server: CASCADE_CORS_ORIGINS does not name it"
             )
@@ -83,6 +83,11 @@ def _is_simple(scope: Scope, headers: Headers) -> bool:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     has_key = any(name in headers for name in KEY_HEADERS)
     return scope["method"] == "POST" and kind in SIMPLE_TYPES and not has_key
+
+
+def _host_of(url: str) -> str:
+    """NAME or NAME:PORT of a URL or an origin; nothing of `null`, the origin of files and sandboxes."""
+    return url.lower().partition("://")[2].partition("/")[0]
 
 
 def _name(host: str) -> str:
