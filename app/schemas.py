@@ -253,16 +253,16 @@ def check_size(width: int, height: int, *, max_pixels: int, param: str, step: in
 
 
 def fit_size(width: int, height: int, *, max_pixels: int, step: int = SIDE_STEP) -> tuple[int, int]:
-    """Return the allowed size nearest to a picture's, with its proportions as far as they are allowed."""
-    ratio = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
-    area = min(width * height, max_pixels)
-    tall, wide = (area / ratio) ** 0.5, (area * ratio) ** 0.5
-    factor = max(MIN_SIDE / min(tall, wide), 1.0)
-    factor = min(factor, MAX_SIDE / max(tall, wide))
-    sides = [_near_side(side * factor, step) for side in (wide, tall)]
-    longer = sides.index(max(sides))
-    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # due to rounding
-        sides[longer] -= step
+    """Return the allowed size for a picture of any size: its own where that is allowed.
+
+    A picture that is too large or too small is scaled, and one that is too long is cut, as in `cascade`.
+    """
+    width, height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    scale = min(1.0, MAX_SIDE / max(width, height), (max_pixels / (width * height)) ** 0.5)
+    scale = max(scale, MIN_SIDE / min(width, height))
+    sides = [_near_side(scale * side, step) for side in (width, height)]
+    while sides[0] * sides[1] > max_pixels or max(sides) > MAX_ASPECT * min(sides):  # by the rounding
+        sides[sides.index(max(sides))] -= step
     return sides[0], sides[1]
 
 

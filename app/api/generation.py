@@ -5,7 +5,7 @@ it is to finish without them.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from fastapi import Request
 from app.api.bodies import GenerationMembers
 from app.api.deps import Services
 from app.api.gateway import Exchange
+from app.api.idempotency import read_key
 from app.api.prefer import Preference
-from app.api.sources import Received
+from app.api.sources import Received, receive
 from app.api.views import MODEL_ID
 from app.errors import (
     AppError,
@@ -198,6 +199,20 @@ async def wait_for_model(services: Services) -> None:
     It may not be loaded after that: `dispatcher.model` raises then.
     """
     await services.dispatcher.wait_loaded(services.settings.loading_wait)
+
+
+async def accept(
+    request: Request,
+    services: Services,
+    exchange: Exchange,
+    body: GenerationMembers,
+    order_of: Callable[[Received], Order],
+) -> Submitted:
+    """Wait for the model, read the pictures of `body`, and submit the order that `order_of` makes of them."""
+    await wait_for_model(services)
+    may_replay = read_key(request) is not None
+    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
+    return await submit(services, exchange, order_of(received))
 
 
 async def submit(services: Services, exchange: Exchange, order: Order) -> Submitted:

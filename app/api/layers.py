@@ -6,6 +6,7 @@ know nothing of jobs, and ignores unknown members, because clients send what onl
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -16,19 +17,18 @@ from app.api.deps import Services
 from app.api.gateway import Exchange
 from app.api.generation import (
     Order,
+    accept,
     picture_size,
     seeds_for,
     shared_members,
     size_for,
-    submit,
     variation_size,
     wait_for_end,
-    wait_for_model,
 )
-from app.api.idempotency import idempotency_of, read_key
+from app.api.idempotency import idempotency_of
 from app.api.mistakes import validated
 from app.api.prefer import Preference
-from app.api.sources import receive
+from app.api.sources import Received
 from app.jobs.job import Job
 from app.schemas import (
     AnySide,
@@ -84,12 +84,18 @@ def in_native_members(given: Mapping[str, Any], sent_as: Mapping[str, str]) -> L
 async def draw(request: Request, services: Services, exchange: Exchange, asked: Asked) -> Drawn:
     """Submit a job and wait for its end; by default it is canceled when the caller disconnects.
 
-    Raises what `submit` and `wait_for_end` raise; the layer reports how the job ended.
+    Raises what `accept` and `wait_for_end` raise; the layer reports how the job ended.
     """
+    order_of = partial(_order, request, services, asked)
+    submitted = await accept(request, services, exchange, asked.body, order_of)
+    ended = await wait_for_end(request, services, submitted.now, Preference())
+    assert ended is not None, "only a caller that prefers so is answered before the end"
+    return Drawn(ended, submitted.is_replay)
+
+
+def _order(request: Request, services: Services, asked: Asked, received: Received) -> Order:
+    """Return the order, with all defaults filled in and all limits checked."""
     body = asked.body
-    await wait_for_model(services)
-    may_replay = read_key(request) is not None
-    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
     like = picture_size(received) or variation_size(received)
     width, height = size_for(body.width, body.height, services, param="width", like=like, step=1)
     generation = GenerationRequest(
@@ -102,7 +108,7 @@ async def draw(request: Request, services: Services, exchange: Exchange, asked: 
         output_quality=body.output_quality,
         **shared_members(body, received),
     )
-    order = Order(
+    return Order(
         generation=generation,
         body=body,
         preference=Preference(),
@@ -110,7 +116,3 @@ async def draw(request: Request, services: Services, exchange: Exchange, asked: 
         idempotency=idempotency_of(request, asked.members, generation, services.settings.key_ttl),
         metadata=asked.metadata,
     )
-    submitted = await submit(services, exchange, order)
-    ended = await wait_for_end(request, services, submitted.now, Preference())
-    assert ended is not None, "only a caller that prefers so is answered before the end"
-    return Drawn(ended, submitted.is_replay)

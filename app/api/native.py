@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -15,22 +16,22 @@ from app.api.embedding import Embedding
 from app.api.forms import read_members
 from app.api.generation import (
     Order,
+    accept,
     picture_size,
     resolve_model,
     seeds_for,
     shared_members,
     size_for,
-    submit,
-    wait_for_model,
 )
-from app.api.idempotency import idempotency_of, read_key
+from app.api.idempotency import idempotency_of
 from app.api.job_events import JobStream
 from app.api.prefer import Preference, parse_prefer
-from app.api.sources import Received, receive
+from app.api.sources import Received
 from app.api.streams import respond_with_events
 from app.api.views import QueueView, image_view
 from app.api.webhooks import check_receiver
 from app.jobs.job import Job
+from app.jobs.store import Submitted
 from app.schemas import GenerationRequest
 
 router = APIRouter(prefix="/api/v1", tags=["Native"], dependencies=[Depends(authenticate)])
@@ -53,30 +54,22 @@ async def generate_images(
 ) -> Response:
     """Answer with the job, a picture or events, as `Accept` says; or at once, if `Prefer` says so."""
     body = parse_native(members)
-    accept = request.headers.get("accept", "")
-    is_stream = prefers_events(accept)
+    wanted = request.headers.get("accept", "")
+    is_stream = prefers_events(wanted)
     preference = Preference() if is_stream else parse_prefer(request.headers.getlist("prefer"))
     if body.webhook is not None and not is_stream:
         preference = replace(preference, is_async=True)
-    raw = None if is_stream or preference.is_async else raw_format(accept, body.output_format)
+    raw = None if is_stream or preference.is_async else raw_format(wanted, body.output_format)
     if raw is not None:
         require_one(body.num_images, "num_images_per_prompt")
     base = public_base(request, services.settings)  # refuse a bad Host before the work
     resolve_model(body.model, services)
     if body.webhook is not None:
         check_receiver(body.webhook, services)
-    await wait_for_model(services)
     call = Call(request, services, exchange, preference, raw)
-    may_replay = read_key(request) is not None
-    received = await receive(body, services, exchange.tenant, may_replay=may_replay)
-    order = _order(call, body, members, received, base)
-    submitted = await submit(services, exchange, order)
+    submitted = await accept(request, services, exchange, body, partial(_order, call, body, members, base))
     if is_stream:
-        job, as_base64 = submitted.job, body.response_format != "url"
-        stream = JobStream(services, exchange, base, as_base64)
-        headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay)}
-        waiting = services.dispatcher.waiting(job)
-        return respond_with_events(stream.events(job), headers, services.metrics, retry=True, within=waiting)
+        return _stream(call, submitted, base, as_base64=body.response_format != "url")
 
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
         embedding = Embedding()
@@ -87,6 +80,15 @@ async def generate_images(
         return await embedding.respond(told.model_dump_json().encode(), services.images, headers)
 
     return await answer_when_ended(call, submitted, tell, {})
+
+
+def _stream(call: Call, submitted: Submitted, base: str, *, as_base64: bool) -> Response:
+    """Stream the events of a job from its beginning to its end."""
+    services, job = call.services, submitted.job
+    stream = JobStream(services, call.exchange, base, as_base64)
+    headers = {"X-Job-Id": job.id, "Vary": VARY, **replayed(submitted.is_replay)}
+    waiting = services.dispatcher.waiting(job)
+    return respond_with_events(stream.events(job), headers, services.metrics, retry=True, within=waiting)
 
 
 @router.get(
@@ -108,7 +110,7 @@ async def get_queue(services: TheServices) -> QueueView:
 
 
 def _order(
-    call: Call, body: NativeImageBody, members: Mapping[str, Any], received: Received, base: str
+    call: Call, body: NativeImageBody, members: Mapping[str, Any], base: str, received: Received
 ) -> Order:
     """Return the order, with all defaults filled in and all limits checked."""
     services = call.services

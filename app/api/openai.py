@@ -1,6 +1,7 @@
 """OpenAI's Images contract: `/v1/images/generations`, `edits` and `variations`, and `/v1/models`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -38,19 +39,18 @@ from app.api.forms import read_members
 from app.api.gateway import Exchange
 from app.api.generation import (
     Order,
+    accept,
     picture_size,
     resolve_model,
     seeds_for,
     shared_members,
     size_for,
-    submit,
     variation_size,
-    wait_for_model,
 )
-from app.api.idempotency import idempotency_of, read_key
+from app.api.idempotency import idempotency_of
 from app.api.openai_events import EventFamily, ImageStream, usage
 from app.api.prefer import Preference, parse_prefer
-from app.api.sources import Received, receive
+from app.api.sources import Received
 from app.api.streams import respond_with_events
 from app.api.views import MODEL_ID, ModelList, ModelView, size_text
 from app.jobs.job import Job, StoredImage
@@ -145,9 +145,7 @@ async def _respond(
     """Submit the job of a checked body and answer in the form that the caller asked for."""
     call, base = _call(request, services, exchange, body)
     resolve_model(body.model, services)
-    await wait_for_model(services)
-    received = await receive(body, services, exchange.tenant, may_replay=read_key(request) is not None)
-    submitted = await submit(services, exchange, _order(call, body, members, received))
+    submitted = await accept(request, services, exchange, body, partial(_order, call, body, members))
     if body.stream:
         return _stream(call, submitted, body, event)
 
@@ -166,8 +164,8 @@ def _call(
     if body.stream:
         return Call(request, services, exchange, Preference(), raw=None), None
     preference = parse_prefer(request.headers.getlist("prefer"))
-    accept = "" if preference.is_async else request.headers.get("accept", "")
-    raw = raw_format(accept, body.output_format)
+    wanted = "" if preference.is_async else request.headers.get("accept", "")
+    raw = raw_format(wanted, body.output_format)
     if raw is not None:
         require_one(body.n, "n")
     as_url = raw is None and _wants_url(body)

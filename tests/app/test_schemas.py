@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from app.schemas import GenerationRequest, PictureRef, check_size, fit_size
+from cascade.sizes import nearest_size
 
 PICTURE = PictureRef(sha256="0" * 64, width=64, height=64)
 
@@ -73,6 +74,12 @@ def test_pictures_are_named_once_each() -> None:
 def test_every_picture_gives_an_allowed_size(width: int, height: int, max_pixels: int) -> None:
     fitted = fit_size(width, height, max_pixels=max_pixels)
     check_size(*fitted, max_pixels=max_pixels, param="size")
+
+
+@given(st.integers(1, 50_000), st.integers(1, 50_000), st.sampled_from([64 * 64, 4_194_304]))
+def test_it_is_the_size_that_the_library_gives_it(width: int, height: int, max_pixels: int) -> None:
+    fitted = fit_size(width, height, max_pixels=max_pixels, step=1)
+    assert fitted == nearest_size(width, height, max_pixels)
 
 
 @given(st.integers(8, 256), st.integers(8, 256))
