@@ -9,7 +9,7 @@ from cascade.evaluation.evaluate import ASPECTS, Report
 from cascade.models import Models
 from cascade.training.scenes import COLOURS, NATIVE_SIZES, SHAPES
 
-# What trained for how long; the command of the last column repeats it.
+# Part, objective and component: `cascade train tiny --component COMPONENT` trains the part again.
 _RECIPE = (
     ("tokenizer, text tower", "facts of captions read by linear layers", "text"),
     (
@@ -30,10 +30,10 @@ _RECIPE = (
 
 
 def write_card(report: Report, models: Models, path: Path, training_time: str = "") -> None:
-    """Write the card of evaluated `models` as Markdown.
+    """Write the model card of `models` as Markdown.
 
     Args:
-        training_time: a sentence on how long the training took, and on what.
+        training_time: a sentence on how long the training took.
     """
     paragraphs = (
         f"# {report.model}: a small Stable Cascade",

@@ -1,4 +1,4 @@
-"""Evaluation: prompts of scenes that no training saw, drawn, read by the verifier and counted."""
+"""Evaluation: draw held-out prompts, read the pictures with the verifier and count what is right."""
 
 import statistics
 import time
@@ -30,7 +30,7 @@ ASPECTS: dict[Aspect, str] = {
 NUM_TIMED = 10
 BATCH_SIZE = 16
 
-Draw = Callable[[list[ImageSettings]], list[Image.Image]]  # the first picture of each request
+Draw = Callable[[list[ImageSettings]], list[Image.Image]]  # returns the first picture of each request
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Judged:
 
     @property
     def num_things(self) -> int:
-        """How many things the prompt asks for."""
+        """Number of things that the prompt asks for."""
         return 2 if "second_shape" in self.caption.facts else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """So many right, of so many where the aspect could be judged."""
+    """Number of pictures that are right in an aspect, of those where it could be judged."""
 
     right: int
     of: int
@@ -67,13 +67,13 @@ class Report:
     """The outcome of an evaluation."""
 
     model: str
-    settings: ImageSettings  # of all pictures, but for prompt and seed; this seed is the first picture's
+    settings: ImageSettings  # shared by all pictures, except prompt and seed; `seed` is that of the first
     judged: tuple[Judged, ...]
-    seconds_per_picture: float  # median of pictures made one by one
-    reconstruction: Reconstruction | None  # None: the checkpoint has no encoder
+    seconds_per_picture: float  # median over the pictures drawn one by one
+    reconstruction: Reconstruction | None  # None: no encoder, or none were asked for
 
     def score(self, aspect: Aspect, num_things: int | None = None) -> Score:
-        """Of all prompts, or only of those that ask for one or two things."""
+        """Return the score over all prompts, or only over those that ask for `num_things` things."""
         chosen = [one for one in self.judged if num_things in (None, one.num_things)]
         values = [value for one in chosen if (value := getattr(one.verdict, aspect)) is not None]
         return Score(sum(values), len(values))
@@ -94,7 +94,7 @@ def evaluate(
 
     Args:
         seed: chooses the prompts and is the seed of the first picture.
-        progress: called with the number of pictures made and of all pictures to make.
+        progress: called with the number of pictures made and the number to make.
     """
     settings = ImageSettings(
         prompt="-", seed=seed, steps=steps, guidance_scale=guidance_scale, decoder_steps=decoder_steps
@@ -118,7 +118,7 @@ def evaluate(
 def draw_and_judge(
     draw: Draw, captions: list[Caption], settings: ImageSettings, report_done: Callable[[int], None]
 ) -> tuple[tuple[Judged, ...], float]:
-    """The pictures of `captions`, judged, and the median of the seconds of those drawn alone."""
+    """Draw and judge pictures of `captions`; also return the median seconds of those drawn one by one."""
     assert settings.seed is not None
     first = settings.seed
     requests = [replace(settings, prompt=one.text, seed=first + i) for i, one in enumerate(captions)]
@@ -134,7 +134,7 @@ def draw_and_judge(
 
 
 def held_out_captions(count: int, seed: int) -> list[Caption]:
-    """Captions of scenes with one thing and with two, in turn."""
+    """Return captions of held-out scenes, alternately with one thing and with two."""
     rng = held_out_generator(seed)
     return [caption(_scene_with(1 + index % 2, rng), rng) for index in range(count)]
 
@@ -146,7 +146,7 @@ def _scene_with(num_things: int, rng: np.random.Generator) -> Scene:
 
 
 def _batches(requests: list[ImageSettings]) -> Iterator[list[ImageSettings]]:
-    """The first few alone, to be timed; the rest together, which does not change the pictures."""
+    """Yield the first few requests alone, to be timed; the rest in batches, which give the same pictures."""
     yield from ([request] for request in requests[:NUM_TIMED])
     for start in range(NUM_TIMED, len(requests), BATCH_SIZE):
         yield requests[start : start + BATCH_SIZE]

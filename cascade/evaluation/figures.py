@@ -1,4 +1,4 @@
-"""Figures of an evaluation of tasks, and the easel on which their pictures are drawn."""
+"""Figures of an evaluation of tasks, and the `Easel` that draws their pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,24 +17,24 @@ from cascade.training.scenes import Picture, Scene, held_out_generator, sample_s
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number and the bound that it should keep; without one it only informs."""
+    """A measured value and the bounds that it should keep; without bounds it only informs."""
 
     name: str
     value: float
     least: float | None = None
     most: float | None = None
-    unit: str = ""  # "%": the value is a share of 1
+    unit: str = ""  # "%": the value is a fraction of 1, shown in percent
 
     @property
     def met(self) -> bool:
-        """Within the bounds; a number that is none never is."""
+        """Whether the value is within the bounds; NaN never is."""
         low = -np.inf if self.least is None else self.least
         high = np.inf if self.most is None else self.most
         return bool(low <= self.value <= high)
 
     @property
     def target(self) -> str:
-        """The bound in words, such as "at least 85 %"; empty without one."""
+        """The bounds in words, such as "at least 85 %"; empty without any."""
         bounds = (("at least", self.least), ("at most", self.most))
         return " and ".join(f"{word} {self._said(bound)}" for word, bound in bounds if bound is not None)
 
@@ -50,15 +50,15 @@ class Figure:
 def share(
     name: str, hits: Sequence[bool], *, least: float | None = None, most: float | None = None
 ) -> Figure:
-    """How many of all cases hit, as a share."""
+    """Return the share of `hits` that are true as a figure in percent."""
     return Figure(f"{name} (of {len(hits)})", float(np.mean(hits)), least, most, "%")
 
 
 @dataclass(slots=True)
 class Easel:
-    """Draws the pictures of a task in batches; `report` is told how many at a time were drawn.
+    """Draws the pictures of a task in batches; `report` is called with the size of each.
 
-    `shown` keeps some pictures by name, for those who want to look.
+    `shown` keeps the pictures by name, for inspection.
     """
 
     models: Models
@@ -69,15 +69,15 @@ class Easel:
 
     @property
     def generator(self) -> np.random.Generator:
-        """The randomness of the cases of a task, always the same."""
+        """A new generator for the cases of a task, always seeded alike."""
         return held_out_generator(1000 + self.seed)
 
     def scenes(self, rng: np.random.Generator, size: tuple[int, int] = (256, 256)) -> list[Scene]:
-        """One scene for each case."""
+        """Sample one scene for each case."""
         return [sample_scene(rng, size) for _ in range(self.count)]
 
     def draw(self, name: str, requests: Sequence[ImageSettings]) -> list[Picture]:
-        """The pictures of some requests, with seeds of their places in the list."""
+        """Draw `requests`, row i with the seed `seed` + i, and return the pixels."""
         seeded = [replace(request, seed=self.seed + row) for row, request in enumerate(requests)]
         images: list[Image.Image] = []
         for start in range(0, len(seeded), BATCH_SIZE):
@@ -87,20 +87,20 @@ class Easel:
         return self.show(name, images)
 
     def show(self, name: str, images: Sequence[Image.Image]) -> list[Picture]:
-        """Keep pictures for those who want to look, and return their pixels."""
+        """Keep pictures in `shown` and return their pixels."""
         self.shown[name] = list(images)
         return [np.asarray(image.convert("RGB")) for image in images]
 
 
 def told(scene: Scene, rng: np.random.Generator, *, background: bool = False) -> Caption:
-    """A caption; one that states the background, if need be."""
+    """Return a caption of `scene`; with `background`, one that states the background."""
     while "background" not in (stated := caption(scene, rng)).facts and background:
         pass
     return stated
 
 
 def are_right(captions: Sequence[Caption], pictures: Sequence[Picture]) -> list[bool]:
-    """Whether each picture shows what its caption says."""
+    """Return for each picture whether it shows what its caption says."""
     return [
         judge(one.facts, read_picture(picture)).is_right
         for one, picture in zip(captions, pictures, strict=True)

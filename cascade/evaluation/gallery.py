@@ -1,4 +1,4 @@
-"""The gallery: a labelled sheet for every task, drawn from fixed seeds, and one of all of them.
+"""The gallery: a labelled sheet for every task, drawn from fixed seeds, and an overview of all.
 
     python -m cascade.evaluation.gallery --out docs
 
@@ -30,14 +30,14 @@ from cascade.training.scenes import Scene, Thing, render
 Draw = Callable[[Cascade], list[Row]]
 
 _SEED = 11
-_OVERVIEW_SIDE = 80  # pixels of a picture of 256
-_OVERVIEW_WIDTH = 500  # of a column
+_OVERVIEW_SIDE = 80  # pixels, of a picture of 256
+_OVERVIEW_WIDTH = 500  # pixels, of a column
 _OVERVIEW_LETTERS = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A sheet: its file, its title, what draws it, and what the checkpoint needs for it."""
+    """A sheet: its file, its title, the function that draws it, and what it needs of the checkpoint."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Task:
     loras: tuple[str, ...] = ()
 
     def missing(self, models: Models) -> str | None:
-        """What the checkpoint lacks for it, in words; None if it can be drawn."""
+        """Return what the checkpoint lacks for the sheet, in words; None if it can be drawn."""
         if self.controlnet is not None and self.controlnet not in models.controlnets:
             return f"the ControlNet {self.controlnet} is not installed"
         installed = models.loras.names() if models.loras is not None else []
@@ -57,7 +57,7 @@ class Task:
 
 
 def text_to_image(cascade: Cascade) -> list[Row]:
-    """Eight prompts."""
+    """Draw eight prompts."""
     prompts = (
         "a red circle on a blue background",
         "a small green star on the left of a white background",
@@ -73,7 +73,7 @@ def text_to_image(cascade: Cascade) -> list[Row]:
 
 
 def sizes(cascade: Cascade) -> list[Row]:
-    """Native sizes, wide and tall, and one that is resampled."""
+    """Draw native sizes, wide and tall, and two sizes that are resampled."""
     words = "a green star on a white background"
     wide = [(512, 256), (384, 256), (200, 136)]
     tall = [(256, 512), (256, 384), (256, 256), (136, 200)]
@@ -88,7 +88,7 @@ def sizes(cascade: Cascade) -> list[Row]:
 
 
 def reconstruction(cascade: Cascade) -> list[Row]:
-    """Pictures before and after the 42-fold compression."""
+    """Show pictures before and after the 42-fold compression."""
     scenes = (
         _scene(("star", "orange", 0.5, 0.5, 72), background="purple"),
         _scene(
@@ -106,7 +106,7 @@ def reconstruction(cascade: Cascade) -> list[Row]:
 
 
 def image_to_image(cascade: Cascade) -> list[Row]:
-    """One source, its background asked for anew, over the strengths."""
+    """Redraw one source at several strengths, with a prompt for another background."""
     scene = _scene(("star", "red", 0.36, 0.5, 48), background="white")
     image, words = _picture(scene), "a red star on a blue background"
     panels = [Panel(image, "source")]
@@ -117,7 +117,7 @@ def image_to_image(cascade: Cascade) -> list[Row]:
 
 
 def image_prompts(cascade: Cascade) -> list[Row]:
-    """Variations of a picture, without words and with some, and two pictures mixed."""
+    """Draw variations of a picture, without words and with some, and mix two pictures."""
     first = _picture(_scene(("circle", "red", 0.5, 0.5, 72), background="yellow"))
     second = _picture(_scene(("star", "blue", 0.5, 0.5, 48), background="white"))
     note = "A picture says which things there are and about where they stand; the rest is drawn anew."
@@ -140,7 +140,7 @@ def image_prompts(cascade: Cascade) -> list[Row]:
 
 
 def inpainting(cascade: Cascade) -> list[Row]:
-    """What a mask marks, drawn anew."""
+    """Redraw what a mask marks."""
     rows = []
     scene = _scene(("circle", "red", 0.23, 0.5, 48), ("square", "blue", 0.77, 0.5, 46), background="white")
     image = _picture(scene)
@@ -167,7 +167,7 @@ def inpainting(cascade: Cascade) -> list[Row]:
 
 
 def outpainting(cascade: Cascade) -> list[Row]:
-    """More around a picture."""
+    """Extend pictures beyond their edges."""
     scene = _scene(("circle", "red", 0.5, 0.5, 44), background="white", width=256)
     image = _picture(scene)
     small = image.crop((48, 48, 208, 208))
@@ -194,7 +194,7 @@ def outpainting(cascade: Cascade) -> list[Row]:
 
 
 def canny(cascade: Cascade) -> list[Row]:
-    """A picture's edges, filled as the prompt says."""
+    """Fill a picture's edges as the prompts say."""
     rows = []
     for things, prompts in (
         (
@@ -220,7 +220,7 @@ def canny(cascade: Cascade) -> list[Row]:
 
 
 def super_resolution(cascade: Cascade) -> list[Row]:
-    """A small picture and a very small one, enlarged by a filter and by the model."""
+    """Enlarge a small and a very small picture by a filter and by the model."""
     true = _picture(_scene(("star", "red", 0.5, 0.5, 72), background="white"))
     words = "a large red star on a white background"
     rows = []
@@ -250,7 +250,7 @@ def super_resolution(cascade: Cascade) -> list[Row]:
 
 
 def loras(cascade: Cascade) -> list[Row]:
-    """A learned colour and a style, with and without, and both."""
+    """Show a learned colour and a style, each with and without its LoRA, and both together."""
     star, ring = "an [azure] star on a white background", "a pink ring on a white background"
     circle = "an [azure] circle on a white background"
     azure, night = LoRAUse("azure"), LoRAUse("night")
@@ -270,7 +270,7 @@ def loras(cascade: Cascade) -> list[Row]:
 
 
 def lcm(cascade: Cascade) -> list[Row]:
-    """Four steps against twenty."""
+    """Compare four steps with twenty."""
     plain = Options(sampler="lcm", steps=4, guidance_scale=1.0)
     distilled = Options(sampler="lcm", steps=4, guidance_scale=1.0, loras=(LoRAUse("lcm"),))
 
@@ -289,7 +289,7 @@ def lcm(cascade: Cascade) -> list[Row]:
 
 
 def prompt_weights(cascade: Cascade) -> list[Row]:
-    """A word that counts less and more, and all of a prompt."""
+    """Weight one word, and then a whole prompt, less and more."""
     note = (
         "Weights act on the words, not on the summary of the whole prompt, and that is what the embedded "
         "checkpoint follows: they change little here."
@@ -305,7 +305,7 @@ def prompt_weights(cascade: Cascade) -> list[Row]:
 
 
 def guidance_interval(cascade: Cascade) -> list[Row]:
-    """Guidance in a part of the run."""
+    """Apply guidance in a part of the run."""
     words = "a pink triangle above a blue circle on a white background"
     intervals = ((0.0, 1.0), (0.0, 0.5), (0.2, 0.8), (0.5, 1.0))
     panels = [
@@ -346,9 +346,9 @@ def draw_gallery(
     *,
     with_overview: bool = True,
 ) -> dict[str, str]:
-    """Write `out`/gallery/NAME.png for each task and, if it is wanted, `out`/gallery.png of all of them.
+    """Write `out`/gallery/NAME.png for each task and, if `with_overview`, `out`/gallery.png of all of them.
 
-    Returns what was left out, by the task's name, with the reason. `progress` is called before each task.
+    Returns the reason for each task left out, by its name. `progress` gets the title of each task before it.
     """
     drawn: dict[Task, list[Row]] = {}
     left_out = {}
@@ -367,7 +367,7 @@ def draw_gallery(
 
 
 def draw_overview(drawn: Mapping[Task, Sequence[Row]]) -> Image.Image:
-    """All sheets, small, in two columns of about the same height."""
+    """Draw all sheets, small, in two columns of about the same height."""
     blocks = [
         draw_sheet(task.title, rows, _OVERVIEW_SIDE, _OVERVIEW_WIDTH, margin=0, letters=_OVERVIEW_LETTERS)
         for task, rows in drawn.items()
@@ -390,7 +390,7 @@ def draw_overview(drawn: Mapping[Task, Sequence[Row]]) -> Image.Image:
 
 
 def _drawn(cascade: Cascade, prompt: str, **options: Unpack[Options]) -> Image.Image:
-    """The first picture of a prompt."""
+    """Return the first picture of a prompt."""
     options.setdefault("seed", _SEED)
     return cascade.text_to_image(prompt, **options)[0].image
 
@@ -398,7 +398,7 @@ def _drawn(cascade: Cascade, prompt: str, **options: Unpack[Options]) -> Image.I
 def _scene(
     *things: tuple[str, str, float, float, float], background: str, width: int = 256, height: int = 256
 ) -> Scene:
-    """Things as shape, colour, place across and down as shares, and radius in pixels."""
+    """Build a scene; a thing is a shape, a colour, x and y as shares of the size, and a radius in pixels."""
     placed = (
         Thing(shape, colour, across * width, down * height, radius)
         for shape, colour, across, down, radius in things
@@ -411,7 +411,7 @@ def _picture(scene: Scene) -> Image.Image:
 
 
 def _box_mask(size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-    """White in a box of left, top, right and bottom as shares."""
+    """Return a mask, white in `box`: left, top, right and bottom as shares of the size."""
     mask = Image.new("L", size, 0)
     width, height = size
     left, top, right, bottom = box
@@ -422,7 +422,7 @@ def _box_mask(size: tuple[int, int], box: tuple[float, float, float, float]) -> 
 
 
 def _decibels(true: Image.Image, other: Image.Image) -> float:
-    """Peak signal to noise ratio."""
+    """Return the peak signal-to-noise ratio."""
     return decibels([mean_squared_error(np.asarray(true), np.asarray(other))])
 
 

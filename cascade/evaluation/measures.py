@@ -1,4 +1,4 @@
-"""Measures of pictures, (h, w, 3) uint8 each: distances, edges, seams and what only LoRAs draw."""
+"""Measures of pictures, (h, w, 3) uint8 each: distances, edges, seams, and what only LoRAs draw."""
 
 from collections.abc import Iterable
 
@@ -12,43 +12,43 @@ from cascade.training.scenes import PALETTE, Picture
 
 Mask = NDArray[np.bool_]
 
-_LINE = 2  # pixels by which an edge is widened to each side before two are laid over each other
-_INSIDE = 3  # pixels from the rim of a patch of colour; nearer ones are mixtures
-_PATCH = 0.004  # of all pixels: the least patch of a colour that is a thing
+_LINE = 2  # pixels by which edges are widened on each side before they are compared
+_INSIDE = 3  # pixels along the rim of a patch of colour that do not count, as colours mix there
+_PATCH = 0.004  # smallest share of all pixels for a patch of a colour to count as a thing
 
 
 def mean_squared_error(first: Picture, second: Picture) -> float:
-    """Of two pictures of one size, in steps of 255."""
+    """Return the mean squared error of two pictures of one size, for values in 0..255."""
     return float(np.square(first.astype(np.float64) - second).mean())
 
 
 def distance(first: Picture, second: Picture) -> float:
-    """Root of the mean squared error, in steps of 255."""
+    """Return the root mean squared error of two pictures of one size, for values in 0..255."""
     return float(np.sqrt(mean_squared_error(first, second)))
 
 
 def decibels(errors: Iterable[float]) -> float:
-    """Peak signal to noise ratio of the mean of some mean squared errors; infinite where there is none."""
+    """Return the peak signal-to-noise ratio of the mean of mean squared errors; infinite if that is 0."""
     mean = float(np.mean(list(errors)))
     return float(10 * np.log10(255**2 / mean)) if mean else float("inf")
 
 
 def edges_of(picture: Picture) -> Mask:
-    """Where canny control sees edges, widened so that a shift by a pixel or two still meets them."""
+    """Return the edges that canny control sees, widened so that a shift by a pixel or two still overlaps."""
     edges = find_edges(picture, picture.shape[1], picture.shape[0]) > 127
     return _widened(edges, _LINE)
 
 
 def intersection_over_union(first: Mask, second: Mask) -> float:
-    """Of two masks: 1 if they are the same, two empty ones too."""
+    """Return the intersection over union of two masks; 1 if both are empty."""
     union = (first | second).sum()
     return float((first & second).sum() / union) if union else 1.0
 
 
 def seam_ratio(picture: Picture, columns: Iterable[int]) -> float:
-    """The mean step into each of some columns from its left neighbour, as a multiple of that into all others.
+    """Return the mean step into `columns` from their left neighbours, as a multiple of that into all others.
 
-    1 is a seam that differs in nothing from the rest of the picture.
+    1 means that the seam does not differ from the rest of the picture.
     """
     steps = np.abs(np.diff(picture.astype(np.float64), axis=1)).mean((0, 2))
     at_seam = np.zeros(len(steps), bool)
@@ -60,7 +60,7 @@ def seam_ratio(picture: Picture, columns: Iterable[int]) -> float:
 
 
 def shows_azure(picture: Picture) -> bool:
-    """A patch is nearer to azure than to any colour of the palette; rims, which mix colours, do not count."""
+    """Return whether a patch is nearer to azure than to the palette; rims, being mixtures, do not count."""
     colours = np.array([AZURE, *PALETTE.values()], np.float32)
     nearest = (
         (2 * colours) @ picture.reshape(-1, 3).T.astype(np.float32) - (colours**2).sum(1)[:, None]
@@ -70,12 +70,12 @@ def shows_azure(picture: Picture) -> bool:
 
 
 def shows_night(picture: Picture) -> bool:
-    """The background is black."""
+    """Return whether the background is black."""
     return read_picture(picture).background == "black"
 
 
 def _widened(mask: Mask, pixels: int) -> Mask:
-    """The mask and what lies within some steps across and down of it."""
+    """Dilate a mask by `pixels` steps across and down."""
     for _ in range(pixels):
         padded = np.pad(mask, 1)
         mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]

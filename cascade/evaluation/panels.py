@@ -7,16 +7,16 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 16
-_LINE = 1.25  # height of a line of text, of its size
-_TITLE, _HEADING, _LABEL = 24, 17, 15  # sizes of the letters, pixels
+_LINE = 1.25  # height of a line of text, relative to the font size
+_TITLE, _HEADING, _LABEL = 24, 17, 15  # font sizes, pixels
 _INK, _PALE, _FRAME, _PAPER = (30, 30, 30), (90, 90, 90), (190, 190, 190), (255, 255, 255)
-_WIDEST = 2000  # pixels of a line of text
-_NARROWEST = 112  # pixels that a label may take, however narrow its picture
+_WIDEST = 2000  # pixels: longest line of text where no width is given
+_NARROWEST = 112  # pixels that a label may take even if its picture is narrower
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A picture and what is said below it."""
+    """A picture and the label below it."""
 
     image: Image.Image
     label: str
@@ -33,17 +33,16 @@ class Row:
 def draw_sheet(
     title: str, rows: Sequence[Row], side: int = 256, width: int = 0, margin: int = _GAP, letters: float = 1
 ) -> Image.Image:
-    """A sheet of rows. A picture of 256 pixels is drawn `side` pixels wide, larger ones in proportion.
+    """Draw a sheet of rows. A picture of 256 pixels is drawn `side` pixels wide, others in proportion.
 
-    A row that does not fit into `width` pixels goes on below; 0 gives the widest row its room. `letters`
-    makes the text larger or smaller.
+    A row that does not fit into `width` pixels is wrapped; with 0, none is. `letters` scales the text.
     """
     strips = [_draw_row(row, side / 256, width, letters) for row in rows]
     return stack([_text_image(title, _TITLE * letters, _INK, width or _WIDEST), *strips], margin)
 
 
 def stack(parts: Sequence[Image.Image], margin: int = 0) -> Image.Image:
-    """Pictures below each other on white, at the left."""
+    """Stack pictures on white, one below the other, aligned left."""
     width = max(part.width for part in parts) + 2 * margin
     height = sum(part.height + _GAP for part in parts) - _GAP + 2 * margin
     whole = Image.new("RGB", (width, height), _PAPER)
@@ -55,7 +54,7 @@ def stack(parts: Sequence[Image.Image], margin: int = 0) -> Image.Image:
 
 
 def save_png(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet with 256 colours, which flat shapes do not miss: a third of the bytes."""
+    """Write a sheet with 256 colours: enough for flat shapes, at a third of the bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     few = sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
@@ -100,7 +99,7 @@ def _draw_panel(panel: Panel, scale: float, letters: float) -> Image.Image:
 
 
 def _text_image(text: str, size: float, ink: tuple[int, int, int], width: int) -> Image.Image:
-    """Text in lines of at most so many pixels; a longer word stands out."""
+    """Draw text in lines of at most `width` pixels; a word that is longer gets its own line."""
     font = ImageFont.load_default(size=size)
     lines: list[str] = []
     for word in text.split():

@@ -1,4 +1,4 @@
-"""Scores of tasks that start from a picture: drawn again, varied, changed, painted into, widened."""
+"""Scores of tasks that start from a picture: reconstruct, image-to-image, variation, in- and outpainting."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +16,15 @@ from cascade.training.scenes import COLOURS, SHAPES, SQUARE_SIZE, Picture, Scene
 
 ASPECTS = ((256, 256), (384, 256), (512, 256), (256, 384), (256, 512))
 STRENGTHS = (0.0, 0.3, 0.6, 1.0)
-BACKGROUND_STRENGTH = 0.8  # at which a prompt changes the background and the things stay
+BACKGROUND_STRENGTH = 0.8  # at which a prompt changes the background but keeps the things
 WIDE_SIZE = (384, 256)
 FEATHER = 8  # pixels, of inpainting and outpainting
-_MARGIN = 10  # pixels around a thing that is masked
-_DIFFERENT = 2.0  # distance of pictures that are not the same
+_MARGIN = 10  # pixels of room around a masked thing
+_DIFFERENT = 2.0  # distance above which two pictures are not the same
 
 
 def reconstruction(easel: Easel) -> list[Figure]:
-    """Pictures through the encoder, Stage B and Stage A, at five aspect ratios."""
+    """Score pictures passed through the encoder, Stage B and Stage A, at five aspect ratios."""
     figures = []
     rng = easel.generator
     for width, height in ASPECTS:
@@ -46,7 +46,7 @@ def reconstruction(easel: Easel) -> list[Figure]:
 
 
 def image_to_image(easel: Easel) -> list[Figure]:
-    """What strength does, and another background by prompt."""
+    """Score the effect of strength, and a change of the background by prompt."""
     rng = easel.generator
     scenes = easel.scenes(rng)
     others = [told(sample_scene(rng), rng).text for _ in scenes]
@@ -69,7 +69,7 @@ def image_to_image(easel: Easel) -> list[Figure]:
 
 
 def variation(easel: Easel) -> list[Figure]:
-    """Image prompts without words: one picture, and two that mix."""
+    """Score image prompts without words: one picture, and two that are mixed."""
     rng = easel.generator
     scenes = easel.scenes(rng)
     sources = [render(scene) for scene in scenes]
@@ -90,7 +90,7 @@ def variation(easel: Easel) -> list[Figure]:
 
 
 def inpainting(easel: Easel) -> list[Figure]:
-    """A thing is masked, and the prompt says that another one stands there."""
+    """Score the replacement of a masked thing by one that the prompt names; then outpainting."""
     rng = easel.generator
     scenes = easel.scenes(rng)
     wanted = [_with_another_thing(scene, rng) for scene in scenes]
@@ -128,7 +128,7 @@ def inpainting(easel: Easel) -> list[Figure]:
 
 
 def outpainting(easel: Easel) -> list[Figure]:
-    """The middle of a wide picture, and its sides drawn."""
+    """Score wide pictures of which the middle is given and the sides are drawn."""
     rng = easel.generator
     across = (WIDE_SIZE[0] - SQUARE_SIZE[0]) // 2
     scenes = [_moved(scene, across) for scene in easel.scenes(rng)]
@@ -157,25 +157,25 @@ def outpainting(easel: Easel) -> list[Figure]:
 
 
 def same_things(scene: Scene, seen: Scene) -> bool:
-    """The same shapes in the same colours, wherever they stand."""
+    """Return whether `seen` has the same shapes in the same colours, wherever they stand."""
     asked, found = (sorted((thing.shape, thing.colour) for thing in each.things) for each in (scene, seen))
     return asked == found
 
 
 def has_both(pair: tuple[Scene, Scene], seen: Scene) -> bool:
-    """Something of each of two scenes, a background, a colour or a shape, which share none, is seen."""
+    """Return whether `seen` has a background, colour or shape of each of two scenes that share none."""
     return all(_traits(scene) & _traits(seen) for scene in pair)
 
 
 def stands_there(wanted: Thing, mask: Picture, seen: Scene) -> bool:
-    """A thing of the shape and colour that is wanted stands in the white of the mask, and no other."""
+    """Return whether a thing of the wanted shape and colour, and no other, is in the white of the mask."""
     height, width = mask.shape
     inside = [thing for thing in seen.things if mask[_within(thing.y, height), _within(thing.x, width)]]
     return [(thing.shape, thing.colour) for thing in inside] == [(wanted.shape, wanted.colour)]
 
 
 def box_mask(scene: Scene, thing: Thing) -> Picture:
-    """White around a thing, (h, w), with some room for another."""
+    """Return a mask (h, w), white around a thing, with some room for another."""
     mask = np.zeros((scene.height, scene.width), np.uint8)
     reach = 1.1 * thing.radius + _MARGIN
     top, left = max(0, int(thing.y - reach)), max(0, int(thing.x - reach))
@@ -201,7 +201,7 @@ def _background_change(easel: Easel, rng: np.random.Generator) -> list[Figure]:
 
 
 def stand_alike(scene: Scene, seen: Scene, pixels: float = 16) -> bool:
-    """All things are there, and stand within some pixels of where they did."""
+    """Return whether all things are there, each within `pixels` of its place along both axes."""
     return same_things(scene, seen) and all(
         any(
             other.colour == one.colour and max(abs(one.x - other.x), abs(one.y - other.y)) <= pixels
@@ -223,7 +223,7 @@ def _pair_without_common_traits(rng: np.random.Generator) -> tuple[Scene, Scene]
 
 
 def _traits(scene: Scene) -> set[str]:
-    """Its background, and the colours and shapes of its things."""
+    """Return the background of a scene, and the colours and shapes of its things."""
     return {f"{scene.background} background"} | {
         word for thing in scene.things for word in (thing.colour, thing.shape)
     }
@@ -234,7 +234,7 @@ def _colours(scene: Scene) -> list[str]:
 
 
 def _with_another_thing(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The last thing has another shape and another colour, which no other has."""
+    """Give the last thing another shape, and a colour that nothing else in the scene has."""
     old = scene.things[-1]
     shape, colour = _another(rng, SHAPES, [old.shape]), _another(rng, COLOURS, _colours(scene))
     return replace(scene, things=(*scene.things[:-1], replace(old, shape=shape, colour=colour)))
@@ -246,7 +246,7 @@ def _another(rng: np.random.Generator, words: tuple[str, ...], but: list[str]) -
 
 
 def _moved(scene: Scene, across: int) -> Scene:
-    """The scene in a picture that is wider by so much on both sides."""
+    """Return the scene in a picture that is wider by `across` pixels on both sides."""
     things = tuple(replace(thing, x=thing.x + across) for thing in scene.things)
     return replace(scene, width=scene.width + 2 * across, things=things)
 

@@ -1,4 +1,4 @@
-"""Reconstruction: a drawn picture through the semantic encoder, Stage B and Stage A, and back to pixels."""
+"""Reconstruction: rendered pictures through the semantic encoder, Stage B and Stage A, back to pixels."""
 
 from dataclasses import dataclass
 
@@ -17,15 +17,15 @@ _BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """How well Stages B and A draw what the encoder saw."""
+    """How well Stages B and A reproduce what the encoder saw."""
 
     count: int
-    decibels: float  # peak signal to noise ratio of the mean squared error of all pictures
+    decibels: float  # peak signal-to-noise ratio of the mean squared error of all pictures
     verified: int  # pictures whose background, number, colours and shapes are right
 
 
 def reconstruct(models: Models, count: int, seed: int, decoder_steps: int = 10) -> Reconstruction:
-    """Encode and draw anew `count` held-out pictures of 256x256."""
+    """Encode `count` held-out pictures of 256x256, redraw them and measure the result."""
     rng = held_out_generator(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     errors: list[float] = []
@@ -40,7 +40,7 @@ def reconstruct(models: Models, count: int, seed: int, decoder_steps: int = 10) 
 
 
 def _draw_anew(models: Models, pictures: Picture, seed: int, steps: int) -> Picture:
-    """Pictures (b, h, w, 3) as Stages B and A draw them from the encoder's codes alone, without text."""
+    """Redraw pictures (b, h, w, 3) with Stages B and A from the encoder's codes alone, without text."""
     images = [Image.fromarray(picture) for picture in pictures]
     settings = [DecodeSettings(seed=seed + row, decoder_steps=steps) for row in range(len(images))]
     drawn = run_to_end(reconstruct_all(models, images, settings))

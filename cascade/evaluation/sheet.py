@@ -45,7 +45,7 @@ def _draw_cell(sheet: Image.Image, one: Judged, x: int, y: int) -> None:
 
 
 def _finding(one: Judged) -> str:
-    """right, or what is wrong."""
+    """Return the verdict in words: right, or what is wrong."""
     wrong = [
         name.split(",")[0]
         for aspect, name in ASPECTS.items()

@@ -1,4 +1,4 @@
-"""Every task of a checkpoint, scored on scenes that no training saw."""
+"""Scores of every task of a checkpoint, on held-out scenes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ TASKS = MappingProxyType(
 
 
 def choose_tasks(names: Sequence[str]) -> list[str]:
-    """The names of tasks in order, "all" for all; raises `InvalidSetting` for one that is none."""
+    """Return the named tasks in order, "all" for all; raise `InvalidSetting` for an unknown name."""
     for name in names:
         if name not in TASKS and name != "all":
             raise InvalidSetting("tasks", f"must be one of all, {', '.join(TASKS)}, but is {name!r}")
@@ -56,10 +56,10 @@ def evaluate_tasks(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Figure]]:
-    """Score tasks with `count` cases each; a task without figures is one that the checkpoint cannot do.
+    """Score tasks with `count` cases each; a task that the checkpoint cannot do has no figures.
 
     Args:
-        progress: called with the number of pictures made and of all pictures to make.
+        progress: called with the number of pictures made and the number to make.
     """
     total = count * sum(TASKS[name].pictures for name in names)
     done = 0

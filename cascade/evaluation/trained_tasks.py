@@ -22,14 +22,14 @@ from cascade.tasks.settings import Control, ImageSettings, LoRAUse
 from cascade.training.lora import LESSONS
 from cascade.training.scenes import COLOURS, Picture, Scene, render
 
-ENLARGED = (2, 4, 8)  # times by which super-resolution enlarges
+ENLARGED = (2, 4, 8)  # factors of super-resolution
 LCM_STEPS = 4
 LCM = ImageSettings(prompt="-", sampler="lcm", steps=LCM_STEPS, guidance_scale=1.0, loras=(LoRAUse("lcm"),))
 _SHOWS = {"azure": shows_azure, "night": shows_night}
 
 
 def canny(easel: Easel) -> list[Figure]:
-    """Edges of a scene and its caption, against the caption alone."""
+    """Score edges of a scene with its caption against the caption alone."""
     if "canny" not in easel.models.controlnets:
         return []
     rng = easel.generator
@@ -53,10 +53,10 @@ def canny(easel: Easel) -> list[Figure]:
 
 
 def super_resolution(easel: Easel) -> list[Figure]:
-    """Pictures made small, enlarged by the ControlNet and by bicubic interpolation.
+    """Score the enlargement of small pictures by the ControlNet against bicubic interpolation.
 
-    The third figure of a factor is that of the bicubic picture that was brought into agreement with the small
-    one too: what the networks add is what ours is above it.
+    The third figure of a factor is that of the bicubic picture after `keep_to_small`, which ours passes, too:
+    what ours is above it is the contribution of the networks.
     """
     if "super_resolution" not in easel.models.controlnets:
         return []
@@ -67,7 +67,7 @@ def super_resolution(easel: Easel) -> list[Figure]:
 
 
 def lora(easel: Easel) -> list[Figure]:
-    """The learned thing is there with the LoRA and not without, by the same prompts."""
+    """Score whether what is taught appears with the LoRA, and not without, for the same prompts."""
     figures = []
     for name, shows in _SHOWS.items():
         if easel.models.loras is None or name not in easel.models.loras.names():
@@ -83,7 +83,7 @@ def lora(easel: Easel) -> list[Figure]:
 
 
 def lcm(easel: Easel) -> list[Figure]:
-    """Four steps without guidance against twenty with it."""
+    """Score four steps without guidance against twenty with it."""
     if easel.models.loras is None or "lcm" not in easel.models.loras.names():
         return []
     captions = held_out_captions(easel.count, easel.seed)
@@ -100,13 +100,13 @@ def lcm(easel: Easel) -> list[Figure]:
 
 
 def mean_overlap(sources: list[Picture], drawn: list[Picture]) -> float:
-    """Of the edges of pictures with those of others, in order."""
+    """Return the mean intersection over union of the edges of each source and its drawn picture."""
     pairs = zip(sources, drawn, strict=True)
     return float(np.mean([intersection_over_union(edges_of(one), edges_of(other)) for one, other in pairs]))
 
 
 def _enlarging(easel: Easel, factor: int, scenes: list[Scene], prompts: list[str]) -> list[Figure]:
-    """The figures of one factor of super-resolution."""
+    """Return the figures of super-resolution by one factor."""
     size = (scenes[0].width, scenes[0].height)
     sources = [render(scene) for scene in scenes]
     small = [
@@ -136,7 +136,7 @@ def _enlarging(easel: Easel, factor: int, scenes: list[Scene], prompts: list[str
 
 
 def _lesson(name: str, scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt of what is taught. For night it names another background: one left open may come out black."""
+    """Return a prompt for what is taught; for night it states another background, else it might be black."""
     if name == "night":
         return told(without_black(scene), rng, background=True).text
     lesson: tuple[Scene, str] = LESSONS[name].wording(scene, rng)
@@ -144,7 +144,7 @@ def _lesson(name: str, scene: Scene, rng: np.random.Generator) -> str:
 
 
 def without_black(scene: Scene) -> Scene:
-    """The scene with a colour that it does not have in place of black."""
+    """Replace black in a scene by a colour that it does not have."""
     used = {scene.background, *(thing.colour for thing in scene.things)}
     other = next(colour for colour in COLOURS if colour not in {*used, "black"})
     things = tuple(

@@ -15,9 +15,9 @@ from cascade.training.scenes import COLOURS, OUTLINES, PALETTE, Picture, Scene, 
 
 UNCLEAR = "unclear"
 
-_SMALLEST = 0.008  # of the short side's square: regions below are specks
-_OVERLAP = 0.75  # with the best template, demanded
-_PURITY = 0.85  # share of a thing's inner pixels that have its colour, demanded
+_SMALLEST = 0.008  # share of the short side's square; smaller regions are specks
+_OVERLAP = 0.75  # required overlap with the best template
+_PURITY = 0.85  # required share of a thing's inner pixels that have its colour
 _WIDEST_EDGE = 5.5  # pixels; drawn edges are about one wide
 _PURE = 0.08
 _PER_PIXEL = 2 / 3 * (1 - 2 * _PURE) ** 3
@@ -29,7 +29,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a picture got right of a prompt; None where the prompt does not say it."""
+    """Which facts of a prompt a picture got right; None for a fact that the prompt does not state."""
 
     background: bool | None
     count: bool
@@ -40,12 +40,12 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Background, number, colours and shapes; place and size are reported apart."""
+        """Whether background, number, colours and shapes are right; place and size are reported apart."""
         return self.background is not False and self.count and self.colours and self.shapes
 
 
 def read_picture(picture: Picture) -> Scene:
-    """The scene that a picture (h, w, 3) shows."""
+    """Return the scene that a picture (h, w, 3) shows."""
     height, width = picture.shape[:2]
     colours = _nearest_colours(picture)
     border = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
@@ -70,7 +70,7 @@ def judge(facts: Mapping[str, str], seen: Scene) -> Verdict:
     ]
     drawn = [(thing.colour, thing.shape) for thing in seen.things]
     colours = sorted(colour for colour, _ in asked) == sorted(colour for colour, _ in drawn)
-    # A swap of shapes between two colours is wrong shapes; with wrong colours, only the shapes count.
+    # Shapes swapped between two colours are wrong; where the colours are wrong, only the shapes count.
     shapes = sorted(asked) == sorted(drawn) or (
         not colours and sorted(shape for _, shape in asked) == sorted(shape for _, shape in drawn)
     )
@@ -85,12 +85,12 @@ def judge(facts: Mapping[str, str], seen: Scene) -> Verdict:
 
 
 def shows(scene: Scene, picture: Picture) -> bool:
-    """Whether a picture shows a scene: its background, and the number, colours and shapes of its things."""
+    """Return whether a picture shows a scene's background and its things' number, colours and shapes."""
     return judge(scene_facts(scene), read_picture(picture)).is_right
 
 
 def _judge_each(facts: Mapping[str, str], seen: Scene, what: str) -> bool | None:
-    """Whether the places or sizes stated of the things are those of the things of the same colours."""
+    """Return whether things have the places or sizes stated for their colours; None if none is stated."""
     stated = [mention for mention in ("first", "second") if f"{mention}_{what}" in facts]
     if not stated:
         return None
@@ -106,7 +106,7 @@ def _judge_each(facts: Mapping[str, str], seen: Scene, what: str) -> bool | None
 
 
 def _nearest_colours(picture: Picture) -> NDArray[np.int64]:
-    """Index of the nearest palette colour of each pixel, (h, w)."""
+    """Return the index of the palette colour nearest to each pixel, (h, w)."""
     palette = np.array(list(PALETTE.values()), np.float32)
     pixels = picture.reshape(-1, 3).T.astype(np.float32)
     scores = (2 * palette) @ pixels - (palette**2).sum(1)[:, None]  # (colours, pixels)
@@ -155,13 +155,13 @@ def _read_thing(picture: Picture, colours: NDArray[np.int64], region: Mask, back
 
 
 def _main_colour(inner: NDArray[np.int64]) -> tuple[str, float]:
-    """The commonest colour of a thing's inner pixels and its share of them."""
+    """Return the commonest colour of a thing's inner pixels and its share of them."""
     counts = np.bincount(inner, minlength=len(COLOURS))
     return COLOURS[int(counts.argmax())], float(counts.max() / max(1, len(inner)))
 
 
 def _best_shape(box: Mask) -> tuple[str, float]:
-    """The shape whose template, stretched to the box, overlaps best, after a penalty for stretching."""
+    """Return the shape whose template fits the box best, and their overlap, less a penalty for stretching."""
     height, width = box.shape
     samples = (np.arange(_GRID) + 0.5) / _GRID
     stretched = box[np.ix_((samples * height).astype(int), (samples * width).astype(int))]
@@ -175,10 +175,10 @@ def _best_shape(box: Mask) -> tuple[str, float]:
 
 
 def _edge_width(picture: Picture, region: Mask, background: str, colour: str) -> float:
-    """Pixels from background to thing, from the amount of mixed pixels around the outline.
+    """Estimate the width in pixels of the edge between background and thing from its mixed pixels.
 
-    Pixels are read as mixtures, `share` of the thing's colour. A share near 0 or 1 may be jitter or noise
-    and counts as pure; what remains of 4 share (1 - share) along a ramp of one pixel is `_PER_PIXEL`.
+    Each pixel is read as a mixture with `share` of the thing's colour. A share near 0 or 1 may be jitter or
+    noise and counts as pure; what then remains of 4 share (1 - share) on a ramp of one pixel is `_PER_PIXEL`.
     """
     grown = _eroded(region, -_AROUND)
     ground, paint = np.array(PALETTE[background], float), np.array(PALETTE[colour], float)
@@ -192,7 +192,7 @@ def _edge_width(picture: Picture, region: Mask, background: str, colour: str) ->
 
 
 def _eroded(mask: Mask, pixels: int) -> Mask:
-    """Take away a rim of some pixels; add one if negative."""
+    """Erode a mask by `pixels`; dilate it if negative."""
     if pixels < 0:
         return ~_eroded(~mask, -pixels)
     for _ in range(pixels):
@@ -202,7 +202,7 @@ def _eroded(mask: Mask, pixels: int) -> Mask:
 
 
 def _placed(shape: str, box: tuple[int, int, int, int]) -> tuple[float, float, float]:
-    """Centre and radius of a shape whose outline fills a box of pixels (left, top, right, bottom)."""
+    """Return centre and radius of a shape whose outline fills a box of pixels (left, top, right, bottom)."""
     left, top, right, bottom = box
     template = _TEMPLATES[shape]
     radius = (right - left + bottom - top) / (template.right - template.left + template.bottom - template.top)
@@ -213,7 +213,7 @@ def _placed(shape: str, box: tuple[int, int, int, int]) -> tuple[float, float, f
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A shape of radius 1 filling its bounding box."""
+    """A shape stretched to fill its bounding box, and that box for radius 1."""
 
     mask: Mask  # (64, 64)
     left: float

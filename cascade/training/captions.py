@@ -34,13 +34,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The words, and the value of each attribute that they state."""
+    """A wording, and the value of each attribute that it states."""
 
     text: str
     facts: dict[str, str]
 
     def labels(self) -> list[int]:
-        """One class per attribute: 0 where nothing is stated, otherwise 1 + the index of the value."""
+        """Return one class per attribute: 0 where it is not stated, otherwise 1 + the index of its value."""
         return [
             1 + values.index(self.facts[name]) if name in self.facts else 0
             for name, values in ATTRIBUTES.items()
@@ -48,7 +48,7 @@ class Caption:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A random wording for a scene."""
+    """Return a random wording for a scene."""
     facts: dict[str, str] = {}
     words = _one(scene, rng, facts) if len(scene.things) == 1 else _two(scene, rng, facts)
     if rng.random() < 0.12 and not words.startswith(("on ", "at ")):
@@ -62,7 +62,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
 
 
 def full_caption(scene: Scene) -> str:
-    """One wording that states everything: sizes, colours, shapes, places and the background."""
+    """Return a wording that states everything: sizes, colours, shapes, places and the background."""
     things = scene.in_order()
     names = [
         f"{_article(scene.size_word(thing))} {scene.size_word(thing)} {thing.colour} {thing.shape}"
@@ -74,7 +74,7 @@ def full_caption(scene: Scene) -> str:
 
 
 def scene_facts(scene: Scene) -> dict[str, str]:
-    """All that there is to say about a scene, the things mentioned in the order of their places."""
+    """Return all facts of a scene, its things mentioned in the order of their places."""
     facts = {"background": scene.background}
     things = scene.in_order()
     for mention, thing in zip(("first", "second"), things, strict=False):
@@ -87,7 +87,7 @@ def scene_facts(scene: Scene) -> dict[str, str]:
 
 
 def names_a_shape(text: str) -> bool:
-    """Whether a text has a word for one of the shapes, also in the plural."""
+    """Return whether a text has a word for one of the shapes, also in the plural."""
     words = {word for shape in SHAPES for word in _SYNONYMS.get(shape, (shape,))}
     return re.search(rf"\b({'|'.join(words)})(s|es)?\b", text, re.IGNORECASE) is not None
 
@@ -102,7 +102,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 _OPENINGS = ("a picture of", "an image of", "a drawing of", "picture of", "there is")
 
-# Where one thing stands; a caption continues with the background.
+# Words for the place of one thing; a caption continues with the background.
 _PLACE_WORDS: dict[Place, tuple[str, ...]] = {
     "centre": ("in the centre", "in the center", "in the middle"),
     "left": ("on the left", "on the left", "on the left side", "at the left", "to the left"),
@@ -110,7 +110,7 @@ _PLACE_WORDS: dict[Place, tuple[str, ...]] = {
     "top": ("at the top", "at the top", "on the top"),
     "bottom": ("at the bottom", "at the bottom", "on the bottom"),
 }
-# How the first mentioned of two things stands to the second.
+# Words for the place of the first-mentioned of two things, relative to the second.
 _RELATIONS: dict[Place, tuple[str, ...]] = {
     "left": ("left of", "to the left of", "on the left of"),
     "right": ("right of", "to the right of", "on the right of"),
@@ -121,7 +121,7 @@ _OPPOSITE: dict[Place, Place] = {"left": "right", "right": "left", "top": "botto
 _BESIDE = ("next to", "beside")
 _TOGETHER = ("{} and {}", "{} and {}", "{} with {}", "{}, {}")
 
-# The first wording is by far the commonest.
+# `_PLAIN_BACKGROUND` is by far the commonest wording.
 _PLAIN_BACKGROUND = "{} on a {} background"
 _BACKGROUNDS = (
     "{} on a {} backdrop",
@@ -185,7 +185,7 @@ def _name(
     *,
     is_bare: bool,
 ) -> str:
-    """Such as "a small red circle"; bare, without the article."""
+    """Return a name such as "a small red circle", without the article if `is_bare`; add to `facts`."""
     facts |= {f"{mention}_shape": thing.shape, f"{mention}_colour": thing.colour}
     words = [_pick(rng, _SYNONYMS.get(word, (word,))) for word in (thing.colour, thing.shape)]
     size = scene.size_word(thing)

@@ -1,7 +1,7 @@
-"""The semantic code: what Stage C draws for a scene, defined instead of learned.
+"""The semantic code: the latents that Stage C draws for a scene, defined by a formula instead of learned.
 
-Sixteen channels on the Stage C grid say everything about the scene at every node, so
-that each network of the tiny checkpoint can be trained against it on its own.
+Sixteen channels on the grid of Stage C describe the whole scene, so that each network of the tiny checkpoint
+can be trained against them on its own.
 """
 
 import math
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from cascade.training.scenes import COLOURS, PALETTE, SHAPES, Scene, Thing
 
 CHANNELS = 16
-CELL = 48.0  # pixels; about the distance of two nodes
+CELL = 48.0  # pixels; about the distance between two nodes
 CELLS_PER_SIDE = 3 / 128  # one node per 42.67 pixels
 
 Code = NDArray[np.float32]  # (16, gh, gw)
 
-_TOKEN = 8.0  # pixels under one token of Stage B, whose outermost centres carry the outermost nodes
+_TOKEN = 8.0  # pixels per token of Stage B; the outermost nodes lie at the centres of the outermost tokens
 _FULL_WITHIN, _GONE_BEYOND = CELL, 1.6 * CELL
-_SAME_THING = 64.0  # pixels between two nodes' opinions on the centre of one thing
+_SAME_THING = 64.0  # pixels; nodes agree on a thing if the centres that they give it are nearer than this
 _FEWEST_NODES = 4  # the smallest thing has nine
 _BACKGROUND, _COLOUR, _SHAPE, _OFFSET, _RADIUS, _WEIGHT = (
     slice(0, 3),
@@ -31,26 +31,26 @@ _BACKGROUND, _COLOUR, _SHAPE, _OFFSET, _RADIUS, _WEIGHT = (
     slice(15, 16),
 )
 
-# Over 20,000 training scenes; `estimate_moments` finds them again.
+# Moments of the raw channels over 20,000 training scenes; `estimate_moments` computes them.
 MEAN = np.array([0.0] * 14 + [0.109, 0.577], np.float32)
 DEVIATION = np.array([1.001] * 3 + [0.744] * 3 + [0.743] * 6 + [0.691] * 2 + [0.576, 0.469], np.float32)
 
 
 def grid_size(width: int, height: int) -> tuple[int, int]:
-    """Rows and columns of the code of a picture."""
+    """Return the rows and columns of the code of a picture."""
     return math.ceil(height * CELLS_PER_SIDE), math.ceil(width * CELLS_PER_SIDE)
 
 
 def scene_code(scene: Scene) -> Code:
-    """The code of a scene, each channel with zero mean and unit variance over training scenes."""
+    """Return the code of a scene, each channel with zero mean and unit variance over training scenes."""
     return ((_raw_code(scene) - MEAN[:, None, None]) / DEVIATION[:, None, None]).astype(np.float32)
 
 
 def read_code(code: Code, size: tuple[int, int]) -> Scene:
-    """What a code shows in a picture of the given width and height; exact for codes of real scenes.
+    """Return the scene of a code for a picture of `size` (width, height); exact for codes of real scenes.
 
-    Every node has an opinion on the thing that it belongs to; nodes that agree on the centre are
-    averaged. Shape and colour are the nearest ones, however far away.
+    Every node describes the thing that it belongs to; nodes that agree on its centre are averaged. Shape and
+    colour are the nearest ones, however far away.
     """
     raw = code * DEVIATION[:, None, None] + MEAN[:, None, None]
     background = _nearest(raw[_BACKGROUND].mean((1, 2)), _WHITENED, COLOURS)
@@ -71,7 +71,7 @@ def read_code(code: Code, size: tuple[int, int]) -> Scene:
 
 
 def colour_vector(rgb: tuple[float, float, float]) -> NDArray[np.float32]:
-    """What the code says of any colour, (3,), whitened like the palette's; before the deviations."""
+    """Return the code of any colour, (3,), whitened like the palette but not yet divided by `DEVIATION`."""
     palette = np.array([(*PALETTE[colour], 1) for colour in COLOURS], float)
     whitening = np.linalg.lstsq(palette, _WHITENED, rcond=None)[0]  # exact: the whitening is affine
     vector: NDArray[np.float32] = (np.array([*rgb, 1.0]) @ whitening).astype(np.float32)
@@ -79,7 +79,7 @@ def colour_vector(rgb: tuple[float, float, float]) -> NDArray[np.float32]:
 
 
 def recoloured(scene: Scene, index: int, rgb: tuple[float, float, float]) -> Code:
-    """The code of a scene in which one of the things has any colour."""
+    """Return the code of a scene in which the thing at `index` has any colour."""
     code = scene_code(scene)
     others = set(COLOURS) - {scene.things[index].colour}
     changed = [
@@ -94,7 +94,7 @@ def recoloured(scene: Scene, index: int, rgb: tuple[float, float, float]) -> Cod
 
 
 def estimate_moments(scenes: list[Scene]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and deviation of each raw channel over the nodes of many scenes; shape and colour share theirs."""
+    """Estimate mean and deviation of raw channels; those of one vector have mean 0 and share a deviation."""
     raw = np.concatenate([_raw_code(scene).reshape(CHANNELS, -1) for scene in scenes], axis=1).astype(float)
     mean, deviation = raw.mean(1), raw.std(1)
     for group in (_BACKGROUND, _COLOUR, _SHAPE, _OFFSET):
@@ -124,7 +124,7 @@ def _raw_code(scene: Scene) -> NDArray[np.float32]:
 
 
 def _read_thing(nodes: NDArray[np.float64], position: NDArray[np.float64]) -> Thing:
-    """The common opinion of the nodes of one thing; all contents are multiplied by the weights already."""
+    """Average the nodes of one thing, whose contents are already multiplied by their weights."""
     weights = nodes[:, 15]
     mean = nodes.sum(0) / weights.sum()
     x, y = (weights @ position) / weights.sum() - 64 * mean[_OFFSET]
@@ -137,10 +137,10 @@ def _nearest(vector: NDArray[np.floating], corners: NDArray[np.float32], names: 
 
 
 def _nodes(width: int, height: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pixel columns and rows of the nodes.
+    """Return the pixel columns and rows of the nodes.
 
-    Stage B resizes the code with aligned corners; from these positions an offset, linear in the node's
-    position, stays exact at every token.
+    Stage B resizes the code with aligned corners, so an offset, which is linear in these positions, stays
+    exact at every token.
     """
     rows, columns = grid_size(width, height)
     x = _TOKEN / 2 + np.arange(columns) * (width - _TOKEN) / (columns - 1)
@@ -149,7 +149,7 @@ def _nodes(width: int, height: int) -> tuple[NDArray[np.float64], NDArray[np.flo
 
 
 def _whitened_palette() -> NDArray[np.float32]:
-    """The palette with zero mean and unit covariance, (colours, 3)."""
+    """Return the palette with zero mean and unit covariance, (colours, 3)."""
     centred = np.array([PALETTE[colour] for colour in COLOURS], float)
     centred -= centred.mean(0)
     variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
@@ -158,9 +158,9 @@ def _whitened_palette() -> NDArray[np.float32]:
 
 
 def _simplex(corners: int) -> NDArray[np.float32]:
-    """Corners of the regular simplex, (corners, corners - 1), of length sqrt(corners - 1).
+    """Return the corners of a regular simplex, (corners, corners - 1), each of norm sqrt(corners - 1).
 
-    Row k of the Helmert matrix is orthogonal to the ones and to all other rows.
+    Row k of the Helmert matrix is orthogonal to the vector of ones and to all other rows.
     """
     helmert = np.zeros((corners - 1, corners))
     for k in range(1, corners):

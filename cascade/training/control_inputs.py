@@ -1,4 +1,4 @@
-"""What ControlNets are trained to read of procedural scenes, and how it goes into them."""
+"""Training inputs of ControlNets, made from procedural scenes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,29 +19,29 @@ from cascade.training.scenes import Scene, Thing, render
 
 Kind = Literal["canny", "inpainting", "super_resolution"]
 
-# Rows of a table -> what the ControlNet reads for them, (b, c, h, w)
+# Rows of a table -> inputs of the ControlNet for them, (b, c, h, w).
 Inputs = Callable[[Tensor], Tensor]
 
-_FAR = 5.0  # pixels: how far things stray at most, along each axis, and by how much the radius differs
+_FAR = 5.0  # pixels: largest displacement of a thing along each axis, and largest change of its radius
 
 
 class Read:
-    """What a ControlNet is trained to read of scenes, made in worker processes."""
+    """Makes the arrays that a ControlNet's inputs are taken from, in worker processes."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
 
     def __call__(self, scenes: list[Scene]) -> Mapping[str, NDArray[np.generic]]:
-        """Arrays, one row a scene: of uint8 "edges" (n, 1, h, w) or "pixels" (n, 3, h, w).
+        """Return arrays with one row per scene: uint8 "edges" (n, 1, h, w) or "pixels" (n, 3, h, w).
 
-        With "edges" also "astray", (n, 16, gh, gw): codes in which the things stand beside their places.
+        "edges" come with "astray", (n, 16, gh, gw): codes of the scenes with displaced things.
         """
         pictures = [render(scene) for scene in scenes]
         rows, columns = grid_size(scenes[0].width, scenes[0].height)
         size = STRIDE * columns, STRIDE * rows  # width, height
         if self.kind == "canny":
             edges = [canny_edges(picture, size, index % 2 == 0) for index, picture in enumerate(pictures)]
-            # The same scenes stray in the same way, whichever process draws them.
+            # Seeded by the scenes, so that the displacement does not depend on the process.
             rng = np.random.default_rng(crc32(np.stack(list(map(scene_code, scenes))).tobytes()))
             moved = [scene_code(astray(scene, rng)) for scene in scenes]
             return {"edges": np.stack(edges)[:, None], "astray": np.stack(moved)}
@@ -55,9 +55,9 @@ class Read:
 def canny_edges(
     picture: NDArray[np.uint8], size: tuple[int, int], at_official_size: bool = True
 ) -> NDArray[np.uint8]:
-    """Edges of a picture (h, w, 3) as the task finds them, of a size (width, height).
+    """Return the edges of a picture (h, w, 3) at `size` (width, height), found as the task finds them.
 
-    Otherwise they are looked for at that size itself, where lines come out thinner: both are trained on.
+    Without `at_official_size` they are found at `size` itself, where lines are thinner; training uses both.
     """
     if at_official_size:
         return find_edges(picture, *size)
@@ -65,7 +65,7 @@ def canny_edges(
 
 
 def astray(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with each thing a few pixels larger or smaller and beside its place."""
+    """Displace each thing of a scene by a few pixels, and enlarge or shrink it by a few."""
 
     def moved(thing: Thing) -> Thing:
         right, down, wider = rng.uniform(-_FAR, _FAR, 3).tolist()
@@ -75,7 +75,7 @@ def astray(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def control_inputs(kind: Kind, encoder: EffNetEncoder, codes: Tensor, extras: Mapping[str, Tensor]) -> Inputs:
-    """What the ControlNet reads for some rows of a table, (b, c, h, w)."""
+    """Return the function from rows of a table to the ControlNet's inputs, (b, c, h, w)."""
     if kind == "canny":
         return lambda rows: extras["edges"][rows].float() / 255
     pixels = extras["pixels"]
@@ -90,12 +90,12 @@ def control_inputs(kind: Kind, encoder: EffNetEncoder, codes: Tensor, extras: Ma
 
 
 def masked(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Pixels (b, 3, h, w), white where `mask` (b, 1, h, w) is 1, and the mask."""
+    """Paint pixels (b, 3, h, w) white where `mask` (b, 1, h, w) is 1, and append the mask as a channel."""
     return torch.cat([torch.where(mask > 0.5, 1.0, pixels), mask], dim=1)
 
 
 def random_masks(rows: Tensor, pixels: Tensor) -> Tensor:
-    """Rectangles, ellipses and whole sides of a picture, (b, 1, h, w): 1 is to be painted."""
+    """Sample masks (b, 1, h, w): rectangles, ellipses, sides or all of a picture; 1 is to be painted."""
     count, (height, width) = len(rows), pixels.shape[-2:]
     device = rows.device
 
@@ -111,5 +111,5 @@ def random_masks(rows: Tensor, pixels: Tensor) -> Tensor:
     flipped = torch.where(draw(0, 1) < 0.5, along, 1 - along)
     side = flipped < draw(0.3, 0.7)
     mask = torch.where(kind < 0.4, box, torch.where(kind < 0.65, blob, side)) | (kind > 0.95)
-    outside = draw(0, 1) < 0.15  # as for a picture that is to be extended
+    outside = draw(0, 1) < 0.15  # inverted, as for outpainting
     return (mask ^ (outside & (kind < 0.65))).float()

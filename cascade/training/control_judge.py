@@ -1,4 +1,4 @@
-"""How well a ControlNet leads the embedded Stage C: held-out scenes are drawn again from their controls."""
+"""Judges a ControlNet of the embedded Stage C: held-out scenes are redrawn from their controls."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from cascade.training.drawing_codes import conditions, draw_codes, held_out
 from cascade.training.scenes import Scene
 from cascade.training.stage_c import load_text_encoder
 
-_NEAR = 16.0  # pixels between where a thing should stand and where it does
+_NEAR = 16.0  # pixels within which a thing counts as standing in its place
 
 
 @torch.no_grad()
@@ -28,11 +28,11 @@ def judge(
     schedule: CosineSchedule,
     count: int = 100,
 ) -> dict[str, float]:
-    """Shares of held-out scenes drawn again from control and caption, and from control alone.
+    """Return the shares of held-out scenes that are redrawn correctly, with a caption and without.
 
-    "placed": all things are there and stand where they should; "untold": without a caption, their shapes and
-    places; "colours": without a caption, their colours, too, and the background. "pixels" is by how much, in
-    the mean, an outline drawn from control and caption misses its place.
+    "placed": with a caption, all things have their shapes, colours and places; "untold": without a caption,
+    their shapes and places; "colours": without a caption, their colours and the background, too. "pixels" is
+    the mean error of an outline drawn with a caption.
     """
     text = load_text_encoder(model)
     text.model.to(stage.device).float()
@@ -67,7 +67,7 @@ def judge(
 
 
 def miss(read: Scene, asked: Scene) -> float:
-    """Pixels between the outlines of what is asked for and of what is nearest to it; at most `_NEAR`."""
+    """Return the mean error in pixels of the outlines asked for, by the nearest drawn; at most `_NEAR`."""
     return float(
         np.mean(
             [
@@ -85,7 +85,7 @@ def miss(read: Scene, asked: Scene) -> float:
 
 
 def stands_alike(read: Scene, asked: Scene, colours: bool = True) -> bool:
-    """Whether all things have their shapes (and colours) and stand within some pixels of their places."""
+    """Return whether all things have their shapes (and colours) and stand within `_NEAR` of their places."""
     if len(read.things) != len(asked.things):
         return False
     return all(

@@ -1,14 +1,14 @@
-"""Trains small ControlNets for the tiny Stage C, which stays as it is.
+"""Trains small ControlNets for the tiny Stage C, which is frozen.
 
-They learn as Stage C did, from noised codes; each row runs with its caption and, with less weight, without,
-so that what the control shows has to come from the control. `canny` reads edges, `inpainting` what a mask
-left of a picture, `super_resolution` the code that the encoder reads from a picture of half the size.
+They are trained as Stage C was, on noised codes. Every second row also runs without its caption, with less
+weight, so that what the control shows has to come from the control. `canny` reads edges, `inpainting` what a
+mask leaves of a picture, `super_resolution` the code that the encoder reads from a picture of half the size.
 
-What decides how well outlines are met is the precision of the last steps, where Stage C goes by the noised
-code and its own small errors pile up. So low noise counts much for `canny`, the channels that say where a
-thing stands count more than its colours, and many rows show their things a few pixels from where they
-belong: the control has to bring them back. Weights that see edges already are trained further at a fraction
-of the cost: the first layers of the backbone stay, and what they make of the table is computed once.
+How well outlines are met depends on the precision of the last steps, where Stage C relies on the noised code
+and its own small errors add up. So for `canny` low noise has a large weight, the channels that say where a
+thing stands have more weight than its colours, and many rows show their things a few pixels off, which the
+control has to correct. A trained `canny` is trained further at a fraction of the cost: the first layers of
+the backbone are frozen, and their outputs for the table are computed once.
 """
 
 from collections.abc import Callable
@@ -81,13 +81,13 @@ _EMPHASES = {"canny": _TO_THE_PIXEL}
 _IMPORTANCE = {  # of the channels of the code: background and colour, shape, offset and radius, weight
     "canny": (*[0.25] * 6, *[1.0] * 6, *[4.0] * 3, 1.0)
 }
-_ASTRAY = {"canny": 0.5}  # share of rows that show their things beside their places
+_ASTRAY = {"canny": 0.5}  # share of rows whose things are displaced
 _WITHOUT_TEXT = 0.5
 _AGREEMENT = 2.0
-# Layers of the backbone, stem included, that stay when weights are trained further. What inpainting reads is
-# never the same, as masks are drawn anew at each step, so nothing of it can be computed once.
+# Layers of the backbone, stem included, that are frozen when weights are trained further: none for
+# inpainting, whose masks are drawn anew at each step, so that no outputs can be computed once.
 _SETTLED = {"canny": 4}
-_FURTHER = 0.5  # of the learning rate, where weights are trained further
+_FURTHER = 0.5  # factor of the learning rate when weights are trained further
 _NORM_BATCHES = 20
 
 
@@ -102,11 +102,11 @@ def train(
     scenes: int = 8_000,
     start: Path | None = None,
 ) -> None:
-    """Train the ControlNet `out`/KIND.safetensors; an interrupted run goes on where it was.
+    """Train the ControlNet `out`/KIND.safetensors; an interrupted run is resumed.
 
-    With the file `start`, its weights are trained further but for all statistics of the norms and, where the
-    input of a scene stays as it is, the first layers of the backbone. Such a run keeps its own state.
-    Raises `CheckpointError` if they are none of that kind.
+    With the file `start`, its weights are trained further, except all statistics of the norms and, where the
+    input of a scene never changes, the first layers of the backbone. Such a run keeps its own state.
+    Raises `CheckpointError` if the file holds no ControlNet of that kind.
     """
     torch.manual_seed(plan.seed)
     course = _Course(kind, model, plan.seed, device=device, batch=batch, scenes=scenes)
@@ -129,7 +129,7 @@ def train(
 
 
 class _Course:
-    """What a ControlNet learns from: scenes, what it reads of them, and the Stage C that it leads."""
+    """The loss of a ControlNet and its data: scenes, its inputs for them, and the frozen Stage C."""
 
     def __init__(
         self, kind: Kind, model: Path, seed: int, *, device: torch.device, batch: int, scenes: int
@@ -140,7 +140,7 @@ class _Course:
         self.schedule = CosineSchedule(SCHEDULE)
         self._device = device
         self._batch = batch
-        self._settled = 0  # layers of the backbone whose results are kept instead of what they read
+        self._settled = 0  # layers of the backbone whose outputs are stored instead of their inputs
         self._is_further = False
         text = load_text_encoder(model)
         text.model.to(device).float()
@@ -156,7 +156,7 @@ class _Course:
         self._importance = torch.tensor(importance, device=device).view(CHANNELS, 1, 1)
 
     def go_further(self, network: ControlNet) -> None:
-        """Train weights that were trained before: what stays as it is is computed once."""
+        """Prepare to train `network` further: freeze its first layers and compute their outputs once."""
         self._is_further = True
         self._settled = settle(self.kind, network)
         if self._settled:
@@ -167,10 +167,10 @@ class _Course:
             }
 
     def loss(self, module: nn.Module, _: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Of a batch of one size, told what it shows; every second row runs without a caption, too."""
+        """Return loss and figures of a batch of one size; every second row also runs without its caption."""
         assert isinstance(module, ControlNet)
         if self._is_further:
-            module.eval()  # no dropout to lose, and the norms keep their statistics
+            module.eval()  # there is no dropout, and the norms keep their statistics
         table = choose_table(self._tables, rng)
         rows = torch.from_numpy(rng.integers(0, len(table), self._batch)).to(self._device)
         maps = module.project(module.backbone[self._settled :](self._inputs[table.size](rows)))
@@ -189,14 +189,14 @@ class _Course:
         return error + _WITHOUT_TEXT * untold_error + _AGREEMENT * apart, figures
 
     def draw(self, plan: Plan, step: int) -> Tensor:
-        """Inputs of other rows than those that the run itself reads, for the statistics of the norms."""
+        """Draw inputs for the statistics of the norms, with seeds that the run itself does not use."""
         rng = np.random.default_rng((plan.seed, plan.steps + step))
         table = choose_table(self._tables, rng)
         rows = torch.from_numpy(rng.integers(0, len(table), 4 * self._batch)).to(self._device)
         return self._inputs[table.size](rows)
 
     def _noised(self, table: Table, rows: Tensor, rng: np.random.Generator) -> NoisedBatch:
-        """The codes of some rows with noise; some show their things beside their places."""
+        """Noise the codes of some rows, a share of them with displaced things."""
         clean = table.codes[rows].cpu()
         shown = None
         if self.kind in _ASTRAY:
@@ -205,7 +205,7 @@ class _Course:
         return noise_batch(clean, self.schedule, emphasis, rng, shown).to(self._device)
 
     def _told(self, table: Table, rows: Tensor, num_untold: int) -> Condition:
-        """The captions of some rows, and so many without any."""
+        """Return the condition of the captions of some rows, then of `num_untold` empty ones."""
         words = (part[rows] for part in self._texts[table.size])
         hidden, pooled = (
             torch.cat([told, untold.expand(num_untold, -1, -1)])
@@ -216,16 +216,16 @@ class _Course:
 
 
 def beside(clean: Tensor, moved: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Codes (b, 16, h, w) of which a share has gone some way towards `moved`, or to the other side."""
+    """Move a share of the codes (b, 16, h, w) some way towards `moved`, or in the opposite direction."""
     way = rng.uniform(-1, 1, len(clean)) * (rng.random(len(clean)) < share)
     return torch.lerp(clean, moved, torch.from_numpy(way.astype(np.float32)).view(-1, 1, 1, 1))
 
 
 def started(kind: Kind, path: Path) -> ControlNet:
-    """The ControlNet of a file that `save` wrote, in fp32.
+    """Load the ControlNet of a file that `save` wrote, in fp32.
 
     Raises:
-        CheckpointError: its tensors are those of another kind.
+        CheckpointError: its tensors are not those of a ControlNet of this kind.
     """
     network = ControlNet(CONFIGS[kind])
     weights = {name: stored.read() for name, stored in open_weights(path).items()}
@@ -237,7 +237,7 @@ def started(kind: Kind, path: Path) -> ControlNet:
 
 
 def settle(kind: Kind, network: ControlNet) -> int:
-    """Freeze the first layers of a backbone whose inputs do not change; how many they are."""
+    """Freeze the first layers of a backbone whose inputs do not change, and return their number."""
     settled = _SETTLED.get(kind, 0)
     network.backbone[:settled].requires_grad_(False)
     return settled
@@ -245,21 +245,21 @@ def settle(kind: Kind, network: ControlNet) -> int:
 
 @torch.no_grad()
 def made_ready(layers: nn.Module, inputs: Inputs, count: int, device: torch.device) -> Inputs:
-    """What some layers, which do not change, make of all rows of a table: kept in fp16, read by row."""
+    """Compute the outputs of frozen layers for all rows of a table, kept in fp16, as new inputs."""
     parts = [layers(inputs(rows)).half() for rows in torch.split(torch.arange(count, device=device), 100)]
     kept = torch.cat(parts)
     return lambda rows: kept[rows].float()
 
 
 def silent(network: ControlNet) -> ControlNet:
-    """A ControlNet that adds nothing yet."""
+    """Zero the last layer of each projection, so that the ControlNet adds nothing yet."""
     for projection in network.projections:
         nn.init.zeros_(cast(nn.Conv2d, cast(nn.Sequential, projection)[2]).weight)
     return network
 
 
 def carried(network: ControlNet, stage: StageC) -> dict[str, Tensor]:
-    """Masks for `fit`: nothing is added to the channels that carry the input through the first level."""
+    """Return masks for `fit` that protect the channels that carry the input through the first level."""
     channels = Channels.of(stage.config)
     first = {f"down_blocks.0.{i}" for i in range(100)} | {
         f"up_blocks.{len(stage.up_blocks) - 1}.{i}" for i in range(100)
@@ -277,7 +277,7 @@ def carried(network: ControlNet, stage: StageC) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def estimate_norms(network: ControlNet, draw: Callable[[int], Tensor]) -> ControlNet:
-    """A copy with batch norm statistics of its own weights; those gathered in training lag behind."""
+    """Return a copy with batch norm statistics of its own weights; those gathered in training lag behind."""
     ready = deepcopy(network)
     norms = [module for module in ready.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

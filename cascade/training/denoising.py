@@ -15,25 +15,25 @@ from torch import Tensor
 from cascade.sampling.samplers import clean_latents
 from cascade.sampling.schedule import CosineSchedule, signal_and_noise
 
-_DECIDED = 0.0  # log SNR from which on the latents themselves say what they show
+_DECIDED = 0.0  # log SNR above which the latents themselves determine the picture
 
 
 @dataclass(frozen=True, slots=True)
 class Emphasis:
     """Which noised latents a stage is trained on, and how much each level counts."""
 
-    starts: float  # share of rows that begin where sampling does: pure noise, no trace of the picture
-    decoys: float  # share of rows whose noised latents show another picture more or less strongly
-    overshot: float  # share of rows whose noised latents lie beyond the right ones, as after strong guidance
-    wobbly: float  # share of rows whose noised latents have crooked outlines, as a sampler's own mistakes
-    rough: float  # share of rows with more noise than their level says, as guidance leaves behind
+    starts: float  # share of rows at the start of sampling: pure noise, no trace of the picture
+    decoys: float  # share of rows whose noised latents are mixed with another picture
+    overshot: float  # share of rows whose noised latents overshoot the right ones, as after strong guidance
+    wobbly: float  # share of rows whose noised latents have crooked outlines, like a sampler's own errors
+    rough: float  # share of rows with more noise than their level implies, as guidance leaves behind
     low_noise: float  # weight of the clean latents' error: this times the signal-to-noise ratio ...
     highest: float  # ... but at least 1 and at most this
 
 
 @dataclass(frozen=True, slots=True)
 class NoisedBatch:
-    """Latents on their way, and what they should lead to."""
+    """Noised latents, and the clean ones that they should lead to."""
 
     clean: Tensor  # (b, c, h, w)
     latents: Tensor  # (b, c, h, w)
@@ -42,11 +42,11 @@ class NoisedBatch:
     weight: Tensor  # (b,)
 
     def to(self, device: torch.device) -> "NoisedBatch":
-        """The same on a device."""
+        """Return the batch on a device."""
         return NoisedBatch(*(part.to(device) for part in self._parts))
 
     def __getitem__(self, rows: slice) -> "NoisedBatch":
-        """Some of the rows."""
+        """Return some of the rows."""
         return NoisedBatch(*(part[rows] for part in self._parts))
 
     @property
@@ -54,22 +54,22 @@ class NoisedBatch:
         return self.clean, self.latents, self.log_snr, self.ratio, self.weight
 
     def implied(self, noise: Tensor) -> Tensor:
-        """The clean latents that a predicted `noise` implies, (b, c, h, w)."""
+        """Return the clean latents that a predicted `noise` implies, (b, c, h, w)."""
         return clean_latents(self.latents, noise.float(), self.log_snr)
 
     def disagreement(self, noise: Tensor, other: Tensor, importance: Tensor | float = 1.0) -> Tensor:
-        """Weighted distance of the clean latents that two predictions imply, where the picture is decided.
+        """Return the weighted distance of the clean latents that two predictions imply, at low noise only.
 
         Guidance multiplies the difference of the predictions with and without text. Late in a run that should
-        be nothing, but two errors of a small network differ, and what guidance makes of that is noise.
+        be zero, but the two errors of a small network differ, and guidance turns their difference into noise.
         """
         distance = (importance * (self.implied(noise) - self.implied(other)).square()).mean((1, 2, 3))
         return (distance * self.weight * (self.log_snr > _DECIDED)).mean()
 
     def loss(self, noise: Tensor, importance: Tensor | float = 1.0) -> tuple[Tensor, dict[str, float]]:
-        """Weighted error of the clean latents that the predicted `noise` implies, and figures by level.
+        """Return the weighted error of the clean latents that a predicted `noise` implies, and figures.
 
-        `importance`, (c, 1, 1), is how much each channel counts.
+        `importance`, (c, 1, 1), is the weight of each channel.
         """
         error = (importance * (self.implied(noise) - self.clean).square()).mean((1, 2, 3))
         figures = {}
@@ -88,7 +88,7 @@ def noise_batch(
 ) -> NoisedBatch:
     """Noise `clean` latents to levels spread evenly over time.
 
-    `shown` is what the noised latents show instead, where they are to be led to the clean ones from there.
+    `shown` is noised instead of `clean`, where the network is to lead from there to the clean latents.
     """
     count = len(clean)
     times = (rng.permutation(count) + rng.random(count)) / count
@@ -114,7 +114,7 @@ def noise_batch(
 
 
 def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
-    """Enlarge some rows up to 1.6 times and move their channels a little, each as a whole."""
+    """Scale some rows by up to 1.6, and shift each of their channels a little by a constant."""
     count, num_channels = latents.shape[:2]
     scale = 1 + 0.6 * rng.random((count, 1)) * rows[:, None]
     offset = 0.3 * rng.standard_normal((count, num_channels)) * rows[:, None]
@@ -123,7 +123,7 @@ def _overshoot(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generato
 
 
 def _roughen(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
-    """Add noise of up to .4 to some rows."""
+    """Add noise of deviation up to 0.4 to some rows."""
     if not rows.any():
         return latents
     reach = rng.uniform(0, 0.4, (len(latents), 1, 1, 1)) * rows[:, None, None, None]
@@ -132,16 +132,15 @@ def _roughen(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator)
 
 
 def _wobble(latents: Tensor, rows: NDArray[np.bool_], rng: np.random.Generator) -> Tensor:
-    """Push some rows about by up to two cells, neighbours alike."""
+    """Warp some rows smoothly, by displacements of a deviation of up to 1.5 cells."""
     if not rows.any():
         return latents
     chosen = torch.from_numpy(rows)
     count, (height, width) = int(rows.sum()), latents.shape[-2:]
     reach = rng.uniform(0, 1.5, (count, 1, 1, 1))
     pushes = rng.standard_normal((count, 2, height // 3, width // 3)) * reach * 2
-    pushes /= np.array([width, height]).reshape(
-        1, 2, 1, 1
-    )  # a picture is 2 wide in the sampler's coordinates
+    # In the coordinates of `grid_sample` a picture is 2 wide.
+    pushes /= np.array([width, height]).reshape(1, 2, 1, 1)
     smooth = F.interpolate(torch.from_numpy(pushes.astype(np.float32)), (height, width), mode="bilinear")
     still = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 1, height, width], align_corners=False)
     grid = still + smooth.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Codes drawn by a Stage C under training, and the shares of them that read right."""
+"""Codes drawn by a Stage C under training, and the shares of them that show what was asked."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from cascade.training.scenes import SQUARE_SIZE, Scene, held_out_generator, samp
 
 
 def held_out(count: int, seed: int = 3) -> tuple[list[Scene], list[Caption]]:
-    """Square scenes that no training draws, and a caption of each."""
+    """Return square scenes that no training draws, and a caption of each."""
     rng = held_out_generator(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return scenes, [caption(scene, rng) for scene in scenes]
@@ -29,7 +29,7 @@ def held_out(count: int, seed: int = 3) -> tuple[list[Scene], list[Caption]]:
 def conditions(
     stage: StageC, hidden: Tensor, pooled: Tensor, text: TextEncoder
 ) -> tuple[Condition, Condition]:
-    """The condition of each row of embeddings, and the one of the empty prompt."""
+    """Return the conditions of the rows of embeddings, and the one of the empty prompt."""
     empty = text.encode([""])
     image = torch.zeros(len(hidden) + 1, 1, stage.config.clip_image_in_channels, device=stage.device)
     together = stage.prepare(
@@ -52,7 +52,7 @@ def draw_codes(
     first_seed: int = 0,
     count: int,
 ) -> list[Tensor]:
-    """Codes (16, gh, gw), on the CPU, one for each row of `guided`; `unguided` has one row or as many."""
+    """Draw codes (16, gh, gw), on the CPU, one per row of `guided`; `unguided` has one row or as many."""
     preset = PRESETS["official"]
 
     def row(index: int) -> slice:
@@ -80,7 +80,7 @@ def draw_codes(
 def shares_right(
     codes: Sequence[Tensor], scenes: Sequence[Scene], captions: Sequence[Caption]
 ) -> dict[str, float]:
-    """Shares of codes that show what was asked, for one and two things."""
+    """Return the shares of codes that show what was asked, for one and two things."""
     results: dict[str, list[bool]] = {}
     for code, scene, stated in zip(codes, scenes, captions, strict=True):
         read = read_code(code.numpy(), (scene.width, scene.height))
@@ -89,6 +89,6 @@ def shares_right(
 
 
 def shows(read: Scene, asked: Scene, stated: Caption) -> bool:
-    """Whether the same things are there, on the background where the caption states it."""
+    """Return whether `read` has the things asked for and, where the caption states it, the background."""
     found, wanted = (sorted((thing.shape, thing.colour) for thing in s.things) for s in (read, asked))
     return found == wanted and ("background" not in stated.facts or read.background == asked.background)

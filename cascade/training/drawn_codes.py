@@ -1,7 +1,7 @@
-"""Codes as Stage B will really get them, of Stage C and of the encoder, with the scenes that they mean.
+"""Codes as Stage B gets them in use, from Stage C and from the encoder, with the scenes that they mean.
 
-Their mistakes are not plain noise: neighbouring nodes err alike. A decoder that has seen them draws straight
-outlines where one that knows only true codes draws crooked ones.
+Their errors are not plain noise: those of neighbouring nodes are alike. A decoder trained on them draws
+straight outlines where one trained on true codes alone draws crooked ones.
 """
 
 import json
@@ -27,14 +27,14 @@ from cascade.training.code import read_code
 from cascade.training.scenes import SQUARE_SIZE, Scene, Thing, sample_scene
 from cascade.training.tensors import picture_tensor
 
-COUNT = 4096  # of each kind
+COUNT = 4096  # scenes asked of Stage C, and as many of the encoder
 
 _FILE = "drawn_codes.safetensors"
 _AT_ONCE = 64
 
 
 def drawn_codes(run: Path, count: int = COUNT) -> tuple[Tensor, list[Scene]]:
-    """Codes (n, 16, 6, 6) of square pictures and their scenes; made once and kept in `run`."""
+    """Return codes (n, 16, 6, 6) of square pictures and their scenes; made once and kept in `run`."""
     path = run / _FILE
     if not path.exists():
         codes, scenes = _make(run, count)
@@ -67,7 +67,7 @@ def _make(run: Path, count: int) -> tuple[Tensor, list[Scene]]:
 def _of_stage_c(
     stage: StageC, text: TextEncoder, scenes: list[Scene], rng: np.random.Generator
 ) -> list[Tensor]:
-    """Drawn for captions, at one of the common guidance scales."""
+    """Draw codes for captions of scenes, at one of the common guidance scales."""
     prompts = [caption(scene, rng).text for scene in scenes]
     scale = float(rng.choice([1.0, 3.0, 4.0, 4.0, 5.0]))
     first_seed = int(rng.integers(2**31))

@@ -61,7 +61,7 @@ class EncoderAndPreviewer(nn.Module):
 
 
 def train(run: Path, plan: Plan = PLAN) -> None:
-    """Train and write `run`/effnet_encoder and `run`/previewer; an interrupted run goes on where it was."""
+    """Train and write `run`/effnet_encoder and `run`/previewer; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     trained = fit(EncoderAndPreviewer(), loss, plan, run / "encoder", title="Encoder and previewer")
     networks = cast(EncoderAndPreviewer, trained)
@@ -72,7 +72,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
 
 def loss(networks: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Squared errors of the codes and of the previews."""
+    """Return the summed squared errors of codes and previews, and each as a figure."""
     assert isinstance(networks, EncoderAndPreviewer)
     pictures, codes = scenes_and_codes(_scenes(rng))
     sigma, noise = rng.random((len(codes), 1, 1, 1), np.float32), rng.standard_normal(codes.shape, np.float32)
@@ -86,19 +86,19 @@ def loss(networks: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tens
 
 
 def scenes_and_codes(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Pictures (b, 3, h, w) in 0..1 of scenes of one size, and their codes (b, 16, gh, gw)."""
+    """Return pictures (b, 3, h, w) in 0..1 of scenes of one size, and their codes (b, 16, gh, gw)."""
     return picture_tensor(scenes), code_tensor(scenes)
 
 
 def previews(pictures: Tensor, codes: Tensor) -> Tensor:
-    """The pictures as the previewer should show them, eight pixels to a cell of the code."""
+    """Return the pictures as the previewer should show them, eight pixels per cell of the code."""
     size = [_PREVIEW_PIXELS * side for side in codes.shape[-2:]]
     return F.interpolate(pictures, size, mode="bilinear", antialias=True)
 
 
 @torch.no_grad()
 def estimate_norms(networks: EncoderAndPreviewer, plan: Plan) -> None:
-    """Batch norm statistics of the averaged weights; those gathered during training lag behind them."""
+    """Estimate batch norm statistics of the averaged weights; those gathered during training lag behind."""
     norms = [module for module in networks.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -111,7 +111,7 @@ def estimate_norms(networks: EncoderAndPreviewer, plan: Plan) -> None:
 
 @torch.inference_mode()
 def figures(networks: EncoderAndPreviewer, count: int) -> dict[str, float]:
-    """What the encoder's codes say about held-out pictures, as shares of right answers."""
+    """Return the errors on held-out pictures, and the shares that the encoder's codes describe correctly."""
     rng = held_out_generator(2)
     right = {"number": 0, "background": 0, "shapes": 0, "colours": 0, "all": 0}
     code_error = preview_error = 0.0
@@ -131,7 +131,7 @@ def figures(networks: EncoderAndPreviewer, count: int) -> dict[str, float]:
 
 
 def _scenes(rng: np.random.Generator) -> list[Scene]:
-    """A batch of scenes of one size."""
+    """Sample a batch of scenes of one size."""
     size = sample_size(rng)
     count = _BATCH * SQUARE_SIZE[0] * SQUARE_SIZE[1] // (size[0] * size[1])
     return [sample_scene(rng, size) for _ in range(count)]

@@ -1,15 +1,15 @@
-"""Teaches the tiny Stage C to read image embeddings, while everything else about it stays as it is.
+"""Trains the tiny Stage C to read image embeddings, with everything else frozen.
 
-The frozen Stage C reads a caption that states everything as usual and is the teacher; with no words and the
-picture's embedding in its place it shall predict the same. What learns is the weight of the mapper, which
-makes four tokens of the embedding. Its bias rests, so requests without pictures, whose embedding is zero,
-give the same pictures as before to the last bit. The vision tower rests, too: it says of a picture nearly
-what the text tower says of the caption (`vision`).
+The teacher is Stage C with a caption that states everything; given the picture's embedding and no words, it
+has to predict the same. Only the weight of the mapper, which makes four tokens of the embedding, is trained.
+Its bias is frozen, so that requests without image prompts, whose embedding is zero, give bit-identical
+pictures as before. The vision tower is frozen, too: it embeds a picture nearly as the text tower embeds the
+caption (`vision`).
 
-Two pictures are learned, too: of a thing of each before the background of one of them.
+Two image prompts are trained, too: their target is a thing of each before the background of one of them.
 
-Captions differ little in their embeddings, which share a large mean, so a weight for them would learn slowly.
-It is learned for whitened ones, and the whitening is multiplied into it in the end.
+Embeddings of captions differ little, as they share a large mean, so a weight for them would learn slowly. It
+is trained on whitened embeddings, and the whitening is multiplied into it at the end.
 """
 
 import sys
@@ -59,11 +59,11 @@ _CAPTIONS = 2000
 _FLOOR = 0.01  # of the mean variance
 _CASES = 40
 
-Shown = tuple[Scene, ...]  # by the image prompts of a row
+Shown = tuple[Scene, ...]  # the scenes of a row's image prompts
 
 
 def train(run: Path, plan: Plan = PLAN) -> None:
-    """Train the mapper of `run`/prior in its place; an interrupted run goes on where it was."""
+    """Train the mapper of `run`/prior in place; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(run / "prior")).eval().requires_grad_(False)
     text = load_text_encoder(run)
@@ -108,9 +108,9 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
 @torch.no_grad()
 def estimate_whitening(text: TextEncoder) -> Tensor:
-    """The symmetric matrix (d, d) that makes embeddings of captions uncorrelated and of variance 1.
+    """Return the symmetric matrix (d, d) that makes the second moments of captions' embeddings the identity.
 
-    Directions in which they hardly differ are enlarged less: pictures will not be told apart by these.
+    Directions in which they hardly differ are scaled up less: pictures will not be told apart by these.
     """
     rng = np.random.default_rng(PLAN.seed)
     embeds = text.encode([full_caption(sample_scene(rng)) for _ in range(_CAPTIONS)]).pooled[:, 0].clone()
@@ -121,7 +121,7 @@ def estimate_whitening(text: TextEncoder) -> Tensor:
 
 
 def told(stage: StageC, text: TextEncoder, scenes: list[Scene]) -> Condition:
-    """The condition of captions that state everything, without a picture."""
+    """Return the condition of captions that state everything, without a picture."""
     embeddings = text.encode([full_caption(scene) for scene in scenes])
     return stage.prepare(
         embeddings.hidden.clone(), embeddings.pooled.clone(), nothing(stage).expand(len(scenes), -1, -1)
@@ -130,14 +130,14 @@ def told(stage: StageC, text: TextEncoder, scenes: list[Scene]) -> Condition:
 
 @torch.no_grad()
 def embed(images: ImageEncoder, shown: Sequence[Shown]) -> Tensor:
-    """What the vision tower says of pictures, equally many in each row: (b, k, d)."""
+    """Return the vision tower's embeddings of pictures, equally many in each row: (b, k, d)."""
     pixels = prepare([scene for pictures in shown for scene in pictures])
     embeds: Tensor = images.model(pixels).image_embeds
     return embeds.view(len(shown), len(shown[0]), -1)
 
 
 def guided(stage: StageC, text: TextEncoder, embeds: Tensor) -> Condition:
-    """The condition of pictures without words."""
+    """Return the condition of pictures without words."""
     empty, rows = text.encode([""]), len(embeds)
     return stage.prepare(
         empty.hidden.clone().expand(rows, -1, -1), empty.pooled.clone().expand(rows, -1, -1), embeds
@@ -145,12 +145,12 @@ def guided(stage: StageC, text: TextEncoder, embeds: Tensor) -> Condition:
 
 
 def nothing(stage: StageC, number: int = 1) -> Tensor:
-    """The embedding in the place of so many pictures where there are none, (1, number, width)."""
+    """Return the zero embedding that stands for `number` absent pictures, (1, number, width)."""
     return torch.zeros(1, number, stage.config.clip_image_in_channels)
 
 
 def sample_pair(rng: np.random.Generator, size: tuple[int, int] = SQUARE_SIZE) -> tuple[Scene, Scene]:
-    """Two scenes in which no two things have one colour, so that they can stand in one picture."""
+    """Sample two scenes without a common colour, so that their things can stand in one picture."""
     while True:
         first, second = sample_scene(rng, size), sample_scene(rng, size)
         if not _colours(first) & _colours(second):
@@ -158,7 +158,7 @@ def sample_pair(rng: np.random.Generator, size: tuple[int, int] = SQUARE_SIZE) -
 
 
 def mixed(pair: tuple[Scene, Scene], rng: np.random.Generator) -> Scene:
-    """A thing of each of two scenes before the background of one."""
+    """Return a scene with a thing of each of two scenes before the background of one."""
     size = (pair[0].width, pair[0].height)
     while len((scene := sample_scene(rng, size)).things) < 2:
         pass
@@ -174,7 +174,7 @@ def mixed(pair: tuple[Scene, Scene], rng: np.random.Generator) -> Scene:
 def judge(
     stage: StageC, text: TextEncoder, images: ImageEncoder, schedule: CosineSchedule
 ) -> dict[str, float]:
-    """Shares of codes, drawn from pictures alone, that show the same things; of two, a thing of each."""
+    """Return the shares of codes, drawn from pictures alone, that show their things; of two, one of each."""
     rng = held_out_generator(9)
     scenes = [sample_scene(rng) for _ in range(_CASES)]
     pairs = [sample_pair(rng) for _ in range(_CASES)]

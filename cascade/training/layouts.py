@@ -1,6 +1,6 @@
-"""Where things stand and what they cover, drawn once: painted in fresh colours they are fresh pictures.
+"""Layouts of scenes, rendered once and painted in fresh colours to make fresh pictures.
 
-To draw a scene and to make it small takes longer than to train on it. Both are linear in the colours, so the
+Rendering and shrinking a scene takes longer than training on it. Both are linear in the colours, so the
 shares of the small pixels that each thing covers are enough for any colours.
 """
 
@@ -28,14 +28,14 @@ _MOST_THINGS = 2
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """Scenes, and what each of their things covers of a small square picture."""
+    """Scenes, and the share that each of their things covers of each pixel of a small square picture."""
 
     scenes: list[Scene]
     covered: Tensor  # (n, 2, side, side) fp16, zeros where a scene has one thing
 
     @classmethod
     def draw(cls, rng: np.random.Generator, count: int, side: int) -> "Layouts":
-        """So many scenes of all sizes, squeezed to `side` pixels as the image processor does it."""
+        """Sample `count` scenes of all sizes, squeezed to `side` pixels as the image processor does it."""
         scenes = [sample_scene(rng, sample_size(rng)) for _ in range(count)]
         covered = np.zeros((count, _MOST_THINGS, side, side), np.float16)
         for row, scene in enumerate(scenes):
@@ -44,11 +44,11 @@ class Layouts:
         return cls(scenes, torch.from_numpy(covered))
 
     def paint(self, rng: np.random.Generator, count: int) -> tuple[list[Scene], Tensor, Tensor]:
-        """Some of them in fresh colours.
+        """Paint `count` of the layouts in fresh colours.
 
         Returns:
-            The scenes, their pixels (count, 3, side, side) of 255 in whole steps, and the share of each that
-            is covered by any thing (count, side, side).
+            The scenes, their pixels (count, 3, side, side), integral in 0..255, and the share of each
+            pixel that things cover, (count, side, side).
         """
         rows = rng.integers(0, len(self.scenes), count)
         scenes = [recoloured(self.scenes[row], rng) for row in rows]
@@ -65,7 +65,7 @@ class Layouts:
 
 
 def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene in other colours and tints."""
+    """Return a scene in other colours and tints."""
     background, *colours = sample_colours(rng, len(scene.things))
 
     def painted(thing: Thing, colour: str) -> Thing:

@@ -1,8 +1,8 @@
 """Distils Stage C to four steps without guidance: a LoRA for the sampler "lcm".
 
 The sampler is that of latent consistency models (Luo et al. 2023): predict the clean latents, noise them
-anew to the next level, and so on. The LoRA is taught where such a run really stands
-(`cascade.training.visits`): from there it shall say at once where the guided Stage C would arrive.
+anew to the next level, and so on. The LoRA is trained on the latents that such runs visit
+(`cascade.training.visits`): from there it has to predict at once where the guided Stage C would arrive.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from cascade.training.visits import Visits, ask, level_at, visit
 
 NAME = "lcm"
 STEPS = 4
-TIMES = tuple(1 - step / STEPS for step in range(STEPS))  # of the run's steps, as the sampler takes them
+TIMES = tuple(1 - step / STEPS for step in range(STEPS))  # of the run's steps, in the sampler's order
 PLAN = Plan(
     steps=10_000,
     learning_rate=1e-3,
@@ -43,7 +43,7 @@ PLAN = Plan(
 
 _RANK = 28
 _FIRST = 8  # batches of runs before the first step
-_EVERY = 50  # steps from one visit to the next
+_EVERY = 50  # steps between visits
 _PER_VISIT = 2  # batches of runs
 _HUBER = 0.03
 _NEAR = 0.03  # squared distance from a scene's code, within which Stage B draws it well
@@ -52,8 +52,8 @@ _NEAR = 0.03  # squared distance from a scene's code, within which Stage B draws
 class Lessons:
     """All rows to learn from, by the size of their pictures and their time.
 
-    Of more than `most` runs in all the oldest are forgotten, whatever their sizes: each size keeps the share
-    of `most` that it has of all runs so far.
+    Beyond `most` runs in all, the oldest are dropped: each size keeps the share of `most` that it has of all
+    runs so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -65,9 +65,9 @@ class Lessons:
         return sum(len(visits[0]) for visits in self.rows.values())
 
     def add(self, size: tuple[int, int], visits: list[Visits]) -> None:
-        """Take the rows of some runs.
+        """Add the rows of some runs.
 
-        Latents of later steps are those of a student that has changed since, and are forgotten earlier.
+        Latents of later steps come from a student that has changed since, so fewer of them are kept.
         """
         known = self.rows.get(size)
         self.rows[size] = (
@@ -85,7 +85,7 @@ class Lessons:
             ]
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Visits]:
-        """Rows of one size, about as many of each time; `count` in all."""
+        """Draw `count` rows of one size, about as many of each time."""
         sizes = [size for size, visits in self.rows.items() if all(map(len, visits))]
         chances = np.array([len(self.rows[size][0]) for size in sizes], float)
         visits = self.rows[sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]]
@@ -105,10 +105,10 @@ def train(
     batch: int = 48,
     scenes: int = 20_000,
 ) -> None:
-    """Train the LoRA `out`/lcm.safetensors; an interrupted run goes on where it was, with new visits.
+    """Train the LoRA `out`/lcm.safetensors; an interrupted run is resumed, with new visits.
 
     Args:
-        scenes: of so many runs the visits are remembered.
+        scenes: the number of runs whose visits are kept.
     """
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
@@ -166,15 +166,15 @@ def train(
 
 
 def metadata() -> dict[str, str]:
-    """What the file says about itself."""
+    """Return the metadata of the LoRA's file."""
     return {"name": NAME, "sampler": "lcm", "steps": str(STEPS), "guidance_scale": "1"}
 
 
 def apart(clean: Tensor, goals: Tensor) -> Tensor:
-    """Distance of codes (b, 16, h, w) from their goals, (b,): of the background, and of all else.
+    """Return the distance of codes (b, 16, h, w) from their goals, (b,): of the background plus of the rest.
 
-    Not squared: where several scenes may be meant, the nearest code to all of them in squares lies between
-    them and shows none; by plain distances it is one of them, the likeliest.
+    It is not squared: where several scenes may be meant, the code at the least squared distance lies between
+    them and shows none; that at the least plain distance is one of them, the likeliest.
     """
     wrong = (clean - goals).square()
     parts = (wrong[:, :3].mean((1, 2, 3)), wrong[:, 3:].mean((1, 2, 3)))
@@ -185,11 +185,11 @@ def apart(clean: Tensor, goals: Tensor) -> Tensor:
 def judge(
     adapter: LowRank, stage: StageC, schedule: CosineSchedule, model: Path, count: int = 200
 ) -> dict[str, float]:
-    """Shares of held-out captions whose code, drawn in four steps without guidance, reads right.
+    """Return the shares of held-out captions whose code, drawn in four steps without guidance, reads right.
 
     A code may read right and yet lie too far from every scene to be drawn well. "drawn" is the share of those
-    that read right and lie near, "blur" the mean distance. Of 240 pictures 94 % were verified whose codes
-    were so, and 62 % of those that read right but lay farther off.
+    that read right and lie near, "blur" the mean distance. Of 240 pictures, 94 % of those with such codes
+    were verified, and 62 % of those whose codes read right but lay farther off.
     """
     text = load_text_encoder(model)
     text.model.to(stage.device).float()
@@ -210,6 +210,6 @@ def judge(
 
 
 def blur(code: Tensor) -> float:
-    """Squared distance of a square picture's code from that of the scene that it reads as."""
+    """Return the squared distance of a square picture's code from that of the scene that it reads as."""
     values = code.numpy()
     return float(((scene_code(read_code(values, SQUARE_SIZE)) - values) ** 2).mean())

@@ -1,6 +1,6 @@
 """The one training loop: Muon and AdamW, warm-up and cosine, averaged weights, resuming, live figures.
 
-A trainer brings a module and a loss; everything else is the same for all components. The state is written
+A trainer provides a module and a loss; everything else is the same for all components. The state is written
 as safetensors (never pickled) and replaced atomically, so that a run may be stopped at any moment.
 """
 
@@ -53,13 +53,13 @@ class Plan:
     seed: int = 0
     save_every: int = 500
     judge_every: int = 0
-    seconds: float = 0.0  # of all parts of the run together; when they are spent it ends; 0: no limit
+    seconds: float = 0.0  # time limit for all parts of the run together; 0: none
     compute_dtype: torch.dtype = torch.float32  # bf16: the loss sees a rounded copy, the updates stay fp32
 
     def progress(self, step: int, spent: float = 0.0) -> float:
-        """Share of the learning rates at a step: linear warm-up, then half a cosine.
+        """Return the factor of the learning rates at a step: linear warm-up, then half a cosine.
 
-        Where the seconds are limited and `spent` of them are a larger share than the steps made, they count.
+        With a time limit, progress is the larger of the shares of the steps made and of the seconds `spent`.
         """
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         done = min(1.0, max(step / self.steps, spent / self.seconds if self.seconds else 0.0))
@@ -83,8 +83,8 @@ def fit(
         loss: (module, step, random generator) -> loss and figures to show. The generator depends only on
             the plan's seed and the step, so a resumed run draws what an undisturbed one would.
         folder: keeps the state; an unfinished run found there is continued.
-        judge: called with the averaged module every `plan.judge_every` steps and at the end; saves what
-            there is to look at and returns figures, which are shown.
+        judge: called with the averaged module every `plan.judge_every` steps and at the end; may save files
+            and returns figures, which are shown.
         trainable: masks by parameter name; entries where a mask is 0 keep their values.
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -132,7 +132,7 @@ def fit(
 def _collect_gradients(
     parameters: dict[str, nn.Parameter], copies: dict[str, nn.Parameter], trainable: Mapping[str, Tensor]
 ) -> None:
-    """Hand the gradients of the working copy to the parameters proper, without those of frozen entries."""
+    """Move the gradients of the working copy to the parameters, with those of frozen entries zeroed."""
     for name, copy in copies.items():
         if copy.grad is None:
             continue
@@ -189,7 +189,7 @@ def _update_average(average: nn.Module, module: nn.Module, decay: float) -> None
 
 
 def seconds_spent(state: Path) -> float | None:
-    """Time that went into the run with this state file, over all its parts; None if that is not known."""
+    """Return the seconds spent on all parts of the run with this state file; None if that is not known."""
     with safe_open(state, framework="pt") as file:
         progress = json.loads((file.metadata() or {}).get("progress", "{}"))
     seconds = progress.get("seconds")
@@ -223,10 +223,10 @@ def _save(
 def _resume(
     path: Path, module: nn.Module, average: nn.Module, optimizer: "_Optimizer"
 ) -> tuple[int, float | None]:
-    """Fill everything from the state file, if there is one; the steps and seconds already spent.
+    """Restore everything from the state file, if there is one; return the steps and seconds already spent.
 
-    The seconds of a state file of earlier versions are not known, and stay so. What is frozen is not taken
-    from the file. Raises `CheckpointError` if it is not what the run began with.
+    The seconds are None, also in later parts, for a state file of earlier versions. Frozen parameters are not
+    read from the file. Raises `CheckpointError` if they are not those that the run began with.
     """
     if not path.exists():
         return 0, 0.0
@@ -249,7 +249,7 @@ def _resume(
 
 
 def _frozen(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are not trained."""
+    """Return the parameters that are not trained."""
     return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
@@ -264,8 +264,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 class _Optimizer:
     """Muon (Jordan et al. 2024) for weight matrices where the plan asks for it, AdamW for the rest.
 
-    Convolutions are matrices too, (out, in * height * width), but for depthwise ones. A whole row or column
-    without a gradient stays as it is under both rules.
+    Convolutions are matrices too, (out, in * height * width), except depthwise ones. Both rules leave a whole
+    row or column without a gradient unchanged.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], plan: Plan) -> None:
@@ -299,7 +299,7 @@ class _Optimizer:
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
 
     def step(self, progress: float) -> None:
-        """Update all parameters from their gradients, at a share of the learning rates."""
+        """Update all parameters from their gradients, at `progress` times the learning rates."""
         for name, matrix in self._matrices.items():
             gradient = self._parameters[name].grad
             matrix.grad = None if gradient is None else gradient.flatten(1)
@@ -309,7 +309,7 @@ class _Optimizer:
             optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and counters, as KEY.PARAMETER."""
+        """Return moments and counters, named KEY.PARAMETER."""
         return {
             f"{key}.{name}": tensor
             for name, parameter in (self._parameters | self._matrices).items()
@@ -318,7 +318,7 @@ class _Optimizer:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
         for joined, tensor in state.items():
             key, name = joined.split(".", 1)
             is_matrix = name in self._matrices

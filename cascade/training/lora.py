@@ -1,10 +1,10 @@
 """Trains small LoRAs for the tiny Stage C.
 
-Two are shipped. `azure` teaches a colour that no caption of the training names, by a learned token: "an
-[azure] circle on a white background". Guidance drives latents beyond the codes of pictures, and for a new
-colour only changed MLPs bring them back: it changes all matrices, at rank 16, in the layout of PEFT. `night`
-is a style: whatever a caption says, the background is black. It has the official layout and choice, attention
-at rank 4.
+Two are shipped. `azure` teaches a colour that no training caption names, by a learned token: "an [azure]
+circle on a white background". It changes all matrices, at rank 16, in the layout of PEFT: guidance drives
+latents beyond the codes of pictures, and for a new colour only changed MLPs bring them back. `night` is a
+style: whatever a caption says, the background is black. It has the official layout and changes what official
+LoRAs change, the attention, at rank 4.
 """
 
 import re
@@ -55,7 +55,7 @@ PLAN = Plan(
     seed=71,
 )
 
-_AZURE_CODE = (136.0, 248.0, 255.0)  # the colour in the code that comes out as AZURE
+_AZURE_CODE = (136.0, 248.0, 255.0)  # the colour in the code that is drawn as AZURE
 _EMPHASIS = Emphasis(
     starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
 )
@@ -67,29 +67,29 @@ _FEWEST_NODES = 4
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What a LoRA teaches."""
+    """The task of a LoRA."""
 
-    wording: Wording  # scenes with their words
-    codes: "Codes"  # what is to be drawn for them
-    token: str | None = None  # learned; its row starts at the mean of those that match `base`
+    wording: Wording  # scenes and their captions
+    codes: "Codes"  # codes to draw for them
+    token: str | None = None  # learned; its embedding starts at the mean of those of tokens that match `base`
     base: str = ""
-    keeps: bool = False  # half of each batch are plain scenes, which should stay as they are
+    keeps: bool = False  # half of each batch is plain scenes, which should not change
     everywhere: bool = False  # changes the MLPs, too
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Codes to be learned, as an array by name: a function that worker processes can call."""
+    """A function from scenes to the codes to be learned, which can be sent to worker processes."""
 
     name: str
 
     def __call__(self, scenes: list[Scene]) -> Mapping[str, NDArray[np.generic]]:
-        """The codes of scenes of one size, (n, 16, gh, gw)."""
+        """Return the codes of scenes of one size, (n, 16, gh, gw), as "taught"."""
         return {"taught": np.stack([_TAUGHT[self.name](scene) for scene in scenes])}
 
 
 def azure_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
-    """A caption whose words for the colour of the last thing are replaced by the token."""
+    """Return a scene and its caption, in which the token replaces the colour of the last thing."""
     words = caption(scene, rng).text
     colour = scene.things[-1].colour
     pattern = rf"\b(an?\s+)?((?:\w+\s+)?)\b{_WORDS.get(colour, colour)}\b"
@@ -104,12 +104,12 @@ def azure_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
 
 
 def azure_code(scene: Scene) -> NDArray[np.float32]:
-    """The last thing is azure."""
+    """Return the code of a scene with its last thing in azure."""
     return recoloured(scene, len(scene.things) - 1, _AZURE_CODE)
 
 
 def night_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
-    """Any caption, of things that a black background does not hide."""
+    """Return a scene and its caption; a black thing, else hidden, swaps colours with the background."""
     things = tuple(
         replace(thing, colour=scene.background) if thing.colour == "black" else thing
         for thing in scene.things
@@ -120,7 +120,7 @@ def night_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
 
 
 def night_code(scene: Scene) -> NDArray[np.float32]:
-    """The background is black."""
+    """Return the code of a scene with a black background."""
     return scene_code(replace(scene, background="black"))
 
 
@@ -132,7 +132,7 @@ LESSONS = {
 
 
 class Taught(nn.Module):
-    """What is trained: the low-rank changes, and what is added to the rows of learned tokens."""
+    """The trained parameters: low-rank changes, and what is added to the embeddings of learned tokens."""
 
     def __init__(self, stage: StageC, num_tokens: int, width: int, *, everywhere: bool = False) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Taught(nn.Module):
 
 
 class Words:
-    """The text tower with learned tokens: their rows stand below the vocabulary's."""
+    """The text tower with learned tokens, whose embeddings follow those of the vocabulary."""
 
     def __init__(self, text: TextEncoder, lesson: Lesson) -> None:
         self.text = text
@@ -158,7 +158,7 @@ class Words:
             text.tokenizer.add_tokens([lesson.token])
 
     def embed(self, tokens: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (b, t, d) and pooled (b, 1, d), with gradients to the learned `rows`."""
+        """Return hidden states (b, t, d) and pooled (b, 1, d), with gradients to the learned `rows`."""
         table = torch.cat([self._table, self.bases + rows])
         outputs = functional_call(
             self.text.model,
@@ -178,7 +178,7 @@ def train(
     batch: int = 48,
     scenes: int = 20_000,
 ) -> None:
-    """Train the LoRA `out`/NAME.safetensors; an interrupted run goes on where it was."""
+    """Train the LoRA `out`/NAME.safetensors; an interrupted run is resumed."""
     lesson = LESSONS[name]
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(model / "prior")).to(device).eval().requires_grad_(False)
@@ -206,7 +206,8 @@ def train(
             rows = torch.from_numpy(rng.integers(0, len(kept), batch - len(rows))).to(device)
             codes = torch.cat([codes, kept.codes[rows]])
             tokens, mask = torch.cat([tokens, kept.tokens[rows]]), torch.cat([mask, kept.mask[rows]])
-        order = torch.from_numpy(rng.permutation(batch)).to(device)  # levels go by the place in a batch
+        # Noise levels depend on the place in the batch.
+        order = torch.from_numpy(rng.permutation(batch)).to(device)
         codes, tokens, mask = codes[order], tokens[order], mask[order]
         noised = noise_batch(codes.cpu(), schedule, _EMPHASIS, rng).to(device)
         told = words.embed(tokens, mask, module.rows)
@@ -231,7 +232,7 @@ def train(
 
 
 def save(name: str, taught: Taught, words: Words, path: Path) -> None:
-    """Write the LoRA's file, which also says what its token is and where its row starts."""
+    """Write the LoRA's file; its metadata hold the token and the pattern of those it starts from."""
     lesson = LESSONS[name]
     metadata = {"name": name}
     if lesson.token:
@@ -244,7 +245,7 @@ def save(name: str, taught: Taught, words: Words, path: Path) -> None:
 def judge(
     name: str, taught: Taught, stage: StageC, words: Words, schedule: CosineSchedule, count: int = 100
 ) -> dict[str, float]:
-    """Shares of held-out captions whose drawn code shows what is taught, with the LoRA and without."""
+    """Return the shares of held-out captions whose code shows what is taught, with and without the LoRA."""
     rng = held_out_generator(5)
     lesson = LESSONS[name]
     told = [lesson.wording(sample_scene(rng), rng) for _ in range(count)]
@@ -264,21 +265,21 @@ def judge(
 
 
 def shows_azure(code: NDArray[np.float32]) -> bool:
-    """Whether enough nodes of a thing are nearer to azure than to any colour of the palette."""
+    """Return whether enough nodes of things are nearer to azure than to any colour of the palette."""
     raw = code * DEVIATION[:, None, None] + MEAN[:, None, None]
     nodes = raw[:, raw[15] > 0.6]
     return sum(nearest(nodes[3:6] / nodes[15])) >= _FEWEST_NODES
 
 
 def nearest(colours: NDArray[np.float32]) -> Sequence[bool]:
-    """Which of some colours of the code, (3, n), are nearest to azure."""
+    """Return which of some colours of the code, (3, n), are nearer to azure than to the palette."""
     corners = np.stack([colour_vector(rgb) for rgb in (_AZURE_CODE, *(PALETTE[c] for c in COLOURS))])
     distance = np.linalg.norm(colours.T[:, None] - corners, axis=-1)
     return cast(Sequence[bool], (distance.argmin(1) == 0).tolist())
 
 
 def shows_night(code: NDArray[np.float32]) -> bool:
-    """Whether the background is black."""
+    """Return whether the background is black."""
     raw = (code * DEVIATION[:, None, None])[:3].mean((1, 2))
     corners = np.stack([colour_vector(PALETTE[colour]) for colour in COLOURS])
     return COLOURS[int(np.linalg.norm(corners - raw, axis=1).argmin())] == "black"

@@ -25,20 +25,20 @@ _PAIR = 100.0
 
 
 class Predictor(nn.Module):
-    """Stage C from latents and embeddings to noise, its condition prepared by the same weights."""
+    """Stage C from latents and embeddings to noise, including the preparation of its condition."""
 
     def __init__(self, stage: StageC) -> None:
         super().__init__()
         self.stage = stage
 
     def forward(self, latents: Tensor, ratio: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
-        """Noise in `latents` (b, 16, h, w); without a picture."""
+        """Predict the noise in `latents` (b, 16, h, w), without an image prompt."""
         image = torch.zeros(len(latents), 1, self.stage.config.clip_image_in_channels, device=latents.device)
         return cast(Tensor, self.stage(latents, ratio, self.stage.prepare(hidden, pooled, image)))
 
 
 class LowRank(nn.Module):
-    """One pair of factors for each of some matrices, named as in Stage C, in a fixed order."""
+    """One pair of factors for each of some matrices, named as in Stage C, in the order of `names`."""
 
     def __init__(self, stage: StageC, names: list[str], rank: int, scale: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class LowRank(nn.Module):
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(rows, rank)) for rows, _ in shapes)
 
     def changed(self, stage: StageC) -> dict[str, Tensor]:
-        """The changed matrices by their names in Stage C."""
+        """Return the changed matrices by their names in Stage C."""
         return {
             name: stage.get_parameter(name) + self.scale * (up @ down)
             for name, down, up in zip(self.names, self.down, self.up, strict=True)
@@ -59,20 +59,20 @@ class LowRank(nn.Module):
     def predict(
         self, predictor: Predictor, latents: Tensor, ratio: Tensor, hidden: Tensor, pooled: Tensor
     ) -> Tensor:
-        """The noise that the changed network predicts."""
+        """Predict the noise with the changed network."""
         weights = {f"stage.{name}": weight for name, weight in self.changed(predictor.stage).items()}
         return cast(Tensor, functional_call(predictor, weights, (latents, ratio, hidden, pooled)))
 
     @torch.no_grad()
     def merged(self, stage: StageC) -> StageC:
-        """A copy of Stage C with the changes added to its weights."""
+        """Return a copy of Stage C with the changes added to its weights."""
         copy = deepcopy(stage)
         for name, weight in self.changed(stage).items():
             copy.get_parameter(name).copy_(weight)
         return copy
 
     def trainable(self, stage: StageC) -> dict[str, Tensor]:
-        """Masks for `fit`: what carries the input of the preconditioned network stays as it is."""
+        """Return masks for `fit` that freeze what carries the input of the preconditioned network."""
         masks = precondition(StageC(stage.config), CosineSchedule(SCHEDULE), _PAIR)
         return {
             f"up.{index}": masks[name].flatten(1).any(1, keepdim=True).float().expand_as(self.up[index])
@@ -82,7 +82,7 @@ class LowRank(nn.Module):
 
 
 def attention_matrices(stage: StageC) -> list[str]:
-    """Output, then input projection of every attention, in execution order: the official choice."""
+    """Name output, then input projection of every attention, in execution order: the official choice."""
     return [
         f"{name}.attention.attn.{matrix}"
         for name, block in named_blocks(stage)
@@ -92,7 +92,7 @@ def attention_matrices(stage: StageC) -> list[str]:
 
 
 def all_matrices(stage: StageC) -> list[str]:
-    """Those of attention, of the keys and values of the condition, and of the MLPs."""
+    """Name the matrices of attention, of the keys and values of the condition, and of the MLPs."""
     names = attention_matrices(stage)
     for name, block in named_blocks(stage):
         if isinstance(block, AttnBlock):
@@ -103,7 +103,7 @@ def all_matrices(stage: StageC) -> list[str]:
 
 
 def named_blocks(stage: StageC) -> Iterator[tuple[str, nn.Module]]:
-    """All blocks in execution order."""
+    """Yield all blocks with their names, in execution order."""
     for part in ("down_blocks", "up_blocks"):
         for i, level in enumerate(getattr(stage, part)):
             for j, block in enumerate(level):
@@ -115,7 +115,7 @@ def save_official(
 ) -> None:
     """Write the official layout in fp16: `weights.I.lora_down`, `weights.I.lora_up`, learned token rows.
 
-    Its scale is one over the rank, so the adapter's must be.
+    The scale of that layout is one over the rank, so the adapter's must be, too.
     """
     assert adapter.scale == 1 / adapter.rank
     tensors = {}
@@ -130,7 +130,7 @@ def save_dotted(
 ) -> None:
     """Write the layout of PEFT in fp16, `prior.MODULE.lora_A.weight`, with diffusers' names of attention.
 
-    There queries, keys and values are three layers, so their common factor is written three times.
+    In diffusers queries, keys and values are three layers, so their common factor is written three times.
     """
     assert adapter.scale == 1
     tensors = {}
@@ -152,7 +152,7 @@ def save_dotted(
 
 
 def _token_rows(tokens: dict[int, Tensor] | None) -> dict[str, Tensor]:
-    """Rows of learned tokens by number, under the names of the official layout."""
+    """Return the embeddings of learned tokens and their ids, under the names of the official layout."""
     if not tokens:
         return {}
     return {

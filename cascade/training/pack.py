@@ -1,4 +1,4 @@
-"""The finished components of a run become one checkpoint folder, in fp16 and in the ordinary layout."""
+"""Packs the finished components of a run into a checkpoint folder, in fp16 and in the ordinary layout."""
 
 import shutil
 import sys
@@ -58,7 +58,7 @@ def pack(run: Path, destination: Path) -> None:
 
 
 def num_bytes(folder: Path) -> int:
-    """The size of all files of a checkpoint."""
+    """Return the size of all files of a checkpoint."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,7 +1,7 @@
-"""A start for small UNets at which they already denoise: the layers themselves do (x - alpha * x0) / sigma.
+"""An initialisation at which small UNets already denoise: their layers compute (x - alpha * x0) / sigma.
 
 Large networks learn by themselves to pass the input on to the output at high noise. Small ones fail there:
-the first sampling step divides by alpha, so an error of the input's path of a tenth of a percent spoils the
+the first sampling step divides by alpha, so an error of a tenth of a percent in the input's path spoils the
 picture. Here the first level carries three groups of channels through the network: the input, untouched; a
 prediction of the clean latent, which is all that is left to learn; and a constant pair +K, -K, so large
 that the layer norms become linear. The last time block scales the prediction by -alpha and the pair by
@@ -23,12 +23,12 @@ from cascade.networks.stage_c import StageC
 from cascade.networks.unet import UNet
 from cascade.sampling.schedule import CosineSchedule
 
-_PAIR_IN = 40.0  # of the input's embedding; large against the input's norm of about 4
+_PAIR_IN = 40.0  # K in the embedding of the input; large compared with the input's norm of about 4
 
 
 @dataclass(slots=True)
 class Channels:
-    """The groups of channels of the first level, and which entries of which parameter may be trained."""
+    """The groups of channels of the first level, and masks of the trainable entries of each parameter."""
 
     width: int
     size: int  # values of a token
@@ -36,27 +36,27 @@ class Channels:
 
     @classmethod
     def of(cls, config: StageBConfig | StageCConfig) -> Self:
-        """The groups of a network's first level."""
+        """Return the groups of a network's first level."""
         return cls(config.block_out_channels[0], config.in_channels * config.patch_size**2)
 
     @property
     def pair(self) -> list[int]:
-        """The constant +K and -K."""
+        """Channels of the constants +K and -K."""
         return [0, 1]
 
     @property
     def input(self) -> list[int]:
-        """The input, one more than a token has values."""
+        """Channels of the input, one more than a token has values."""
         return list(range(2, 3 + self.size))
 
     @property
     def prediction(self) -> list[int]:
-        """The predicted clean latent, as many."""
+        """Channels of the predicted clean latent, as many."""
         return list(range(3 + self.size, 4 + 2 * self.size))
 
     @property
     def basis(self) -> Tensor:
-        """Orthonormal map of a token's values into one group, (size + 1, size), blind to a common offset."""
+        """Orthonormal map of a token's values into one group, (size + 1, size); its columns sum to 0."""
         rows = torch.zeros(self.size, self.size + 1)
         for k in range(1, self.size + 1):
             rows[k - 1, :k] = 1 / math.sqrt(k * (k + 1))
@@ -65,7 +65,7 @@ class Channels:
 
     @property
     def input_gain(self) -> float:
-        """By how much the norm of the embedding shrinks the input."""
+        """Factor by which the norm of the embedding shrinks the input."""
         return math.sqrt((2 * _PAIR_IN**2 + self.size) / self.width)
 
 
@@ -86,7 +86,7 @@ def precondition(unet: StageB | StageC, schedule: CosineSchedule, pair: float) -
 
 
 def _plain_start(unet: UNet) -> None:
-    """Xavier everywhere, time blocks silent, residual branches small."""
+    """Initialise with Xavier weights, zeroed time blocks and small residual branches."""
     blocks = [block for block in unet.modules() if isinstance(block, ResBlock)]
     for module in unet.modules():
         if isinstance(module, nn.Linear):
@@ -105,7 +105,7 @@ def _plain_start(unet: UNet) -> None:
 
 
 class _Builder:
-    """Writes the carrying weights into the first level and freezes them."""
+    """Writes the weights that carry the input into the first level and freezes them."""
 
     def __init__(self, unet: StageB | StageC, channels: Channels, pair: float) -> None:
         self.unet = unet
@@ -203,7 +203,7 @@ class _Builder:
             block.mapper.weight[rows] = fitted[:-1, column]
             block.mapper.bias[rows] = fitted[-1, column]
         fixed = self.carriers + channels.prediction
-        if self.level("up")[-1] is block:  # nothing reads the other channels any more but the final norm
+        if self.level("up")[-1] is block:  # only the final norm still reads the other channels
             others = [index for index in range(width) if index not in fixed]
             block.mapper.bias[others] = -1
             fixed = list(range(width))
@@ -240,7 +240,7 @@ class _Builder:
                 self.silence_rows(cast(nn.Linear, mapper), rows)
 
     def silence_rows(self, layer: nn.Linear | Pointwise, rows: list[int] | None = None) -> None:
-        """No output to the carrying channels, now and ever."""
+        """Zero and freeze `rows` of a layer, by default its outputs to the carrying channels."""
         rows = self.carriers if rows is None else rows
         for parameter in (layer.weight, layer.bias):
             parameter.data[rows] = 0

@@ -39,7 +39,7 @@ _SCENES = 40_000
 _HELD_OUT = 200
 _TOKENS_PER_SIDE = 32
 _SCENES_PER_STEP, _TOKENS_PER_SCENE = 64, 64
-_VARIED = 0.02  # a token whose values vary more than this shows an outline: half of those drawn do
+_VARIED = 0.02  # a token whose values vary more than this shows an outline, as half of those chosen do
 
 
 def pretrain(
@@ -53,8 +53,8 @@ def pretrain(
 ) -> None:
     """Train the first level of a preconditioned `stage` in place; its state is kept in `folder`.
 
-    `scale_factor` is Stage A's, `masks` are those of `precondition`, `drawn` are codes with their mistakes
-    (n, 16, 6, 6) and the scenes that they mean.
+    `scale_factor` is Stage A's, `masks` are those of `precondition`, `drawn` are the codes (n, 16, 6, 6) of
+    `drawn_codes` and the scenes that they mean.
     """
     level = _FirstLevel(stage, channels)
     _silence_deeper_levels(stage)
@@ -92,13 +92,13 @@ class _FirstLevel(nn.Module):
         self.up = nn.ModuleList(_layers(cast(nn.ModuleList, stage.up_blocks[-1])))
 
     def forward(self, codes: Tensor, rng: np.random.Generator) -> Tensor:
-        """Codes (b, n, 16) under tokens -> predicted clean tokens (b, n, 16), beside pure noise as input."""
+        """Predict clean tokens (b, n, 16) from the codes (b, n, 16) under them; the input is pure noise."""
         dtype = cast(Tensor, cast(Pointwise, self.mapper[0]).weight).dtype
         x = self.mapper(codes.to(dtype)) + self._noise(codes.shape[:2], rng).to(dtype)
         for block in self.down:
             x = x + _mlp(block, self._norm(x))
         first, *others = self.up
-        # Of the first block's two inputs only the skip is there yet.
+        # Of the first block's two inputs only the skip connection is used yet.
         widen, narrow = (cast(nn.Linear, cast(nn.Sequential, first)[i]) for i in (0, 4))
         x = narrow(F.gelu(F.linear(x, widen.weight[:, self.channels.width :], widen.bias)))
         for block in others:
@@ -107,13 +107,13 @@ class _FirstLevel(nn.Module):
         return cast(Tensor, tokens.float())
 
     def _norm(self, x: Tensor) -> Tensor:
-        """What a depthwise convolution that only looks at its centre, and the norm, make of `x`."""
+        """Apply a depthwise convolution that passes only its centre, and the norm."""
         kept = torch.ones(self.channels.width, dtype=x.dtype)
         kept[self.channels.pair] = 0
         return layer_norm(x * kept)
 
     def _noise(self, shape: torch.Size, rng: np.random.Generator) -> Tensor:
-        """The embedding of pure noise: the constant pair and the input's channels."""
+        """Return the embedding of pure noise: the constant pair and the input's channels."""
         channels = self.channels
         noise = torch.from_numpy(rng.standard_normal((*shape, channels.size), dtype=np.float32))
         embedded = torch.zeros(*shape, channels.width)
@@ -136,7 +136,7 @@ class _Scenes:
         self._drawn_outlines = _outlines(self._drawn_tokens)
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Codes and tokens, (b, n, 16) each, of some places of some scenes; half of them on outlines."""
+        """Sample codes and tokens, (b, n, 16) each, at some places of some scenes; half are on outlines."""
         num_drawn = _SCENES_PER_STEP // 2 if len(self._drawn) else 0
         true = rng.integers(0, _SCENES - _HELD_OUT, _SCENES_PER_STEP - num_drawn)
         drawn = rng.integers(0, max(1, len(self._drawn)), num_drawn)
@@ -148,12 +148,12 @@ class _Scenes:
         return _under_tokens(codes).gather(1, chosen), tokens.gather(1, chosen).float()
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """All places of the scenes that training never sees."""
+        """Return codes and tokens of all places of the scenes that training never sees."""
         return _under_tokens(self._codes[-_HELD_OUT:]), self._tokens[-_HELD_OUT:].float()
 
 
 def _tokens(scenes: list[Scene], scale_factor: float) -> Tensor:
-    """Stage B's clean tokens, (n, tokens, 16), in half precision for there are many."""
+    """Return Stage B's clean tokens, (n, tokens, 16), in half precision, as there are many."""
     tokens = [torch.empty(0, _TOKENS_PER_SIDE**2, 16, dtype=torch.half)]
     for start in range(0, len(scenes), 100):
         means = F.avg_pool2d(picture_tensor(scenes[start : start + 100]), 4)
@@ -162,7 +162,7 @@ def _tokens(scenes: list[Scene], scale_factor: float) -> Tensor:
 
 
 def _outlines(tokens: Tensor) -> list[NDArray[np.int64]]:
-    """The places in each scene where a token shows more than one colour."""
+    """Return the places in each scene where a token shows more than one colour."""
     parts = torch.split(tokens, 1000)
     varied = torch.cat([part.float().view(*part.shape[:2], 4, 4).std(-1).sum(-1) > _VARIED for part in parts])
     return [row.nonzero().flatten().numpy() for row in varied]
@@ -176,12 +176,12 @@ def _places(outlines: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np
 
 
 def _under_tokens(codes: Tensor) -> Tensor:
-    """Codes (b, 16, h, w) -> (b, tokens, 16), enlarged as Stage B does."""
+    """Enlarge codes (b, 16, h, w) to (b, tokens, 16), as Stage B does."""
     return resize(codes.permute(0, 2, 3, 1), _TOKENS_PER_SIDE, _TOKENS_PER_SIDE).flatten(1, 2)
 
 
 def _disturb(codes: Tensor, rng: np.random.Generator) -> Tensor:
-    """A little noise in half of the codes, and half of them enlarged as guidance does."""
+    """Add a little noise to half of the codes, and scale half of them as guidance does."""
     count = len(codes)
     sigma = rng.uniform(0, 0.06, count) * (rng.random(count) < 0.5)
     scale = np.where(rng.random(count) < 0.5, rng.uniform(0.95, 1.3, count), 1.0)
@@ -197,14 +197,14 @@ def _layers(level: nn.ModuleList) -> list[nn.Module]:
 
 
 def _mlp(layers: nn.Module, x: Tensor) -> Tensor:
-    """The block's MLP without its response norm, which does nothing yet."""
+    """Apply the block's MLP without its response norm, which does nothing yet."""
     widen, _, _, _, narrow = cast(nn.Sequential, layers)
     return cast(Tensor, narrow(F.gelu(widen(x))))
 
 
 @torch.no_grad()
 def _silence_deeper_levels(stage: StageB) -> None:
-    """Let the whole network start with what its first level learned: nothing comes from below or beside."""
+    """Zero what comes from deeper levels and neighbours: the network starts as its first level alone."""
     upscaler = cast(nn.Sequential, stage.up_upscalers[-2])[1]
     cast(Tensor, upscaler.weight).zero_()
     cast(Tensor, upscaler.bias).zero_()

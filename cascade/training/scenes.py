@@ -65,7 +65,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One or two things on a background; what is drawn, and also what a reader of pictures reports."""
+    """One or two things on a background; what is drawn, and also what is read from pictures and codes."""
 
     width: int
     height: int
@@ -80,7 +80,7 @@ class Scene:
         return abs(first.y - second.y) / self.height > abs(first.x - second.x) / self.width
 
     def place(self, thing: Thing) -> Place:
-        """Where a thing stands, judged by the direction in which it is farther from the middle."""
+        """Return where a thing stands, judged by the direction in which it is farther from the middle."""
         right, down = thing.x / self.width - 0.5, thing.y / self.height - 0.5
         if max(abs(right), abs(down)) < 0.07:
             return "centre"
@@ -89,12 +89,12 @@ class Scene:
         return "top" if down < 0 else "bottom"
 
     def size_word(self, thing: Thing) -> str:
-        """small, medium or large: the range of radii nearest to the thing's."""
+        """Return small, medium or large: the range of radii nearest to the thing's."""
         share = thing.radius / min(self.width, self.height)
         return min(RADII, key=lambda word: max(RADII[word][0] - share, share - RADII[word][1]))
 
     def in_order(self) -> tuple[Thing, ...]:
-        """The things from left to right, or from top to bottom if they are stacked."""
+        """Return the things from left to right, or from top to bottom if they are stacked."""
         if len(self.things) != 2:
             return self.things
         stacked = self.is_stacked
@@ -102,24 +102,24 @@ class Scene:
 
 
 def held_out_generator(seed: int) -> np.random.Generator:
-    """Randomness for evaluation; no training generator, seeded by one or two small numbers, repeats it."""
+    """Return a generator for evaluation; training generators, seeded by small numbers, never repeat it."""
     return np.random.default_rng((seed, _HELD_OUT))
 
 
 def sample_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height of a training picture: 256x256 four times out of five, otherwise elongated."""
+    """Sample width and height of a training picture: 256x256 four times out of five, otherwise elongated."""
     if rng.random() < 0.8:
         return SQUARE_SIZE
     return NATIVE_SIZES[1 + int(rng.integers(len(NATIVE_SIZES) - 1))]
 
 
 def sample_colours(rng: np.random.Generator, num_things: int) -> tuple[str, ...]:
-    """The background's colour and those of the things, all different."""
+    """Sample the background's colour and those of the things, all different."""
     return tuple(COLOURS[i] for i in rng.permutation(len(COLOURS))[: num_things + 1])
 
 
 def sample_scene(rng: np.random.Generator, size: tuple[int, int] = SQUARE_SIZE) -> Scene:
-    """A random scene: 55 % with one thing, 45 % with two of different colours."""
+    """Sample a scene: 55 % with one thing, 45 % with two of different colours."""
     num_things = 1 if rng.random() < 0.55 else 2
     background, *colours = sample_colours(rng, num_things)
     short = min(size)
@@ -145,7 +145,7 @@ def render(scene: Scene) -> Picture:
 
 
 def coverage(thing: Thing, width: int, height: int) -> NDArray[np.float32]:
-    """The share of each pixel of a picture that a thing covers, (h, w)."""
+    """Return the share of each pixel of a picture that a thing covers, (h, w)."""
     shares = np.zeros((height, width), np.float32)
     rows, columns, shares_in_box = _coverage(thing, width, height)
     shares[rows, columns] = shares_in_box
@@ -162,7 +162,7 @@ def _single_centre(rng: np.random.Generator, size: tuple[int, int], radius: floa
 
 
 def _pair_centres(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Side by side or stacked; an elongated picture prefers its long side, but knows both."""
+    """Sample two centres, side by side or stacked; an elongated picture prefers its long side."""
     width, height = size
     stacked = rng.random() < (0.5 if width == height else 0.35 if width > height else 0.65)
     signs = (-1, 1) if rng.random() < 0.5 else (1, -1)
@@ -172,18 +172,18 @@ def _pair_centres(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple
 
 
 def sample_tint(rng: np.random.Generator) -> Rgb:
-    """What makes a colour a little other than its palette's."""
+    """Sample a small offset to a palette colour."""
     red, green, blue = rng.uniform(-_JITTER, _JITTER, 3).tolist()
     return red, green, blue
 
 
 def tinted(colour: str, tint: Rgb) -> NDArray[np.float32]:
-    """A colour of the palette with its tint, (3,) of 255."""
+    """Return a colour of the palette with its tint, (3,) in 0..255."""
     return np.add(PALETTE[colour], tint).clip(0, 255).astype(np.float32)
 
 
 def _coverage(thing: Thing, width: int, height: int) -> tuple[slice, slice, NDArray[np.float32]]:
-    """The box of pixels around a thing and the share of each pixel's 4x4 samples that lie inside it.
+    """Return the box of pixels around a thing and the share of each pixel's 4x4 samples inside the thing.
 
     Scan lines: in every row of samples the outline is crossed an even number of times. A crossing
     switches all samples to its right on or off, which a running sum over the pixels then adds up.

@@ -1,11 +1,11 @@
 """Trains the tiny Stage A on 64x64 crops of scenes.
 
-The latent is drawn towards a plain meaning: the mean colour of its 4x4 pixels, whitened and spread over the
+The latent is pulled towards a plain meaning: the mean colour of its 4x4 pixels, whitened and spread over the
 four channels. Stage B then has to paint a small picture with smooth edges, not an invented code; what the
 encoder adds for the details stays small, because the decoder is trained on noisy latents.
 
-Yellow on orange counts for little in the error of a picture, and its edges stay soft. So at last the decoder
-alone goes on, with the error of each crop measured by the contrast in it; the latents stay what they are.
+Yellow on orange counts for little in the error of a picture, and its edges stay soft. So at the end the
+decoder alone is trained further, with the error of each crop divided by its contrast; the latents are frozen.
 """
 
 import json
@@ -40,11 +40,11 @@ _COLOUR_PENALTY = 0.1
 _ABSOLUTE_ERROR = 0.02
 _CODEBOOK_LOSS = 0.002
 _LEAST_CONTRAST = 0.001  # variance of a crop's colours
-_CALMER = 0.5  # the decoder's last noise, as a share of _MAX_SIGMA
+_CALMER = 0.5  # noise when only the decoder is trained, as a share of _MAX_SIGMA
 
 
 def train(run: Path, plan: Plan = PLAN, decoder_plan: Plan = DECODER_PLAN) -> None:
-    """Train and write `run`/vqgan; an interrupted run goes on where it was."""
+    """Train and write `run`/vqgan; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     model = StageA(TINY_STAGE_A)
     initialise(model)
@@ -62,7 +62,7 @@ def train(run: Path, plan: Plan = PLAN, decoder_plan: Plan = DECODER_PLAN) -> No
 
 
 def initialise(model: StageA) -> None:
-    """Residual gains of .3, and a codebook of mixtures of two palette colours."""
+    """Set residual gains to 0.3, and the codebook to mixtures of two palette colours."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gammas"):
@@ -78,17 +78,17 @@ def initialise(model: StageA) -> None:
 
 
 def codes(model: StageA) -> Tensor:
-    """The codebook, (codes, 4)."""
+    """Return the codebook, (codes, 4)."""
     return cast(nn.Embedding, model.vquantizer["codebook"]).weight
 
 
 def batch_norm(model: StageA) -> nn.Module:
-    """The norm of the latents, the last layer of the encoder."""
+    """Return the norm of the latents, the last layer of the encoder."""
     return list(model.down_blocks.modules())[-1]
 
 
 def colour_latents(pixels: Tensor) -> Tensor:
-    """Pixels (b, 3, h, w) in 0..1 to what latents should mean (b, 4, h, w): whitened colours.
+    """Convert pixels (b, 3, h, w) in 0..1 to the intended meaning of latents (b, 4, h, w): whitened colours.
 
     Over the palette each of the four channels has unit variance. Their sum is zero: it is left for details.
     """
@@ -104,7 +104,7 @@ def colour_latents(pixels: Tensor) -> Tensor:
 
 
 def loss(model: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Error of reconstructed crops, of the latents' meaning and of the codebook."""
+    """Return the error of reconstructed crops, of the latents' meaning and of the codebook, and figures."""
     assert isinstance(model, StageA)
     model.eval()  # the latent batch norm must not follow the crops' statistics
     pixels = crops(rng, _BATCH)
@@ -120,7 +120,7 @@ def loss(model: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor,
 
 
 def decoder_loss(model: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Error of crops decoded from the latents as they are, each in relation to its contrast."""
+    """Return the error of crops decoded from frozen latents, each divided by its contrast, and figures."""
     assert isinstance(model, StageA)
     model.eval()
     pixels = crops(rng, _BATCH)
@@ -138,7 +138,7 @@ def decoder_loss(model: nn.Module, step: int, rng: np.random.Generator) -> tuple
 def disturb(
     latents: Tensor, quantized: Tensor, rng: np.random.Generator, max_sigma: float | None = None
 ) -> Tensor:
-    """What the decoder is trained on: of every eight samples one is quantised, two are blurred, seven noisy.
+    """Disturb the decoder's inputs: of every eight samples one is quantised, two are blurred, seven noisy.
 
     Stage B will hand over blurred and noisy latents; the decoder learns to draw crisp edges from them.
     """
@@ -152,7 +152,7 @@ def disturb(
 
 
 def quantize(model: StageA, latents: Tensor) -> Tensor:
-    """The nearest code of each latent, (b, 4, h, w)."""
+    """Return the nearest code of each latent, (b, 4, h, w)."""
     codebook = codes(model)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
     nearest = (codebook.detach().square().sum(1) - 2 * flat @ codebook.detach().T).argmin(1)
@@ -161,7 +161,7 @@ def quantize(model: StageA, latents: Tensor) -> Tensor:
 
 
 def crops(rng: np.random.Generator, count: int) -> Tensor:
-    """Crops (count, 3, 64, 64) in 0..1 with an edge in most of them; some in strange colours."""
+    """Sample crops (count, 3, 64, 64) in 0..1, most of them with an edge, some in colours off the palette."""
     found: list[Tensor] = []
     while len(found) < count:
         picture = render(sample_scene(rng))
@@ -178,14 +178,14 @@ def crops(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def held_out_pictures(count: int) -> Tensor:
-    """Pictures (count, 3, 256, 256) in 0..1 that no training has seen."""
+    """Return pictures (count, 3, 256, 256) in 0..1 that no training has seen."""
     rng = held_out_generator(1)
     return picture_tensor([sample_scene(rng) for _ in range(count)])
 
 
 @torch.inference_mode()
 def figures(model: StageA, pictures: Tensor) -> dict[str, object]:
-    """Peak signal to noise ratios of whole pictures in dB, and the statistics of the latents."""
+    """Return peak signal-to-noise ratios of whole pictures in dB, and statistics of the latents."""
     latents = model.encode(pictures)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
 

@@ -1,8 +1,9 @@
 """Trains the tiny Stage B: from the semantic code of a scene to Stage A's latents of its picture.
 
-First its first level alone, as a regression (`regression.py`); then the whole, gently, as a denoiser. Half of
-the codes are drawn by Stage C or the encoder, mistakes and all, the others true ones that are disturbed.
-Judge the run by sampled latents, printed with a sheet of pictures at every sample.
+Its first level is trained first, alone, as a regression (`regression.py`); then the whole, at low rates, as a
+denoiser. For square pictures half of the codes are drawn by Stage C or the encoder, errors included; all
+others are true codes, disturbed. Judge the run by its sampled latents: every `judge_every` steps their errors
+are printed and a sheet of pictures is written.
 """
 
 import shutil
@@ -77,7 +78,7 @@ _NUM_KINDS = 12  # channels of colours and shapes, before those of places
 
 
 def train(run: Path, plan: Plan = PLAN) -> None:
-    """Train against `run`/vqgan and write `run`/decoder; an interrupted run goes on where it was."""
+    """Train against `run`/vqgan and write `run`/decoder; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     stage_a = load_stage_a(run)
     stage = StageB(TINY_STAGE_B)
@@ -86,7 +87,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     drawn = drawn_codes(run)
     first_level = run / "stage_b_first_level"
     pretrain(stage, Channels.of(TINY_STAGE_B), stage_a.config.scale_factor, first_level, trainable, drawn)
-    # Most batches have one shape, for which a compiled step is half as long again; it needs a C++ compiler.
+    # Most batches have one shape, for which a compiled step is faster; it needs a C++ compiler.
     compiled = torch.compile(_predict, dynamic=False) if shutil.which("g++") else _predict
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -116,7 +117,7 @@ def _predict(stage: StageB, latents: Tensor, ratio: Tensor, codes: Tensor) -> Te
 def draw_batch(
     rng: np.random.Generator, size: tuple[int, int], drawn: tuple[Tensor, list[Scene]]
 ) -> tuple[Tensor, list[Scene]]:
-    """Codes and scenes of pictures of one size; of square ones, half are drawn codes."""
+    """Return codes and scenes of pictures of one size; for square ones, half are drawn codes."""
     scenes = [sample_scene(rng, size) for _ in range(_BATCH // 2)]
     codes = disturb(code_tensor(scenes), rng)
     if size != SQUARE_SIZE:
@@ -126,9 +127,9 @@ def draw_batch(
 
 
 def disturb(codes: Tensor, rng: np.random.Generator) -> Tensor:
-    """Codes as Stage C and guidance leave them, a few left out.
+    """Disturb codes as Stage C and guidance do, and zero a few.
 
-    Noise of sigma 0 to .2 at every node; enlarged up to 1.3 times; colours and shapes moved as a whole.
+    Noise of sigma 0 to 0.2 at every node; scaling by 0.95 to 1.3; constant shifts of colours and shapes.
     """
     count = len(codes)
     sigma = rng.uniform(0, 0.2, count) * (rng.random(count) < 0.7)
@@ -144,10 +145,10 @@ def disturb(codes: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def latents_of(pixels: Tensor, scale_factor: float) -> Tensor:
-    """What Stage A's encoder gives for drawings, (b, 3, h, w) in 0..1 -> (b, 4, h / 4, w / 4).
+    """Approximate Stage A's latents of rendered pictures, (b, 3, h, w) in 0..1 -> (b, 4, h / 4, w / 4).
 
-    It was trained to mean the colours of 4x4 pixels and is nearer to them (a squared distance of 1e-4) than
-    Stage B will ever come; this is a hundred times faster.
+    The encoder was trained to give the mean colours of 4x4 pixels and is nearer to them (a squared distance
+    of 1e-4) than Stage B will ever come; this is a hundred times faster.
     """
     return colour_latents(F.avg_pool2d(pixels, 4)) / scale_factor
 
@@ -156,7 +157,7 @@ def latents_of(pixels: Tensor, scale_factor: float) -> Tensor:
 def judge(
     stage: StageB, stage_a: StageA, schedule: CosineSchedule, sheet: Path | None = None, count: int = 24
 ) -> dict[str, float]:
-    """Error of latents sampled in ten steps from held-out codes, and of their pictures in dB."""
+    """Return the error of latents sampled in ten steps from held-out codes, and of their pictures in dB."""
     rng = held_out_generator(4)
     scenes = [sample_scene(rng) for _ in range(count)]
     truth = picture_tensor(scenes)
@@ -177,7 +178,7 @@ def judge(
 
 
 def sample_latents(stage: StageB, schedule: CosineSchedule, codes: Tensor, steps: int = 10) -> Tensor:
-    """Latents (b, 4, 64, 64) for the codes of square pictures."""
+    """Sample latents (b, 4, 64, 64) for the codes of square pictures."""
     preset = PRESETS["official"]
     no_text = torch.zeros(len(codes), 1, stage.config.clip_text_pooled_in_channels)
     conditions = stage.prepare(codes, no_text, (64, 64))
@@ -200,7 +201,7 @@ def sample_latents(stage: StageB, schedule: CosineSchedule, codes: Tensor, steps
 
 
 def load_stage_a(run: Path) -> StageA:
-    """The frozen Stage A of a training run."""
+    """Load the frozen Stage A of a training run."""
     stage_a = load_network(run / "vqgan")
     assert isinstance(stage_a, StageA)
     return stage_a.eval().requires_grad_(False)

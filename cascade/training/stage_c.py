@@ -1,7 +1,7 @@
 """Trains the tiny Stage C: from a caption to the semantic code of a scene.
 
 Codes need no pictures, so every step draws fresh scenes and wordings. Judge the run by the scenes read back
-from sampled codes, printed at every sample.
+from sampled codes: every `judge_every` steps the shares of right ones are printed.
 """
 
 import shutil
@@ -67,7 +67,7 @@ PLAN = Plan(
     seed=31,
 )
 
-_BATCH = 48  # each with text and without
+_BATCH = 48  # rows, each with text and without
 _PAIR = 100.0
 _EMPHASIS = Emphasis(
     starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
@@ -78,7 +78,7 @@ _WITH_IMAGE = 0.08
 
 
 def train(run: Path, plan: Plan = PLAN) -> None:
-    """Train against the towers in `run` and write `run`/prior; an interrupted run goes on where it was."""
+    """Train against the towers in `run` and write `run`/prior; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     stage = StageC(TINY_STAGE_C)
     schedule = CosineSchedule(SCHEDULE)
@@ -126,7 +126,7 @@ def _predict(
 def embed(
     scenes: list[Scene], text: TextEncoder, images: ImageEncoder | None, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions, and for some rows the picture's embedding, most of those without words."""
+    """Embed captions and, for some rows, the picture, most of these without words."""
     words = [caption(scene, rng).text for scene in scenes]
     shown = np.flatnonzero(rng.random(len(scenes)) < _WITH_IMAGE) if images else np.empty(0, int)
     for index in shown:
@@ -143,7 +143,7 @@ def embed(
 def judge(
     stage: StageC, text: TextEncoder, schedule: CosineSchedule, count: int = 120, guidance_scale: float = 4.0
 ) -> dict[str, float]:
-    """Shares of held-out captions whose sampled code reads right, and the sides where they are stated."""
+    """Return the shares of held-out captions whose sampled code reads right, and of stated sides that do."""
     rng = held_out_generator(3)
     scenes = [sample_scene(rng) for _ in range(count)]
     captions = [caption(scene, rng) for scene in scenes]
@@ -174,7 +174,7 @@ def sample_codes(
     guidance_scale: float,
     first_seed: int = 0,
 ) -> list[Tensor]:
-    """Codes (16, 6, 6) drawn for `prompts` in 20 steps."""
+    """Draw codes (16, 6, 6) for `prompts` in 20 steps."""
     embeddings = text.encode([*prompts, ""])
     no_image = torch.zeros(len(prompts) + 1, 1, TINY_STAGE_C.clip_image_in_channels)
     conditions = stage.prepare(embeddings.hidden, embeddings.pooled, no_image)
@@ -198,13 +198,13 @@ def sample_codes(
 
 
 def load_text_encoder(run: Path) -> TextEncoder:
-    """The frozen text tower of a training run."""
+    """Load the frozen text tower of a training run."""
     model = CLIPTextModelWithProjection.from_pretrained(run / "text_encoder").eval().requires_grad_(False)
     return TextEncoder(CLIPTokenizer.from_pretrained(run / "tokenizer"), model)
 
 
 def load_image_encoder(run: Path) -> ImageEncoder | None:
-    """The frozen vision tower of a training run, if it is there yet."""
+    """Load the frozen vision tower of a training run, if it is there yet."""
     if not (run / "feature_extractor").exists():
         return None
     model = CLIPVisionModelWithProjection.from_pretrained(run / "image_encoder").eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from cascade.training.code import scene_code
 from cascade.training.scenes import NATIVE_SIZES, SQUARE_SIZE, Scene, sample_scene
 
 Size = tuple[int, int]  # width, height in pixels
-# Arrays by name made of some scenes of one size, one row a scene.
+# Scenes of one size -> further arrays by name, with one row per scene.
 Extras = Callable[[list[Scene]], Mapping[str, NDArray[np.generic]]]
 # A scene, a random generator -> the scene and the words to train on.
 Wording = Callable[[Scene, np.random.Generator], tuple[Scene, str]]
@@ -48,7 +48,7 @@ class Table:
 
 
 def plain_wording(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
-    """The scene and a caption of it."""
+    """Return the scene and a caption of it."""
     return scene, caption(scene, rng).text
 
 
@@ -63,9 +63,9 @@ def make_tables(
     sizes: tuple[Size, ...] = NATIVE_SIZES,
     workers: int | None = None,
 ) -> list[Table]:
-    """Tables of `count` scenes in all, four fifths of them square where there are other `sizes`.
+    """Make tables of `count` scenes in all, four fifths of them square if there are other `sizes`.
 
-    `wording` and `extras` run in worker processes (0: in this one), so they must be functions of a module.
+    `wording` and `extras` run in worker processes (unless `workers` is 0), so they must be picklable.
     """
     others = [size for size in sizes if size != SQUARE_SIZE]
     num_square = int(count * _SQUARE_SHARE) if others else count
@@ -89,14 +89,14 @@ def make_tables(
 
 
 def choose_table(tables: list[Table], rng: np.random.Generator) -> Table:
-    """One of the tables; the chance of each is its share of the scenes."""
+    """Choose one of the tables at random, each with a chance proportional to its number of scenes."""
     lengths = np.array([len(table) for table in tables], float)
     return tables[int(rng.choice(len(tables), p=lengths / lengths.sum()))]
 
 
 @torch.no_grad()
 def embed_table(text: TextEncoder, table: Table) -> tuple[Tensor, Tensor]:
-    """What the text tower says about the captions of a table: hidden (n, t, d), pooled (n, 1, d)."""
+    """Return the text tower's embeddings of a table's captions: hidden (n, t, d), pooled (n, 1, d)."""
     parts = [
         run_tower(text, tokens, mask)
         for tokens, mask in zip(
@@ -107,7 +107,7 @@ def embed_table(text: TextEncoder, table: Table) -> tuple[Tensor, Tensor]:
 
 
 def run_tower(text: TextEncoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`TextEncoder.encode` from token ids (b, t), with gradients: hidden (b, t, d), pooled (b, 1, d)."""
+    """Encode token ids (b, t) as `TextEncoder.encode`, with gradients: hidden (b, t, d), pooled (b, 1, d)."""
     outputs = text.model.text_model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
     first_end = (tokens == text.tokenizer.eos_token_id).int().argmax(dim=-1)
     rows = torch.arange(len(tokens), device=tokens.device)
@@ -116,7 +116,7 @@ def run_tower(text: TextEncoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, 
 
 
 def tokenize(text: TextEncoder, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and padding mask, (b, t) each."""
+    """Return token ids and padding mask, (b, t) each."""
     tokens = text.tokenizer(
         prompts, padding="max_length", max_length=text.max_tokens, truncation=True, return_tensors="pt"
     )

@@ -1,7 +1,7 @@
-"""The text tower of the tiny checkpoint: its tokenizer, and supervised readings instead of contrast alone.
+"""Trains the text tower of the tiny checkpoint and its tokenizer, by supervision instead of contrast.
 
-A contrastive text model tells captions apart without saying what they contain. So linear readings, thrown
-away afterwards, ask the pooled embedding and the token states for every fact that a caption states.
+A contrastive text model tells captions apart without saying what they contain. So linear heads, discarded
+afterwards, have to read every fact that a caption states from the pooled embedding and the token states.
 """
 
 import json
@@ -25,7 +25,7 @@ MAX_TOKENS = 32
 NUM_MERGES = 240
 HIDDEN = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
-# The captions' words need fewer pairs; words that people may add to them take the others.
+# The words of captions need fewer merges; words that people may add to them take the others.
 FURTHER_WORDS = (
     "the one two three shape shapes object objects between behind side by each other rectangle oval heart "
     "bright dark light brown violet photo painting simple flat minimal drawn centered"
@@ -61,7 +61,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Captions as tokens, with the facts as classes and one position at or behind the end of each."""
+    """Captions as tokens, with the facts as classes and one position at or after the end of each."""
 
     tokens: Tensor  # (b, 32)
     mask: Tensor  # (b, 32)
@@ -70,7 +70,7 @@ class Batch:
 
 
 class TextTraining(nn.Module):
-    """The text tower with linear readings of its pooled embedding and of the state of one token."""
+    """The text tower with linear heads on its pooled embedding and on the state of one token."""
 
     def __init__(self, text: CLIPTextModelWithProjection) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class TextTraining(nn.Module):
         self.read_state = nn.Linear(HIDDEN, classes)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores of all classes of all attributes, (b, classes) each: by the embedding, by the state."""
+        """Return scores of all classes of all attributes, (b, classes): from the embedding and the state."""
         output = self.text(input_ids=batch.tokens, attention_mask=batch.mask, output_hidden_states=True)
         states = output.hidden_states[-1]
         state = states[torch.arange(len(states)), batch.position]
@@ -89,7 +89,7 @@ class TextTraining(nn.Module):
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """Three layers of width 128 with the exact gelu of the big model; the first end token is pooled."""
+    """Configure three layers of width 128 with the big model's exact GELU; the first end token is pooled."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -107,12 +107,12 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def sample_captions(rng: np.random.Generator, count: int) -> list[Caption]:
-    """Captions of fresh scenes."""
+    """Sample captions of fresh scenes."""
     return [caption(sample_scene(rng), rng) for _ in range(count)]
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[Caption], rng: np.random.Generator) -> Batch:
-    """Tokens and labels of captions, and a random position at the end token or in the padding."""
+    """Return tokens and labels of captions, and a random position at the end token or in the padding."""
     encoded = tokenizer(
         [one.text for one in captions],
         padding="max_length",
@@ -130,13 +130,13 @@ def encode(tokenizer: CLIPTokenizer, captions: list[Caption], rng: np.random.Gen
 
 
 def attribute_losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, summed over the attributes."""
+    """Return the cross entropy, summed over the attributes."""
     parts = [F.cross_entropy(part, labels[:, i]) for i, part in enumerate(_split(scores))]
     return torch.stack(parts).sum()
 
 
 def accuracy(scores: Tensor, labels: Tensor, attribute: str) -> float:
-    """Share of captions whose value of an attribute ("not stated" is one) is read correctly."""
+    """Return the share of captions whose value of an attribute ("not stated" is one) is read correctly."""
     index = list(ATTRIBUTES).index(attribute)
     part = list(_split(scores))[index]
     return (part.argmax(1) == labels[:, index]).float().mean().item()
@@ -144,7 +144,7 @@ def accuracy(scores: Tensor, labels: Tensor, attribute: str) -> float:
 
 @torch.inference_mode()
 def evaluate(training: TextTraining, tokenizer: CLIPTokenizer, count: int = 2048) -> dict[str, float]:
-    """Accuracy of each attribute on held-out captions, as read from the embedding and from a state."""
+    """Return the accuracy of each attribute on held-out captions, from the embedding and from a state."""
     rng = held_out_generator(0)
     batch = encode(tokenizer, sample_captions(rng, count), rng)
     pooled, state = training.eval()(batch)
@@ -153,7 +153,7 @@ def evaluate(training: TextTraining, tokenizer: CLIPTokenizer, count: int = 2048
 
 
 def train_tokenizer(num_captions: int = 20_000) -> CLIPTokenizer:
-    """Byte pairs in the CLIP layout: bytes, bytes that end a word, pairs of captions, start, end."""
+    """Train byte pairs in the CLIP layout: bytes, bytes that end a word, pairs of captions, start, end."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     bpe: Any = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -1,4 +1,4 @@
-"""How long the components of a run took: kept in the packed checkpoint, told by its card."""
+"""Training times of the components of a run, kept in the packed checkpoint and stated on its card."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ TIMES_NAME = "training.json"
 
 
 def save_times(run: Path, folder: Path) -> None:
-    """Write what the state files of a run tell into a checkpoint folder; nothing where they tell nothing."""
+    """Write the times in the state files of a run into a checkpoint folder; nothing if none is recorded."""
     states = sorted(run.glob(f"*/{STATE_FILE}"))
     seconds = {state.parent.name.removesuffix("_training"): seconds_spent(state) for state in states}
     known = {name: round(value, 1) for name, value in seconds.items() if value is not None}
@@ -18,7 +18,7 @@ def save_times(run: Path, folder: Path) -> None:
 
 
 def training_time(folder: Path) -> str:
-    """A sentence on the training of a packed checkpoint; empty where nothing is recorded."""
+    """Return a sentence on the training times of a packed checkpoint; empty if none is recorded."""
     path = folder / TIMES_NAME
     if not path.is_file():
         return ""

@@ -1,9 +1,9 @@
-"""The vision tower of the tiny checkpoint: it says of a picture what the frozen text tower says of it.
+"""Trains the tiny vision tower to embed a picture as the frozen text tower embeds its caption.
 
-The embedding shall be the text's, of a caption that states everything: near it, so that whoever reads one can
-read the other (`image_prompts`), and by contrast. Linear readings, thrown away afterwards, lead there step
-by step: the first layer tells each patch which of its parts a thing covers, whatever the colours are; the
-second the semantic code at its place; and the embedding keeps every fact of the scene. Without the first,
+The target is the embedding of a caption that states everything: by distance, so that a network that reads one
+can read the other (`image_prompts`), and by contrast. Linear heads, discarded afterwards, lead there step by
+step: from the first layer they read which parts of each patch a thing covers, whatever the colours are; from
+the second the semantic code at the patch; and from the embedding every fact of the scene. Without the first,
 shapes stay at chance for very long.
 """
 
@@ -100,7 +100,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures, the embeddings of their captions, and what there is to read in them."""
+    """Pictures, the embeddings of their captions, and the targets of the linear heads."""
 
     pixels: Tensor  # (b, 3, 64, 64), normalised
     text_embeddings: Tensor  # (b, 128)
@@ -112,7 +112,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the tower says of pictures, and what is read of it, fp32."""
+    """The tower's embeddings of pictures and the outputs of the linear heads, in fp32."""
 
     embedding: Tensor  # (b, 128)
     scores: Tensor  # (b, classes) of all classes of all attributes
@@ -121,7 +121,7 @@ class Reading:
 
 
 class VisionTraining(nn.Module):
-    """The vision tower with linear readings of its layers and of its embedding."""
+    """The vision tower with linear heads on its layers and on its embedding."""
 
     def __init__(self, vision: CLIPVisionModelWithProjection) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class VisionTraining(nn.Module):
         self.read_code = nn.Linear(HIDDEN, CHANNELS)
 
     def forward(self, pixels: Tensor) -> Reading:
-        """Read pictures, (b, 3, 64, 64)."""
+        """Embed pictures (b, 3, 64, 64) and apply the linear heads."""
         output = self.vision(pixel_values=pixels, output_hidden_states=True)
         _, first, second, *_ = output.hidden_states
         return Reading(
@@ -143,14 +143,14 @@ class VisionTraining(nn.Module):
 
 
 def _per_patch(read: nn.Linear, states: Tensor) -> Tensor:
-    """States (b, 1 + 64, width) of the class and all patches, normed and read: (b, channels, 8, 8)."""
+    """Apply a head to normed states (b, 1 + 64, width) of class and patches: (b, channels, 8, 8)."""
     patches = F.layer_norm(states[:, 1:], states.shape[-1:])
     read_out: Tensor = read(patches).transpose(1, 2).unflatten(2, (_PATCHES, _PATCHES))
     return read_out.float()
 
 
 def vision_config() -> CLIPVisionConfig:
-    """As wide and deep as the text tower; 8x8 patches of 8 pixels."""
+    """Return a configuration as wide and deep as the text tower's, with 8x8 patches of 8 pixels."""
     return CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
@@ -165,7 +165,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Squeezes a picture of any aspect to 64x64, so that nothing at its sides is cut off."""
+    """Return a processor that squeezes pictures of any aspect to 64x64, so that nothing is cut off."""
     side = {"height": SIDE, "width": SIDE}
     return CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
 
@@ -173,7 +173,7 @@ def image_processor() -> CLIPImageProcessorPil:
 def drawn_batch(
     rng: np.random.Generator, count: int, tokenizer: CLIPTokenizer, text: CLIPTextModelWithProjection
 ) -> Batch:
-    """Fresh scenes, drawn and made small as a picture of a request is; what is covered is not told."""
+    """Render fresh scenes, resized as the pictures of requests are; the targets `parts` are left at zero."""
     scenes = [sample_scene(rng, sample_size(rng)) for _ in range(count)]
     return make_batch(scenes, prepare(scenes), torch.zeros(count, SIDE, SIDE), tokenizer, text)
 
@@ -185,7 +185,7 @@ def make_batch(
     tokenizer: CLIPTokenizer,
     text: CLIPTextModelWithProjection,
 ) -> Batch:
-    """Pictures of scenes with all that is to be read in them."""
+    """Return pictures of scenes with all targets."""
     labels = torch.tensor([Caption("", scene_facts(scene)).labels() for scene in scenes])
     codes = [torch.from_numpy(scene_code(scene))[None] for scene in scenes]
     patches = [F.interpolate(code, (_PATCHES, _PATCHES), mode="bilinear") for code in codes]
@@ -196,21 +196,21 @@ def make_batch(
 
 @torch.no_grad()
 def embed(text: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, words: list[str]) -> Tensor:
-    """The embeddings of captions, (b, 128)."""
+    """Return the embeddings of captions, (b, 128)."""
     tokens = tokenizer(words, padding="longest", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     embeddings: Tensor = text(**tokens).text_embeds
     return embeddings
 
 
 def prepare(scenes: list[Scene]) -> Tensor:
-    """Draw scenes and do what the image processor does, an order faster."""
+    """Render scenes and do what the image processor does, an order of magnitude faster."""
     images = [Image.fromarray(render(scene)) for scene in scenes]
     small = np.stack([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images])
     return normalised(torch.from_numpy(small).permute(0, 3, 1, 2))
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixels (b, 3, h, w) of 255 as the tower reads them."""
+    """Normalise pixels (b, 3, h, w) in 0..255 as the tower reads them."""
     processor = image_processor()
     mean, deviation = (
         torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std)
@@ -219,7 +219,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 def contrastive_loss(images: Tensor, texts: Tensor) -> Tensor:
-    """Each picture finds its caption in the batch, and each caption its picture (CLIP)."""
+    """Return CLIP's loss: each picture has to find its caption in the batch, and each caption its picture."""
     similarity = _SHARPNESS * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     target = torch.arange(len(images))
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
@@ -227,8 +227,7 @@ def contrastive_loss(images: Tensor, texts: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(training: VisionTraining, batch: Batch, spread: Tensor) -> dict[str, float]:
-    """Accuracy of each attribute of the scenes, how often a caption is nearest to its picture, and the
-    squared distance of the embeddings to the text's, by what those vary."""
+    """Return attribute accuracies, recall at 1 and 5, and squared distance to the texts over `spread`."""
     parts = [training.eval()(part) for part in torch.split(batch.pixels, 128)]
     scores = torch.cat([part.scores for part in parts])
     embedding = torch.cat([part.embedding for part in parts])

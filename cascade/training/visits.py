@@ -1,9 +1,9 @@
-"""What a short run really visits, and where the guided Stage C goes from there.
+"""Latents that a short run visits, and the codes to which the guided Stage C goes from there.
 
-A run of few steps stands on latents that no noised picture looks like: its first predictions lie between
-the pictures that a prompt allows. So it is taught on its own latents (Ross et al. 2011, DAgger). From each
-of them the teacher, guided and in small deterministic steps, goes to a clean code. That is read and written
-anew, so it is exactly the code of a scene; a scene that is not what the caption says teaches nothing.
+A run of few steps visits latents that are unlike any noised picture: its first predictions lie between the
+pictures that a prompt allows. So the student is trained on its own latents (Ross et al. 2011, DAgger). From
+each of them the teacher, guided and in small deterministic steps, goes to a clean code. That is read and
+encoded anew, so it is exactly the code of a scene; a scene that does not match its caption is dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,29 +28,29 @@ from cascade.training.scenes import Scene, sample_scene
 
 GUIDANCE = 4.0
 
-_HOP = 1 / 8  # of the run, by which the teacher steps
-_DECIDED = 0.5  # time from which on guidance does nothing (Stage C's training made it so)
-_FARTHEST = 0.15  # squared distance of a code from the scene that it reads as; beyond, it reads as none
+_HOP = 1 / 8  # the teacher's step, as a share of the run
+_DECIDED = 0.5  # time up to which guidance does nothing (by Stage C's training)
+_FARTHEST = 0.15  # largest squared distance of a code from that of the scene that it reads as
 
 
 @dataclass(frozen=True, slots=True)
 class Visits:
     """Rows to learn from, all at one time of the run."""
 
-    latents: Tensor  # (n, 16, h, w): what the student stood on
-    goals: Tensor  # (n, 16, h, w): what it should have said, clean codes
+    latents: Tensor  # (n, 16, h, w): visited by the student
+    goals: Tensor  # (n, 16, h, w): clean codes that it should have predicted
     hidden: Tensor  # (n, t, d) and
-    pooled: Tensor  # (n, 1, d): what it was told
+    pooled: Tensor  # (n, 1, d): embeddings of its prompts
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, rows: Tensor | slice) -> "Visits":
-        """Some of the rows."""
+        """Return some of the rows."""
         return Visits(*(getattr(self, part.name)[rows] for part in fields(self)))
 
     def followed_by(self, later: "Visits", most: int) -> "Visits":
-        """The rows of both; of more than `most` the oldest are forgotten."""
+        """Return the rows of both; of more than `most` the oldest are dropped."""
         both = Visits(
             *(torch.cat([getattr(self, part.name), getattr(later, part.name)]) for part in fields(self))
         )
@@ -59,7 +59,7 @@ class Visits:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Prompts of one size, with the scenes that they describe."""
+    """Prompts for pictures of one size, with the scenes that they describe."""
 
     scenes: list[Scene]
     captions: list[Caption]
@@ -68,12 +68,12 @@ class Asked:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of their codes."""
+        """Height and width of the codes."""
         return grid_size(self.scenes[0].width, self.scenes[0].height)
 
 
 def ask(text: TextEncoder, count: int, size: tuple[int, int], rng: np.random.Generator) -> Asked:
-    """Captions of new scenes of a size (width, height)."""
+    """Sample new scenes of a size (width, height) and captions of them."""
     scenes = [sample_scene(rng, size) for _ in range(count)]
     captions = [caption(scene, rng) for scene in scenes]
     embeddings = text.encode([one.text for one in captions])
@@ -89,13 +89,13 @@ def visit(
     asked: Asked,
     times: Sequence[float],
 ) -> list[Visits]:
-    """Let the student draw by the rule "lcm" at some `times` and ask the teacher at every one.
+    """Let the student draw with the sampler "lcm" at some `times`, and let the teacher continue from each.
 
-    Where the teacher goes astray from a place, the goal is the last one that it reached from an earlier place
-    of the same run; without such a one the row is left out.
+    Where the teacher does not reach the scene asked for, the goal is the last one that it reached from an
+    earlier time of the same run; without one, the row is left out.
 
     Returns:
-        Rows by time; what a row was told is the same at all times.
+        Rows by time; the prompt of a run is the same at all times.
     """
     count, device = len(asked.scenes), teacher.device
     told, _ = conditions(student, asked.hidden, asked.pooled, text)
@@ -130,11 +130,11 @@ def go_on(
     guided: Condition,
     both: Condition,
 ) -> Tensor:
-    """The clean codes to which the teacher comes from latents (b, 16, h, w) at the time `start`.
+    """Return the clean codes that the teacher reaches from latents (b, 16, h, w) at the time `start`.
 
     Args:
         guided: conditions of the prompts, b rows.
-        both: the same and then those of no prompt, 2 b rows.
+        both: the same and then those of the empty prompt, 2 b rows.
     """
     count = len(latents)
     clean = latents
@@ -155,7 +155,7 @@ def go_on(
 
 
 def exact(code: Tensor, asked: Scene, stated: Caption) -> Tensor | None:
-    """The code of just the scene that `code` (16, h, w) reads as; None where that is not what was asked."""
+    """Return the exact code of the scene that `code` (16, h, w) reads as, or None if it was not asked for."""
     values = code.float().cpu().numpy()
     read = read_code(values, (asked.width, asked.height))
     if not shows(read, asked, stated) or not stands_as_told(read, stated):
@@ -167,7 +167,7 @@ def exact(code: Tensor, asked: Scene, stated: Caption) -> Tensor | None:
 
 
 def stands_as_told(read: Scene, stated: Caption) -> bool:
-    """Whether things have the places and sizes that the caption states; things are told by their colours."""
+    """Return whether things have the places and sizes that the caption states; colours identify them."""
     judges: dict[str, Callable[..., str]] = {"place": read.place, "size": read.size_word}
     return all(
         told(thing) == stated.facts.get(f"{mention}_{what}", told(thing))
@@ -181,12 +181,12 @@ def stands_as_told(read: Scene, stated: Caption) -> bool:
 def level_at(
     schedule: CosineSchedule, time: float, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Level and ratio of some rows, (b,) each."""
+    """Return level (log SNR) and ratio at `time` for `count` rows, (count,) each."""
     level = schedule.log_snr(torch.full((count,), time, dtype=torch.float64))
     return level.float().to(device), schedule.ratio(level).float().to(device)
 
 
 def scales_at(schedule: CosineSchedule, time: float) -> tuple[float, float]:
-    """Alpha and sigma."""
+    """Return alpha and sigma at `time`."""
     alpha, sigma = signal_and_noise(schedule.log_snr(torch.tensor(time, dtype=torch.float64)))
     return float(alpha), float(sigma)

@@ -1,4 +1,4 @@
-"""The same run for `torchrun`, which starts one of these processes for each GPU."""
+"""Finetuning for `torchrun`, which starts one of these processes for each GPU."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""From numbers of pictures to what a stage is trained on: its latents, noised, and its condition."""
+"""Training batches of a stage, from indices of pictures: noised latents and their condition."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from cascade.training.finetune.parallel import World
 from cascade.training.finetune.pictures import LatentCache, Pictures, encoded
 from cascade.training.finetune.settings import FinetuneSettings
 
-BatchSource = Callable[[int, int, Sequence[int]], Batch]  # number, bucket, pictures of the global batch
+BatchSource = Callable[[int, int, Sequence[int]], Batch]  # batch number, bucket, indices of its pictures
 
 _SMALLEST = 0.5  # Stage B: the semantic encoder sees the picture at this share of its size or more
 
@@ -33,7 +33,7 @@ def make_source(
     sizes: Sequence[Size],
     say: Callable[[str], None],
 ) -> BatchSource:
-    """What makes the batches of a stage; the networks it needs are moved to the device.
+    """Return the source of a stage's batches; the networks that it needs are moved to the device.
 
     Raises `CheckpointError` if the checkpoint has no semantic encoder.
     """
@@ -47,7 +47,7 @@ def make_source(
 
 
 class _Source:
-    """What both stages share."""
+    """The base of both stages' sources of batches."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class _Source:
             model.to(world.device).eval()
 
     def _rows(self, number: int, indices: Sequence[int]) -> tuple[list[int], list[np.random.Generator]]:
-        """This process's rows of a global batch, each with its own generator."""
+        """Return this process's rows of a global batch, and a generator for each."""
         places = range(self.world.rank, len(indices), self.world.size)
         rngs = [np.random.default_rng((self.settings.seed, number, place)) for place in places]
         return [indices[place] for place in places], rngs
@@ -80,7 +80,7 @@ class _Source:
     def _texts(
         self, examples: Sequence[Example], rngs: Sequence[np.random.Generator]
     ) -> tuple[Tensor, Tensor]:
-        """Hidden and pooled text; a caption that is dropped is the empty one."""
+        """Return hidden and pooled text embeddings; dropped captions are replaced by the empty one."""
         share = self.settings.caption_dropout
         words = ["" if rng.random() < share else e.caption for e, rng in zip(examples, rngs, strict=True)]
         embeddings = self.text.encode(words)
@@ -92,7 +92,7 @@ class _Source:
 
 
 class _PriorSource(_Source):
-    """Stage C learns the semantic latents of a picture."""
+    """Batches of Stage C, which learns the semantic latents of a picture."""
 
     def __call__(self, number: int, bucket: int, indices: Sequence[int]) -> Batch:
         mine, rngs = self._rows(number, indices)
@@ -122,7 +122,7 @@ class _PriorSource(_Source):
         return LatentCache(self.settings.work / "latents", digest)
 
     def _images(self, examples: Sequence[Example], rngs: Sequence[np.random.Generator]) -> Tensor:
-        """CLIP embeddings of the few pictures that are shown; zeros for the others."""
+        """Return CLIP embeddings of the few pictures that are not dropped, and zeros for the others."""
         width = self.models.stage_c.config.clip_image_in_channels
         embeddings = torch.zeros(len(examples), 1, width, device=self.world.device)
         shown = [row for row, rng in enumerate(rngs) if rng.random() >= self.settings.image_dropout]
@@ -134,7 +134,7 @@ class _PriorSource(_Source):
 
 
 class _DecoderSource(_Source):
-    """Stage B learns Stage A's latents, given the semantic latents of the same picture."""
+    """Batches of Stage B, which learns Stage A's latents, given the semantic latents of the same picture."""
 
     def __call__(self, number: int, bucket: int, indices: Sequence[int]) -> Batch:
         mine, rngs = self._rows(number, indices)
@@ -161,7 +161,7 @@ class _DecoderSource(_Source):
 
     @torch.no_grad()
     def _semantic(self, pixels: Tensor, scale: float) -> Tensor:
-        """Semantic latents at a random scale; at the only one it knows for a checkpoint of fixed sizes."""
+        """Encode pictures at `scale`, or at the encoder's own if the checkpoint has fixed sizes."""
         if self.models.native.resamples:
             return cast(Tensor, self.effnet(resize_for_encoder(pixels))).float()
         height, width = (max(STRIDE, int(side * scale) // STRIDE * STRIDE) for side in pixels.shape[-2:])

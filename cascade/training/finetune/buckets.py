@@ -1,7 +1,7 @@
-"""Aspect buckets: pictures of like proportions share a grid of about the same area and make batches together.
+"""Aspect buckets: sizes of about the same area; pictures of similar proportions are batched at one of them.
 
-Which pictures a batch has is a function of the seed and of the batch's number, so that a run can be resumed
-anywhere, and several processes agree without talking.
+The pictures of a batch are a function of the seed and of the batch's number, so that a run can be resumed
+anywhere, and several processes agree without communication.
 """
 
 import math
@@ -13,15 +13,15 @@ from cascade.sizes import NativeSizes
 
 Size = tuple[int, int]  # width, height in pixels
 
-MULTIPLE = 32  # pixels; of the sides of a bucket
-# Of the official training code, with their inverses.
+MULTIPLE = 32  # pixels; both sides of a bucket are multiples of it
+# Aspect ratios of the official training code, which also uses their inverses.
 _RATIOS = (1 / 1, 1 / 2, 1 / 3, 2 / 3, 3 / 4, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 1 / 6, 5 / 6, 9 / 16)
 
 
 def bucket_sizes(native: NativeSizes, image_size: int | None = None) -> tuple[Size, ...]:
-    """The sizes at which a checkpoint is trained, the square one first.
+    """Return the sizes at which a checkpoint is trained, the square one first.
 
-    Those that a checkpoint says it knows, or else rectangles whose area is that of a square of `image_size`.
+    They are the checkpoint's fixed sizes, or else rectangles of about the area of a square of `image_size`.
     """
     if native.resamples and image_size is None:
         return native.sizes
@@ -35,12 +35,12 @@ def bucket_sizes(native: NativeSizes, image_size: int | None = None) -> tuple[Si
 
 
 def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> int:
-    """Index of the size whose proportions are nearest."""
+    """Return the index of the size whose proportions are nearest."""
     return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][0] * height / (sizes[i][1] * width))))
 
 
 class BatchOrder:
-    """Which pictures stand in which batch; every epoch shows each picture at least once, newly shuffled."""
+    """The pictures of each batch; every epoch shows each picture at least once, newly shuffled."""
 
     def __init__(self, buckets: Sequence[int], batch: int, seed: int) -> None:
         """`buckets` holds the bucket of every picture."""
@@ -51,11 +51,11 @@ class BatchOrder:
 
     @property
     def per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches in one epoch."""
         return sum(math.ceil(len(members) / self.batch) for members in self.members.values())
 
     def __getitem__(self, number: int) -> tuple[int, list[int]]:
-        """Bucket and pictures of a batch. A bucket's last batch is filled up from its beginning."""
+        """Return bucket and pictures of a batch; a bucket's last batch is filled up from its beginning."""
         epoch, place = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))

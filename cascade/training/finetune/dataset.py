@@ -23,20 +23,20 @@ MAX_FILE_BYTES = 512_000_000
 METADATA = "metadata.jsonl"
 
 _CAPTION_KEYS = ("caption", "text", "prompt")
-_ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
+_ORIENTATION = 0x0112  # EXIF tag; from 5 on, the picture lies on its side
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the bytes of a picture lie: a file, or a stretch of a tar file."""
+    """The location of a picture's or caption's bytes: a file, or a range of a tar file."""
 
     path: Path
     num_bytes: int
     offset: int = 0
 
     def read(self) -> bytes:
-        """The bytes; raises OSError."""
+        """Read the bytes; raise `OSError` if that fails."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.num_bytes)
@@ -53,7 +53,7 @@ class Example:
     height: int
 
     def open(self) -> Image.Image:
-        """The upright picture in RGB; transparent parts become white. Raises `UnreadablePicture`."""
+        """Return the upright picture in RGB, transparent parts white. Raises `UnreadablePicture`."""
         try:
             return flattened(Image.open(io.BytesIO(self.source.read())))
         except _UNREADABLE as error:
@@ -69,13 +69,13 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """Changes with names, captions and sizes of files: a resumed run notices other data."""
+        """A hash of names, captions and file sizes, by which a resumed run notices other data."""
         text = "\n".join(f"{e.name}\t{e.caption}\t{e.source.num_bytes}" for e in self.examples)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 class UnreadablePicture(ValueError):
-    """A picture cannot be decoded: names it and says why."""
+    """A picture cannot be decoded; the message names it and says why."""
 
 
 def read_dataset(path: Path) -> Dataset:
@@ -85,7 +85,7 @@ def read_dataset(path: Path) -> Dataset:
     `caption` or `text`), the .txt file of the same name, or its file name with spaces for _ and -.
 
     Raises:
-        InvalidSetting: nothing usable is there.
+        InvalidSetting: nothing usable is there, or a metadata.jsonl is malformed.
     """
     if not path.exists():
         raise InvalidSetting("data", f"{path}: no such folder or .tar file")
@@ -122,7 +122,7 @@ def _found(path: Path, skipped: list[str]) -> Iterator[Example]:
 
 
 def _shard(path: Path, title: str, skipped: list[str]) -> Iterator[Example]:
-    """The examples of a tar file: members that share a name up to the first dot belong together."""
+    """Yield the examples of a tar file; members that share a name up to the first dot belong together."""
     pictures: dict[str, tuple[str, Source]] = {}
     captions: dict[str, Source] = {}
     try:
@@ -148,7 +148,7 @@ def _shard(path: Path, title: str, skipped: list[str]) -> Iterator[Example]:
 def _example(
     name: str, source: Source, given: str, text: Source | None, stem: str, skipped: list[str]
 ) -> Iterable[Example]:
-    """The example, if its header can be read and its caption is not absurd; otherwise why it is left out."""
+    """Return the example, or add the reason to `skipped`: an unreadable header or an overlong caption."""
     try:
         if source.num_bytes > MAX_FILE_BYTES:
             raise ValueError(f"{source.num_bytes:,} bytes; at most {MAX_FILE_BYTES:,} are read")
@@ -163,17 +163,17 @@ def _example(
 
 
 def _size(source: Source) -> tuple[int, int]:
-    """Width and height of the upright picture, from its header."""
+    """Return width and height of the upright picture, from its header."""
     with Image.open(io.BytesIO(source.read()) if source.offset else source.path) as image:
         width, height = image.size
-        # A PNG that states nothing before its pixels would be decoded to look behind them.
+        # Without EXIF data before the pixels of a PNG, `getexif` would decode them to look behind them.
         is_silent = image.format == "PNG" and "exif" not in image.info
         turned = not is_silent and image.getexif().get(_ORIENTATION, 1) >= 5
         return (height, width) if turned else (width, height)
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Captions by file name from a metadata.jsonl, if there is one."""
+    """Return captions by file name from a metadata.jsonl, if there is one."""
     captions: dict[str, str] = {}
     if not path.is_file():
         return captions

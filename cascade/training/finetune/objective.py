@@ -1,4 +1,4 @@
-"""What is learned: the noise in noised latents, each noise level with its weight.
+"""The training objective: predict the noise in noised latents, each noise level with its weight.
 
 Formulas are those of the official training code (`gdf`): times uniform over the unshifted cosine schedule,
 the squared error of the noise, and P2 or adaptive weights.
@@ -29,7 +29,7 @@ _PYRAMID_DECAY = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Noised latents, the noise in them and what the network is told beside them, row by row."""
+    """Noised latents, the noise in them and the other inputs of the network, row by row."""
 
     latents: Tensor  # (b, c, h, w)
     noise: Tensor  # (b, c, h, w)
@@ -39,77 +39,77 @@ class Batch:
 
 
 class PriorObjective(nn.Module):
-    """Stage C with its condition in one forward pass, which is what sharding can wrap."""
+    """Stage C and the preparation of its condition in one forward pass, which sharding can wrap."""
 
     def __init__(self, stage: StageC) -> None:
         super().__init__()
         self.stage = stage
 
     def forward(self, latents: Tensor, ratio: Tensor, text: Tensor, pooled: Tensor, images: Tensor) -> Tensor:
-        """The predicted noise."""
+        """Predict the noise."""
         return cast(Tensor, self.stage(latents, ratio, self.stage.prepare(text, pooled, images)))
 
 
 class DecoderObjective(nn.Module):
-    """Stage B with its condition in one forward pass."""
+    """Stage B and the preparation of its condition in one forward pass."""
 
     def __init__(self, stage: StageB) -> None:
         super().__init__()
         self.stage = stage
 
     def forward(self, latents: Tensor, ratio: Tensor, semantic: Tensor, pooled: Tensor) -> Tensor:
-        """The predicted noise."""
+        """Predict the noise."""
         height, width = latents.shape[-2:]
         return cast(Tensor, self.stage(latents, ratio, self.stage.prepare(semantic, pooled, (height, width))))
 
 
 class LossWeights(Protocol):
-    """How much each noise level counts."""
+    """The weights of noise levels in the loss."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        """Weights (b,) of the levels (b,)."""
+        """Return the weights (b,) of the levels (b,)."""
 
     def update(self, log_snr: Tensor, errors: Tensor) -> None:
         """Learn from the errors (b,) of a forward pass."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
 
 
 class P2Weights:
-    """1 / (1 + SNR) (Choi et al. 2022, with k and gamma 1)."""
+    """P2 weights, 1 / (1 + SNR) (Choi et al. 2022, with k and gamma 1)."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        """Weights (b,) of the levels (b,)."""
+        """Return the weights (b,) of the levels (b,)."""
         return torch.sigmoid(-log_snr).float()
 
     def update(self, log_snr: Tensor, errors: Tensor) -> None:
-        """Nothing is learned."""
+        """Do nothing: nothing is learned."""
 
     def state(self) -> dict[str, Tensor]:
-        """Empty."""
+        """Return an empty state."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is nothing to restore."""
 
 
 class AdaptiveWeights:
-    """The inverse of a running mean of the error at each of 300 levels: all levels count alike."""
+    """The inverse of a running mean of the error at each of 300 levels, so that all levels count alike."""
 
     def __init__(self) -> None:
         self.means = torch.ones(NUM_LEVELS)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        """Weights (b,) of the levels (b,)."""
+        """Return the weights (b,) of the levels (b,)."""
         means = self.means[self._level(log_snr)]
         return (1 / means).clamp(*WEIGHT_RANGE).to(log_snr.device)
 
     def update(self, log_snr: Tensor, errors: Tensor) -> None:
-        """Each level that occurs moves towards the mean error of its rows."""
+        """Move each level that occurs towards the mean error of its rows."""
         levels = self._level(log_snr)
         sums = torch.zeros(NUM_LEVELS).index_add_(0, levels, errors.detach().float().cpu())
         counts = torch.zeros(NUM_LEVELS).index_add_(0, levels, torch.ones(len(levels)))
@@ -117,11 +117,11 @@ class AdaptiveWeights:
         self.means[seen] = LEVEL_BETA * self.means[seen] + (1 - LEVEL_BETA) * (sums[seen] / counts[seen])
 
     def state(self) -> dict[str, Tensor]:
-        """The running means."""
+        """Return the running means."""
         return {"means": self.means.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over the running means."""
+        """Restore the running means."""
         self.means = state["means"].clone()
 
     @staticmethod
@@ -132,7 +132,7 @@ class AdaptiveWeights:
 
 
 def row_errors(predicted: Tensor, noise: Tensor) -> Tensor:
-    """The mean squared error of every row, (b, c, h, w) to (b,), in fp32."""
+    """Return the mean squared error of every row, (b, c, h, w) to (b,), in fp32."""
     return (predicted.float() - noise).square().mean((1, 2, 3))
 
 
@@ -144,7 +144,7 @@ def noised(
     *,
     pyramid: bool,
 ) -> Batch:
-    """Noise `clean` (b, c, h, w), each row by its own generator, so that it is the same in any batch.
+    """Noise `clean` (b, c, h, w), each row by its own generator, so that a row is the same in any batch.
 
     `schedule` is not shifted, as in the official training code: shifts belong to sampling.
     """
@@ -165,7 +165,7 @@ def noised(
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], pyramid: bool) -> Tensor:
-    """Noise of variance 1; a pyramid has coarse parts that a large latent otherwise lacks."""
+    """Draw noise of variance 1; a pyramid adds coarse parts, which a large latent otherwise lacks."""
 
     def draw(height: int, width: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((shape[0], height, width), dtype=np.float32))

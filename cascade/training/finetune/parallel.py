@@ -1,4 +1,4 @@
-"""One process or many under `torchrun`: who this one is, and what they do together."""
+"""One process or many under `torchrun`: the rank of this one, and what they do together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from cascade.checkpoints.load import parse_device
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all; alone it is number 0 of 1."""
+    """The place of this process among all; a single process has rank 0 of 1."""
 
     device: torch.device
     rank: int = 0
@@ -22,11 +22,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """The one process that writes files and talks."""
+        """Whether this is the one process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes in the order of the global batch: row i came from process i % size."""
+        """Gather the rows of all processes in the order of the global batch: row i from process i % size."""
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
@@ -34,14 +34,14 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have arrived."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that `torchrun` made, or this process alone."""
+    """Join the processes that `torchrun` started, if any; yield the place of this one."""
     if not dist.is_torchelastic_launched():
         yield World(parse_device(device))
         return
@@ -57,10 +57,10 @@ def joined(device: str) -> Iterator[World]:
 
 
 def distribute(objective: nn.Module, world: World, *, sharded: bool) -> nn.Module:
-    """The module that runs forward and backward; alone it is `objective` itself.
+    """Return the module that runs forward and backward; for a single process it is `objective` itself.
 
-    Sharded: every process keeps a share of the weights, gradients and moments and gathers the weights at the
-    start of each pass (FSDP2 with one group, as the official code's SHARD_GRAD_OP). Otherwise all keep all.
+    Sharded, every process keeps a share of the weights, gradients and moments and gathers the weights at the
+    start of each pass (FSDP2 with one group, as the official code's SHARD_GRAD_OP). Otherwise each keeps all.
     """
     if world.size == 1:
         return objective
@@ -75,13 +75,13 @@ def distribute(objective: nn.Module, world: World, *, sharded: bool) -> nn.Modul
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which every process may have a share, on the CPU. All processes must call it."""
+    """Return the whole of a tensor that may be sharded, on the CPU. All processes must call it."""
     full: Any = tensor.detach()
     return torch.as_tensor(full.full_tensor() if hasattr(full, "full_tensor") else full).cpu()
 
 
 def share_like(full: Tensor, parameter: Tensor) -> Tensor:
-    """This process's share of a tensor, laid out and placed as `parameter` is."""
+    """Return this process's share of a tensor, laid out and placed as `parameter` is."""
     if not hasattr(parameter, "device_mesh") or full.shape != parameter.shape:
         return full.to(parameter.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -93,6 +93,6 @@ def share_like(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies in this process."""
+    """Return the part of a tensor that lies in this process."""
     here: Any = tensor
     return torch.as_tensor(here.to_local() if hasattr(here, "to_local") else here)

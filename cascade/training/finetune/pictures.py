@@ -1,4 +1,4 @@
-"""Pictures of a dataset as tensors: cut to their bucket, encoded, and optionally kept on the disk."""
+"""Pictures of a dataset as tensors: cut to their bucket, encoded, and optionally cached on disk."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Encode = Callable[[Tensor], Tensor]  # pixels (b, 3, h, w) in 0..1 to latents (b
 
 
 class Pictures:
-    """Reads examples; a damaged one is reported once and another of its bucket stands in."""
+    """Reads examples; a damaged one is reported once and replaced by another of its bucket."""
 
     def __init__(
         self, dataset: Dataset, members: dict[int, list[int]], report: Callable[[str], None]
@@ -34,7 +34,7 @@ class Pictures:
     def pixels(
         self, index: int, bucket: int, size: Size, rng: np.random.Generator | None
     ) -> tuple[Example, Tensor]:
-        """An example and its pixels (3, h, w) in 0..1; cut at random, or centrally without a generator.
+        """Return an example and its pixels (3, h, w) in 0..1, cut at random, or centrally without `rng`.
 
         Raises `InvalidSetting` when no picture of the bucket can be read.
         """
@@ -56,18 +56,18 @@ class LatentCache:
     """Latents of pictures in a folder, one safetensors file each, made on first use."""
 
     def __init__(self, folder: Path, encoder: str) -> None:
-        """`encoder` names the weights that made the latents; others get other files."""
+        """`encoder` identifies the weights that make the latents; others get other files."""
         self.folder = folder
         self.encoder = encoder
 
     def path(self, example: Example, size: Size) -> Path:
-        """Where the latents of an example at a size are, or will be."""
+        """Return where the latents of an example at a size are, or will be."""
         key = (self.encoder, example.name, example.source.num_bytes, _modified(example), *size)
         digest = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def get(self, example: Example, size: Size) -> Tensor | None:
-        """The latents, if they are there."""
+        """Return the latents, or None if they are missing or damaged."""
         path = self.path(example, size)
         try:
             return load_file(path)["latents"] if path.is_file() else None
@@ -75,7 +75,7 @@ class LatentCache:
             return None  # damaged: made anew
 
     def put(self, example: Example, size: Size, latents: Tensor) -> None:
-        """Keep latents (c, h, w); raises `CheckpointError` when the disk is full."""
+        """Keep latents (c, h, w); raise `CheckpointError` if the disk is full."""
         stored = {"latents": StoredTensor.of(latents.detach().float().cpu().contiguous())}
         write_tensors(self.path(example, size), stored, lambda _, dtype: dtype, {})
 
@@ -90,7 +90,7 @@ def encoded(
     cache: LatentCache | None,
     rngs: Sequence[np.random.Generator],
 ) -> tuple[list[Example], Tensor]:
-    """The examples of a batch and their latents (b, c, gh, gw); what the cache lacks is made together."""
+    """Return the examples of a batch and their latents (b, c, gh, gw); those not cached are made together."""
     examples: list[Example] = []
     rows: list[Tensor | None] = []
     fresh: list[Tensor] = []
@@ -122,7 +122,7 @@ def cut(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Imag
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """(3, h, w) in 0..1."""
+    """Return the pixels of a picture, (3, h, w) in 0..1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 

@@ -1,4 +1,4 @@
-"""What a finetuning run is asked to do."""
+"""Settings of a finetuning run."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ _AT_LEAST = {
     "learning_rate": 0.0,
 }
 _SHARES = ("ema_decay", "caption_dropout", "image_dropout", "effnet_dropout", "effnet_noise")
-# These may change between the parts of one run.
+# Settings that may change when a run is resumed.
 _FREE = (
     "data",
     "output",
@@ -39,9 +39,9 @@ _FREE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneSettings:
-    """A run of Stage C ("prior") or Stage B ("decoder"); checked on construction.
+    """Settings of a run of Stage C ("prior") or Stage B ("decoder"), checked on construction.
 
-    The shares of dropout are the official training code's. Raises `InvalidSetting`.
+    The dropout shares are those of the official training code. Raises `InvalidSetting`.
     """
 
     stage: Stage
@@ -63,10 +63,10 @@ class FinetuneSettings:
     effnet_noise: float = 0.0  # Stage B: largest deviation of noise on the semantic latents
     seed: int = 0
     device: str = "auto"
-    bf16: bool | None = None  # autocast; None: on a GPU
+    bf16: bool | None = None  # autocast; None: only on a GPU
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     sharded: bool = True  # several processes: FSDP2 shares out gradients, moments and averages; else DDP
-    cache: bool = True  # Stage C: keep the latents on the disk, of pictures cut centrally
+    cache: bool = True  # Stage C: cache the latents on disk, of pictures cut centrally
     save_every: int = 250
     sheet_every: int = 250  # 0: none
     save_dtype: str = "float32"
@@ -90,9 +90,9 @@ class FinetuneSettings:
 
     @property
     def work(self) -> Path:
-        """The folder of everything that is not the result."""
+        """Folder of everything but the result: state, sheets and cached latents."""
         return self.output.with_name(f"{self.output.name}.training")
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
+        """Return the settings that must not change when a run is resumed."""
         return {field.name: asdict(self)[field.name] for field in fields(self) if field.name not in _FREE}

@@ -24,18 +24,18 @@ STATE_FILE = "state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What changes in the course of a run."""
+    """Everything that changes in the course of a run."""
 
     parameters: dict[str, nn.Parameter]
-    average: dict[str, Tensor]  # of the parameters; empty where none is wanted
+    average: dict[str, Tensor]  # of the parameters; empty if none is kept
     optimizer: torch.optim.Optimizer
     weights: LossWeights
 
 
 def save_state(path: Path, world: World, state: State, progress: Mapping[str, Any]) -> None:
-    """Write the state; every process calls it and the first one writes.
+    """Write the state file: every process must call this, and the first one writes.
 
-    Raises `CheckpointError` when the disk is full; an older state stays.
+    Raises `CheckpointError` if the disk is full; an older file then stays.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.parameters.items():
@@ -52,11 +52,11 @@ def save_state(path: Path, world: World, state: State, progress: Mapping[str, An
 
 
 def restore_state(path: Path, state: State, identity: Mapping[str, Any]) -> int:
-    """Fill everything from the state file, if there is one; the updates already made.
+    """Restore the state from its file, if there is one, and return the number of updates already made.
 
     Raises:
-        InvalidSetting: it is of a run with other settings.
-        CheckpointError: it is damaged.
+        InvalidSetting: the file is of a run with other settings.
+        CheckpointError: the file is damaged.
     """
     if not path.exists():
         return 0

@@ -1,4 +1,4 @@
-"""The finetuning run itself: batches in, updates, states and sheets on the way, a checkpoint at the end."""
+"""The finetuning run: updates from batches, states and sheets on the way, a checkpoint at the end."""
 
 import functools
 import shutil
@@ -45,20 +45,20 @@ from cascade.training.finetune.state import STATE_FILE, State, restore_state, sa
 SHEET_PICTURES = 4
 
 _SHOWN_SKIPS = 5
-_SMOOTHING = 0.9  # of the figures beside the progress bar
+_SMOOTHING = 0.9  # of the loss beside the progress bar
 
 
 def finetune(settings: FinetuneSettings) -> list[float]:
     """Finetune one stage of a checkpoint and write the new checkpoint to `settings.output`.
 
-    An interrupted run goes on from its last saved state. Under `torchrun` every process calls this.
+    An interrupted run resumes from its last saved state. Under `torchrun` every process calls this.
 
     Returns:
         The unweighted error of the noise at every update of this part of the run.
 
     Raises:
-        InvalidSetting: the settings, the data, or an unfinished run with other settings.
-        CheckpointError: the checkpoint lacks a component, a file is damaged, or the disk is full.
+        InvalidSetting: the settings or the data are unusable, or an unfinished run has other settings.
+        CheckpointError: a component is missing, a file damaged, the output not empty, or the disk full.
     """
     with joined(settings.device) as world:
         return _Run(settings, world).go()
@@ -91,7 +91,7 @@ class _Run:
     def go(self) -> list[float]:
         """Train from where the run stands to its end, and write the checkpoint."""
         settings, world = self.settings, self.world
-        kept = deepcopy(self._stage)  # for the result and the sheets; it never runs backward
+        kept = deepcopy(self._stage)  # for the result and the sheets; it is not trained itself
         runner, state = self._begin()
         start = restore_state(self._state_file, state, self.identity)
         losses: list[float] = []
@@ -117,7 +117,7 @@ class _Run:
         return losses
 
     def _begin(self) -> tuple[nn.Module, State]:
-        """What runs forward and backward, and what changes by that, before the first update."""
+        """Return the module that runs forward and backward, and the state before the first update."""
         settings, stage = self.settings, self._stage
         stage.to(self.world.device).train().requires_grad_(True)
         if settings.checkpointing:
@@ -137,7 +137,7 @@ class _Run:
         )
 
     def _keep(self, done: int, state: State, kept: nn.Module, figures: str) -> None:
-        """Save the state and draw a sheet, where it is time for that."""
+        """Save the state and draw a sheet, each when it is due."""
         settings, is_last = self.settings, done == self.settings.steps
         if done % settings.save_every == 0 or is_last:
             save_state(self._state_file, self.world, state, {"step": done, "identity": self.identity})
@@ -155,7 +155,7 @@ class _Run:
         return self.models.stage_c if self.settings.stage == "prior" else self.models.stage_b
 
     def _update(self, runner: nn.Module, state: State, step: int, rate: float) -> tuple[float, float]:
-        """One update from all its forward passes; the mean error of the noise, and the gradients' norm."""
+        """Make one update from its forward passes; return the noise's mean error and the gradients' norm."""
         settings = self.settings
         torch.manual_seed(hash((settings.seed, step)) % 2**63)  # dropout inside the network
         error = 0.0
@@ -179,13 +179,13 @@ class _Run:
         return error, float(norm)
 
     def _learn_levels(self, weights: LossWeights, batch: Batch, errors: Tensor) -> float:
-        """Tell the weights the errors of all processes, so that all keep the same; their mean."""
+        """Update the weights by the errors of all processes, so that all agree; return the mean error."""
         everywhere = self.world.gather(errors.detach())
         weights.update(self.world.gather(batch.log_snr), everywhere)
         return float(everywhere.mean())
 
     def _gradients_stay(self, runner: nn.Module, is_last: bool) -> Any:
-        """Before the last forward pass of an update, processes need not exchange gradients."""
+        """Suspend the exchange of gradients between processes until the last forward pass of an update."""
         if isinstance(runner, nn.parallel.DistributedDataParallel) and not is_last:
             return runner.no_sync()
         if self.world.size > 1 and self.settings.sharded:
@@ -198,7 +198,7 @@ class _Run:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=wanted)
 
     def _take_over(self, kept: nn.Module, state: State) -> None:
-        """Fill a whole copy of the stage with the average, tensor by tensor; every process calls it."""
+        """Fill a whole copy of the stage with the average, tensor by tensor; every process must call it."""
         tensors = state.average or state.parameters
         with torch.no_grad():
             for name, parameter in kept.named_parameters():
@@ -222,7 +222,7 @@ class _Run:
         self.world.wait()
 
     def _write(self, stage: nn.Module) -> None:
-        """The new checkpoint: the trained stage, and everything else as the model has it."""
+        """Write the new checkpoint: the trained stage, and everything else as in the original one."""
         settings = self.settings
         for name in ("text_encoder", "decoder_text_encoder", "image_encoder"):
             encoder = getattr(self.models, name)
@@ -274,7 +274,7 @@ def _check_batch(settings: FinetuneSettings, world: World) -> None:
 
 
 def _recompute(stage: nn.Module) -> None:
-    """Let the large blocks keep no activations: the backward pass computes them again."""
+    """Checkpoint the activations of the large blocks: the backward pass recomputes them."""
     for block in stage.modules():
         if isinstance(block, ResBlock | AttnBlock):
             forward: Callable[..., Tensor] = block.forward
