@@ -87,7 +87,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     drawn = drawn_codes(run)
     first_level = run / "stage_b_first_level"
     pretrain(stage, Channels.of(TINY_STAGE_B), stage_a.config.scale_factor, first_level, trainable, drawn)
-    # Most batches have one shape, for which a compiled step is faster; it needs a C++ compiler.
+    # Most batches have one shape, whose step is compiled; that needs a C++ compiler.
     compiled = torch.compile(_predict, dynamic=False) if shutil.which("g++") else _predict
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:

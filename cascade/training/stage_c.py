@@ -91,7 +91,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         torch.zeros(1, 1, TINY_STAGE_C.clip_image_in_channels),
     )
     without = [part.expand(_BATCH, -1, -1) for part in no_text]
-    # Most batches have one shape, for which a compiled step is faster; it needs a C++ compiler.
+    # Most batches have one shape, whose step is compiled; that needs a C++ compiler.
     compiled = torch.compile(_predict, dynamic=False) if shutil.which("g++") else _predict
 
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
