@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import typer
 from PIL import Image
+from starlette.routing import Match
 
+from app.api import jobs
 from app.api.a1111 import TextToImage
 from app.api.bodies import (
     ImageGenerationBody,
@@ -184,9 +186,12 @@ def test_examples_of_requests_are_valid(line: str) -> None:
         case "/sdapi/v1/txt2img":
             validated(TextToImage, members, {})
             assert members.keys() <= TextToImage.model_fields.keys()
-        case path:
-            assert path == "/api/v1/images"
+        case "/api/v1/images":
             parse_native(members)
+        case path:
+            method = "POST" if "POST" in words else "GET"
+            scope = {"type": "http", "method": method, "path": path, "headers": []}
+            assert Match.FULL in [route.matches(scope)[0] for route in jobs.router.routes]
 
 
 def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
