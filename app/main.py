@@ -4,7 +4,7 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -182,7 +182,6 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     store = await JobStore.open(settings.jobs_url, clock=parts.clock, faults=faults)
     stack.push_async_callback(store.close)
     encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
-    reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader"))
     dispatcher = Dispatcher(
         store,
         _supervisors(parts),
@@ -212,7 +211,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         uploads=Uploads(),
         limit=RateLimit(settings.rate_limit),
         encoders=encoders,
-        reader=reader,
+        reader=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader")),
         loras=InstalledLoRAs(),
         metrics=parts.metrics,
         tracing=parts.tracing,
@@ -220,22 +219,36 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         version=version(DISTRIBUTION),
         clock=parts.clock,
     )
-    tidying = asyncio.create_task(
-        keep_house(store, parts.images, parts.inputs, encoders, settings, parts.logger, parts.clock)
+    for work in (_tidy(services), _courier(services, faults).run()):
+        stack.push_async_callback(_cancel, asyncio.create_task(work))
+    return services
+
+
+def _tidy(services: Services) -> Coroutine[None, None, None]:
+    """Return the work of removing, now and then, what is too old."""
+    return keep_house(
+        services.store,
+        services.images,
+        services.inputs,
+        services.encoders,
+        services.settings,
+        services.logger,
+        services.clock,
     )
-    stack.push_async_callback(_cancel, tidying)
-    courier = Courier(
-        store,
+
+
+def _courier(services: Services, faults: Faults) -> Courier:
+    """Build the sender of webhooks."""
+    return Courier(
+        services.store,
         body=partial(message_body, services),
-        secret=parts.signer.webhook_secret,
-        post=outbound.post,
-        metrics=parts.metrics,
-        logger=parts.logger,
-        clock=time.time,  # receivers compare it with their own clock
+        secret=services.signer.webhook_secret,
+        post=services.outbound.post,
+        metrics=services.metrics,
+        logger=services.logger,
+        clock=time.time,  # receivers compare it with their own
         faults=faults,
     )
-    stack.push_async_callback(_cancel, asyncio.create_task(courier.run()))
-    return services
 
 
 def _supervisors(parts: Parts) -> list[Supervisor]:
