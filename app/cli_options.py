@@ -102,7 +102,7 @@ ImagePrompts = Annotated[
     Option(
         "--image-prompt",
         metavar="FILE[:WEIGHT]",
-        help="Picture that is a prompt; up to 4.",
+        help="Picture that is a prompt; up to 15.",
         show_default="none",
     ),
 ]

@@ -18,6 +18,7 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARACTERS = 32_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_ASPECT = 64, 4096, 8, 4
 MAX_IMAGE_PROMPTS = 4
+MAX_EDIT_PICTURES = 16  # the one to edit, and image prompts: as many as OpenAI takes
 MAX_LORAS = 4
 DEFAULT_STRENGTH = 0.75  # of image-to-image; with a mask or an anchor the default is 1
 
@@ -143,7 +144,7 @@ class GenerationRequest(BaseModel):
     mask: PictureRef | None = None  # one channel: white is repainted
     feather: Feather = 0
     anchor: Anchor | None = None
-    image_prompts: Annotated[tuple[ImagePrompt, ...], Field(max_length=MAX_IMAGE_PROMPTS)] = ()
+    image_prompts: Annotated[tuple[ImagePrompt, ...], Field(max_length=MAX_EDIT_PICTURES - 1)] = ()
     control: Control | None = None
     loras: Annotated[tuple[LoRA, ...], Field(max_length=MAX_LORAS)] = ()
     guidance_interval: Interval = (0.0, 1.0)

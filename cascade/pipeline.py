@@ -152,7 +152,7 @@ class Cascade(Models):
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[Options],
     ) -> list[GeneratedImage]:
-        """Draw variations of up to four `images`, mixed, with or without a prompt.
+        """Draw variations of up to 15 `images`, mixed, with or without a prompt.
 
         Raises:
             InvalidSetting: a setting is out of range, or the checkpoint has no vision tower.

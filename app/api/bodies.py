@@ -12,6 +12,7 @@ from app.api.values import present
 from app.errors import InvalidRequest, UnsupportedParameter
 from app.jobs.job import JobStatus, OnDisconnect, Webhook
 from app.schemas import (
+    MAX_EDIT_PICTURES,
     MAX_IMAGE_PROMPTS,
     MAX_LORAS,
     Anchor,
@@ -187,6 +188,9 @@ class ImageEditBody(ImageGenerationBody):
         description="`WIDTHxHEIGHT`, which pictures are scaled and cut to, or `auto`: that of the first",
     )
     image: Picture = Field(description="The picture to edit; further ones are image prompts")
+    image_prompts: Annotated[list[ImagePromptMember], Field(max_length=MAX_EDIT_PICTURES - 1)] = Field(
+        [], description="Pictures as prompts, with or without words"
+    )
 
 
 class ImageVariationBody(ImageGenerationBody):
@@ -296,7 +300,7 @@ def parse_image_generation(members: Mapping[str, Any]) -> ImageGenerationBody:
 
 def parse_image_edit(members: Mapping[str, Any]) -> ImageEditBody:
     """Check the body of an edit: the first picture is edited, the others are image prompts."""
-    first, *others = _given_pictures(members, 1 + MAX_IMAGE_PROMPTS)
+    first, *others = _given_pictures(members, MAX_EDIT_PICTURES)
     given = {name: value for name, value in members.items() if name not in ("image", "images")}
     prompts = given.get("image_prompts") or []
     if others and isinstance(prompts, list):

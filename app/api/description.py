@@ -17,7 +17,7 @@ from app.api.examples import MASK_URI, PICTURE, PICTURE_URI
 from app.api.failures import A1111Error, HuggingFaceError, OpenAIError, Problem
 from app.api.forms import STRUCTURED, WITH_PICTURE
 from app.api.views import JobView
-from app.schemas import MAX_IMAGE_PROMPTS
+from app.schemas import MAX_EDIT_PICTURES
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -257,7 +257,7 @@ EDIT = _generation(
             "prompt": "the first in the manner of the second",
         },
     },
-    pictures=1 + MAX_IMAGE_PROMPTS,
+    pictures=MAX_EDIT_PICTURES,
     requires=("image", "prompt"),
 )
 VARIATION = _generation(

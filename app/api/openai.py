@@ -107,7 +107,7 @@ async def create_image(
 async def create_image_edit(
     request: Request, services: TheServices, exchange: TheExchange, members: Members
 ) -> Response:
-    """Edit the first picture; up to four further ones are image prompts.
+    """Edit the first picture; up to 15 further ones are image prompts.
 
     With a `mask` (as large as the picture; its transparent, or else its white parts are repainted), or where
     the picture itself is transparent, only that area is painted, and the rest stays bit-identical. Otherwise

@@ -16,7 +16,7 @@ from cascade.sampling.samplers import SAMPLERS
 from cascade.sizes import check_side, check_size
 
 NUM_SEEDS = 2**32
-MAX_IMAGE_PROMPTS = 4
+MAX_IMAGE_PROMPTS = 15
 MAX_LORAS = 4
 MAX_FEATHER = 256
 STRENGTH = 0.75  # of image-to-image where none is given; what a mask marks is drawn wholly anew
@@ -139,7 +139,7 @@ class ImageSettings:
     mask, feather: white of the mask is drawn anew, black is kept to the bit; an alpha channel of `image` is
         the mask where none is given. The new part fades into the old over `feather` pixels.
     anchor: where `image` stands, unscaled, on a canvas of `width` x `height`; the rest is drawn.
-    image_prompts: pictures as prompts, up to 4. With these or an image the prompt may be empty.
+    image_prompts: pictures as prompts, up to 15. With these or an image the prompt may be empty.
     control: a picture that a ControlNet follows.
     loras: up to 4 LoRAs.
     guidance_interval: the share of Stage C's run, from 0 noise to 1 clean, in which guidance is on.

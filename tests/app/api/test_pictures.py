@@ -319,7 +319,7 @@ async def test_an_edit_takes_several_pictures(client: httpx2.AsyncClient, runner
         ),
         ({"files": {"image": ("a", PICTURE)}, "data": {"prompt": ["x", "y"]}}, "prompt", "invalid_value"),
         ({"json": {"prompt": "x", "image": "https://a/b.png"}}, "image", "unsupported_parameter"),
-        ({"json": {"prompt": "x", "image": [data_uri(PICTURE)] * 6}}, "image", "invalid_value"),
+        ({"json": {"prompt": "x", "image": [data_uri(PICTURE)] * 17}}, "image", "invalid_value"),
         ({"json": {"prompt": "x", "image": [data_uri(PICTURE), "AAAA"]}}, "image", "invalid_image"),
         (
             {"files": {"image": ("a", PICTURE)}, "data": {"prompt": "x", "n": "11"}},
@@ -596,3 +596,10 @@ async def test_a_kept_picture_has_no_metadata(client: httpx2.AsyncClient, tmp_pa
     await client.post(EDITS, data={"prompt": "x"}, files={"image": ("a", content.getvalue())})
     [path] = [path for path in (tmp_path / "inputs").iterdir() if path.name != ".lock"]
     assert b"where I live" not in path.read_bytes()
+
+
+async def test_an_edit_takes_sixteen_pictures(client: httpx2.AsyncClient) -> None:
+    files = [("image[]", ("a", PICTURE))] * 16
+    assert (await client.post(EDITS, data={"prompt": "x"}, files=files)).status_code == 200
+    native = {"prompt": "x", "image_prompts": [{"image": data_uri(PICTURE)}] * 5}
+    assert (await client.post(NATIVE, json=native)).status_code == 400

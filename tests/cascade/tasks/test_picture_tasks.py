@@ -393,7 +393,7 @@ def test_a_picture_is_turned_as_its_camera_says(cascade: Cascade) -> None:
         ({"image": SOURCE, "mask": Image.new("L", (5, 5))}, "mask: must have the size of the image, 128x128"),
         ({"image": SOURCE, "anchor": "middle"}, "anchor: must be one of center, top"),
         ({"image": SOURCE, "mask": MASK, "feather": -1}, "feather: must be a whole number"),
-        ({"image_prompts": (ImagePrompt(SOURCE),) * 5}, "image_prompts: may be 4 at most, but are 5"),
+        ({"image_prompts": (ImagePrompt(SOURCE),) * 16}, "image_prompts: may be 15 at most, but are 16"),
         ({"image_prompts": [ImagePrompt(SOURCE)]}, "image_prompts: must be a tuple of ImagePrompt"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval: must begin before it ends"),
         ({"guidance_interval": (0.5, 1.5)}, "guidance_interval: must be a number from 0 to 1"),
