@@ -36,7 +36,7 @@ from cascade.sampling.schedule import CosineSchedule
 from cascade.training.code import CHANNELS
 from cascade.training.control_inputs import Inputs, Kind, Read, control_inputs
 from cascade.training.control_judge import judge
-from cascade.training.denoising import Emphasis, NoisedBatch, noise_batch
+from cascade.training.denoising import PRIOR_EMPHASIS, NoisedBatch, noise_batch
 from cascade.training.loop import Plan, fit
 from cascade.training.low_rank import named_blocks
 from cascade.training.preconditioning import Channels
@@ -73,9 +73,7 @@ CONFIGS: dict[str, ControlNetConfig] = {
     ),
 }
 
-_EMPHASIS = Emphasis(
-    starts=0.25, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
-)
+_EMPHASIS = replace(PRIOR_EMPHASIS, starts=0.25)
 _TO_THE_PIXEL = replace(_EMPHASIS, starts=0.1, low_noise=1.0, highest=40.0)
 _EMPHASES = {"canny": _TO_THE_PIXEL}
 _IMPORTANCE = {  # of the channels of the code: background and colour, shape, offset and radius, weight

@@ -31,6 +31,12 @@ class Emphasis:
     highest: float  # ... but at least 1 and at most this
 
 
+# Of Stage C, and of what is trained on top of it.
+PRIOR_EMPHASIS = Emphasis(
+    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
+)
+
+
 @dataclass(frozen=True, slots=True)
 class NoisedBatch:
     """Noised latents, and the clean ones that they should lead to."""

@@ -32,7 +32,7 @@ from cascade.networks.unet import Condition
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training.captions import full_caption
 from cascade.training.code import read_code, scene_code
-from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.denoising import PRIOR_EMPHASIS, noise_batch
 from cascade.training.drawing_codes import draw_codes
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import SQUARE_SIZE, Scene, held_out_generator, sample_scene, sample_size
@@ -51,9 +51,6 @@ PLAN = Plan(
 )
 
 _BATCH = 32
-_EMPHASIS = Emphasis(
-    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
-)
 _PAIRS_EVERY = 4  # steps
 _CAPTIONS = 2000
 _FLOOR = 0.01  # of the mean variance
@@ -88,7 +85,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
             drawn = [sample_scene(rng, size) for _ in range(_BATCH)]
             shown = [(scene,) for scene in drawn]
         codes = torch.from_numpy(np.stack([scene_code(scene) for scene in drawn]))
-        batch = noise_batch(codes, schedule, _EMPHASIS, rng)
+        batch = noise_batch(codes, schedule, PRIOR_EMPHASIS, rng)
         with torch.no_grad():
             taught = batch.implied(module(batch.latents, batch.ratio, told(module, text, drawn)))
         embeds = embed(images, shown) @ whitening

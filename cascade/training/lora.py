@@ -26,7 +26,7 @@ from cascade.networks.stage_c import StageC
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training.captions import caption
 from cascade.training.code import DEVIATION, MEAN, colour_vector, recoloured, scene_code
-from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.denoising import PRIOR_EMPHASIS, noise_batch
 from cascade.training.drawing_codes import conditions, draw_codes
 from cascade.training.loop import Plan, fit
 from cascade.training.low_rank import (
@@ -56,9 +56,6 @@ PLAN = Plan(
 )
 
 _AZURE_CODE = (136.0, 248.0, 255.0)  # the colour in the code that is drawn as AZURE
-_EMPHASIS = Emphasis(
-    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
-)
 _WITHOUT_TEXT = 0.2
 _AGREEMENT = 4.0
 _WORDS = {"gray": "gr[ae]y"}
@@ -209,7 +206,7 @@ def train(
         # Noise levels depend on the place in the batch.
         order = torch.from_numpy(rng.permutation(batch)).to(device)
         codes, tokens, mask = codes[order], tokens[order], mask[order]
-        noised = noise_batch(codes.cpu(), schedule, _EMPHASIS, rng).to(device)
+        noised = noise_batch(codes.cpu(), schedule, PRIOR_EMPHASIS, rng).to(device)
         told = words.embed(tokens, mask, module.rows)
         both = [
             torch.cat([part, empty.expand(batch, -1, -1)]) for part, empty in zip(told, no_text, strict=True)

@@ -32,7 +32,7 @@ from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training.captions import caption
 from cascade.training.code import read_code, scene_code
-from cascade.training.denoising import Emphasis, noise_batch
+from cascade.training.denoising import PRIOR_EMPHASIS, noise_batch
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import precondition
 from cascade.training.scenes import (
@@ -69,9 +69,6 @@ PLAN = Plan(
 
 _BATCH = 48  # rows, each with text and without
 _PAIR = 100.0
-_EMPHASIS = Emphasis(
-    starts=0.15, decoys=0.0, overshot=0.35, wobbly=0.0, rough=0.5, low_noise=0.3, highest=8.0
-)
 _WITHOUT_TEXT = 0.2  # weight of the predictions without text
 _AGREEMENT = 4.0  # weight of the distance between the two
 _WITH_IMAGE = 0.08
@@ -98,7 +95,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
         assert isinstance(module, StageC)
         size = sample_size(rng)
         scenes = [sample_scene(rng, size) for _ in range(_BATCH)]
-        batch = noise_batch(_codes(scenes), schedule, _EMPHASIS, rng)
+        batch = noise_batch(_codes(scenes), schedule, PRIOR_EMPHASIS, rng)
         predict = compiled if size == SQUARE_SIZE else _predict
         conditions = map(torch.cat, zip(embed(scenes, text, images, rng), without, strict=True))
         noise = predict(module, batch.latents.repeat(2, 1, 1, 1), batch.ratio.repeat(2), *conditions)

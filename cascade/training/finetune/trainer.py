@@ -85,7 +85,7 @@ class _Run:
         self.source = make_source(settings, world, self.models, self.pictures, sizes, self._say)
         self.identity = settings.identity() | {"dataset": dataset.digest}
         self.captions = [each.caption for each in dataset.examples[:SHEET_PICTURES]]
-        used = len({buckets[i] for i in range(len(buckets))})
+        used = len(set(buckets))
         self._say(f"{len(buckets)} pictures in {used} sizes, {len(dataset.skipped)} skipped")
 
     def go(self) -> list[float]:
