@@ -1,11 +1,11 @@
-"""Stable Cascade: pictures from texts and pictures, in three stages.
+"""Stable Cascade: pictures from prompts and other pictures, in three stages.
 
     from cascade import Cascade
 
     [picture] = Cascade.from_pretrained("tiny").text_to_image("a red circle on a blue background")
     picture.image.save("circle.png")
 
-Names are imported when they are first used, so that `import cascade` costs nothing.
+Names are imported on first use, so that `import cascade` is cheap.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""Networks that start faster on a GPU: CUDA graphs for usual numbers of rows, and compiled blocks.
+"""Faster networks on a GPU: CUDA graphs for the usual numbers of rows, and compiled blocks.
 
-A step of many small operators waits for the host to start each of them. A graph is the whole step, recorded
-once for a shape and a number of rows, and started as one. Eager is always there: for other devices, and for
-rows beyond the largest graph.
+A step of many small operators waits for the host to launch each of them. A graph is a whole step, recorded
+once per shape and number of rows, and launched at once. Eager mode serves other devices and calls with more
+rows than the largest graph.
 """
 
 from collections.abc import Callable
@@ -19,49 +19,49 @@ from cascade.sampling.denoise import Network
 
 Compile = Literal["off", "graphs", "full"]
 GRAPH_ROWS = (1, 2, 4, 8, 16)
-MAX_GRAPHS = 16  # of a network; the buffers of one hold up to 0.7 GB of keys and values at full size
+MAX_GRAPHS = 16  # per network; the buffers of one hold up to 0.7 GB of keys and values at full size
 
-_KINDS = 64  # of blocks by width, skip and size of the map: more are not compiled
+_KINDS = 64  # of blocks, by width, skip and size of the feature map: further ones are not compiled
 
-# Records what a function does to the tensors it reads, and returns what does the same again
+# Records what a function does to the tensors that it reads, and returns a function that replays it
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class Denoiser(Protocol):
-    """Stage B or C."""
+    """A network that predicts noise: Stage B or C."""
 
     def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Predict the noise."""
 
 
 def accelerate(network: UNet, mode: Compile, device: torch.device) -> Network[Condition]:
-    """The network as fast as `mode` allows on CUDA. On a CPU itself: compiled blocks are slower there."""
+    """Accelerate a network on CUDA as `mode` allows; not on a CPU, where compiled blocks are slower."""
     if mode == "off" or device.type != "cuda":
         return network
     if mode == "full":
-        torch._dynamo.config.recompile_limit = _KINDS  # noqa: SLF001  # blocks share code, so all count as one
+        torch._dynamo.config.recompile_limit = _KINDS  # noqa: SLF001  # blocks share code, and so this limit
         for block in repeated_blocks(network):
-            block.compile(dynamic=True)  # code for any number of rows, not one for each
+            block.compile(dynamic=True)  # one version for all numbers of rows
     return Graphs(network, CudaRecorder(device))
 
 
 def repeated_blocks(network: UNet) -> list[nn.Module]:
-    """The blocks of all levels. Those of one kind and width share their compiled code."""
+    """Return the blocks of all levels. Blocks of one kind and width share their compiled code."""
     levels = [*network.down_blocks, *network.up_blocks]
     return [block for level in levels for block in level.children()]
 
 
 class CudaRecorder:
-    """Records CUDA graphs that use the same memory in between.
+    """Recorder of CUDA graphs that share the memory of their intermediate results.
 
-    Of its graphs one is replayed at a time, and what it returned is copied before the next one is.
+    Only one of its graphs may be replayed at a time, and its result must be copied before the next replay.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A graph of `run`, which is warmed up before: first calls allocate."""
+        """Record a graph of `run`, after warm-up calls: the first calls allocate memory."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -70,11 +70,11 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # The other thread that decodes and copies meanwhile must not break the recording.
+                # Another thread, which decodes and copies meanwhile, must not break the recording.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     result = run()
             except BaseException:
-                self.__dict__.pop("_pool", None)  # it may still count as being recorded to
+                self.__dict__.pop("_pool", None)  # PyTorch may still consider it in use by a recording
                 raise
 
         def replay() -> Tensor:
@@ -100,14 +100,14 @@ class _Graph:
     ratio: Tensor
     condition: Condition
     replay: Callable[[], Tensor]
-    holds: Condition | None = None  # the condition whose rows were copied in last
+    holds: Condition | None = None  # the condition last copied into `condition`
 
 
 class Graphs:
-    """A network whose calls of up to 16 rows replay a graph; missing rows are filled with zeros.
+    """A network whose calls of up to 16 rows replay a graph of that size or the next; spare rows are ignored.
 
-    The graph of a shape and a number of tokens is recorded by the first call, so whoever cannot wait calls
-    it before. The graphs that were not used for longest are dropped.
+    The first call with a shape and a number of tokens records a graph, so latency-sensitive callers warm up
+    in advance. The least recently used graphs are dropped.
     """
 
     def __init__(self, network: Denoiser, record: Recorder) -> None:
@@ -116,9 +116,9 @@ class Graphs:
         self._graphs: Recent[tuple[torch.Size, int, int], _Graph] = Recent(MAX_GRAPHS)
 
     def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
-        """Predict the noise, as the network does."""
+        """Predict the noise by replaying a graph, or by the network itself where no graph applies."""
         size = next((size for size in GRAPH_ROWS if size >= len(latents)), None)
-        # What ControlNets and LoRAs add is not recorded.
+        # ControlNets and LoRAs are not recorded.
         if size is None or condition.control is not None or condition.adapters is not None:
             return self._network(latents, ratio, condition)
         key = (latents.shape[1:], condition.num_tokens, size)
@@ -129,10 +129,10 @@ class Graphs:
         if graph.holds is not condition:
             _fill(graph.condition, condition)
             graph.holds = condition
-        return graph.replay()[:rows].clone()  # the next replay writes where this one wrote
+        return graph.replay()[:rows].clone()  # the next replay overwrites the result
 
     def _recorded(self, latents: Tensor, condition: Condition, size: int) -> _Graph:
-        """A graph for `size` rows, with buffers of its own."""
+        """Record a graph for `size` rows, with input buffers of its own."""
         still = latents.new_zeros(size, *latents.shape[1:])
         ratio = latents.new_zeros(size, dtype=torch.float32)
         room = Condition(

@@ -1,4 +1,4 @@
-"""Prompts and image prompts to the embeddings that guide Stages C and B, by the two CLIP towers."""
+"""Encoding of prompts and image prompts by the two CLIP towers: the embeddings that guide Stages C and B."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,19 +21,19 @@ _TOWER = "text_model."
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeddings:
-    """What the text tower says about some prompts, one row each."""
+    """Embeddings of prompts by the text tower, one row per prompt."""
 
-    hidden: Tensor  # (b, n, d): last layer, before the final norm; n is the window, or k windows of k chunks
-    pooled: Tensor  # (b, 1, d): normed, at the first end token, projected
-    num_tokens: tuple[int, ...]  # of each prompt before truncation, with one begin and one end
-    truncated: tuple[bool, ...]  # the prompt was too long and its end was cut off
+    hidden: Tensor  # (b, n, d): last layer, before the final norm; n is the window times the number of chunks
+    pooled: Tensor  # (b, 1, d): normed state of the first end token, projected
+    num_tokens: tuple[int, ...]  # of each prompt before truncation, with one begin and one end token
+    truncated: tuple[bool, ...]  # whether the prompt was too long and its end was cut off
 
     def __len__(self) -> int:
         return len(self.num_tokens)
 
     @classmethod
     def cat(cls, embeddings: "Sequence[TextEmbeddings]") -> "TextEmbeddings":
-        """The rows of several, in order."""
+        """Concatenate the rows of several embeddings, in order."""
         return cls(
             hidden=torch.cat([each.hidden for each in embeddings]),
             pooled=torch.cat([each.pooled for each in embeddings]),
@@ -42,7 +42,7 @@ class TextEmbeddings:
         )
 
     def row(self, index: int) -> "TextEmbeddings":
-        """What is said about one of the prompts."""
+        """Return the embeddings of one prompt."""
         one = slice(index, index + 1)
         return TextEmbeddings(self.hidden[one], self.pooled[one], self.num_tokens[one], self.truncated[one])
 
@@ -50,9 +50,9 @@ class TextEmbeddings:
 def encode_texts(
     encoder: "TextEncoder", texts: Iterable[str], *, weighted: bool = False, long: bool = False
 ) -> dict[str, TextEmbeddings]:
-    """The embeddings of each text, in one pass of the encoder; a text that comes twice is encoded once.
+    """Encode the distinct texts in one pass of the encoder, and return their embeddings by text.
 
-    With `weighted` or `long`, each is encoded by itself and has the number of chunks that it needs.
+    With `weighted` or `long`, each text is encoded by itself and has as many chunks as it needs.
     """
     distinct = list(dict.fromkeys(texts))
     if weighted or long:
@@ -62,7 +62,7 @@ def encode_texts(
 
 
 def pad_chunks(text: TextEmbeddings, empty: TextEmbeddings, length: int) -> TextEmbeddings:
-    """The same texts with hidden states of `length` tokens: chunks of the empty prompt follow.
+    """Pad the hidden states of texts to `length` tokens with chunks of the empty prompt.
 
     So a prompt and a shorter negative prompt guide with the same number of tokens.
 
@@ -85,12 +85,12 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, model: Any, own: Adapter | None = None) -> None:
         self.tokenizer = tokenizer
         self.model = model
-        self.own = own  # where nothing else is asked for
+        self.own = own  # used unless a call passes an adapter that changes texts
         self._changed: WeakKeyDictionary[Adapter, dict[str, Tensor]] = WeakKeyDictionary()
 
     @property
     def max_tokens(self) -> int:
-        """Length to which every prompt is padded or cut: 77 in the official checkpoints."""
+        """Number of tokens to which every prompt is padded or cut: 77 in the official checkpoints."""
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
     @torch.inference_mode()
@@ -102,24 +102,23 @@ class TextEncoder:
         long: bool = False,
         adapter: Adapter | None = None,
     ) -> TextEmbeddings:
-        """Embed `prompts`; the empty one is a prompt like any other.
+        """Encode `prompts`; the empty one is a prompt like any other.
 
-        The padding mask is passed: it changes the rows of the pad positions, which Stage C reads too.
+        The tower gets the padding mask: it changes the states at pad positions, which Stage C reads too.
 
         Args:
             weighted: read weights written into the prompts (`cascade.prompts.read_weights`). The hidden
-                states of a weighted token become e + weight (h - e), where e are those of the empty prompt
-                at the same place; so 0 is as if nothing stood there, and tokens of weight 1 keep every bit.
-                This is ComfyUI's rule. The other widespread one, to
-                multiply h and restore the mean of all, does next to nothing here: Stage C norms what it
-                makes of each token, which undoes a factor, and the states before the final norm have
-                channels so large that their mean says nothing. The pooled embedding stays as it is: it
-                sums up the whole prompt, and no token has a share of its own in it.
-            long: prompts longer than the window are read in chunks, each with begin and end, and their
-                hidden states follow one another, (b, window * chunks, d), where `chunks` are those of the
-                longest prompt; after the others come chunks of the empty prompt. The pooled embedding is
+                state h of a weighted token becomes e + weight (h - e), where e is that of the empty prompt
+                at the same position; so weight 0 removes a token, and weight 1 leaves h bit-identical.
+                This is ComfyUI's rule. The other common rule, to multiply h and restore the overall mean,
+                has almost no effect here: Stage C normalizes each mapped token, which undoes a factor, and
+                huge channels dominate the mean of the states before the final norm. The pooled embedding is
+                unchanged: it summarizes the whole prompt, and no token has a share of its own in it.
+            long: read prompts longer than the window in chunks, each with begin and end tokens, and
+                concatenate their hidden states, (b, window * chunks, d), where `chunks` is that of the
+                longest prompt; others are padded with chunks of the empty prompt. The pooled embedding is
                 the first chunk's.
-            adapter: LoRAs, whose learned tokens may stand in the prompts, and which may change the tower.
+            adapter: LoRAs, whose learned tokens may occur in the prompts, and which may change the tower.
 
         Raises:
             InvalidSetting: a weight is out of range, or a prompt needs too many chunks.
@@ -140,7 +139,7 @@ class TextEncoder:
     def _encode_by_chunks(
         self, prompts: Sequence[str], adapter: Adapter | None, *, weighted: bool, long: bool
     ) -> TextEmbeddings:
-        """Every prompt with as many chunks as it needs, padded to those of the longest."""
+        """Encode each prompt in as many chunks as it needs, padded to the number of the longest."""
         rows = [self._encode_one(prompt, adapter, weighted=weighted, long=long) for prompt in prompts]
         length = max(row.hidden.shape[1] for row in rows)
         if length > self.max_tokens:
@@ -151,13 +150,13 @@ class TextEncoder:
     def _encode_one(
         self, prompt: str, adapter: Adapter | None, *, weighted: bool, long: bool
     ) -> TextEmbeddings:
-        """One prompt. Where it fits into the window and no weight differs from 1: as `encode` does it."""
+        """Encode one prompt; exactly as `encode` does if it fits into the window and all weights are 1."""
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise InvalidSetting(
                 "prompt", f"may have {MAX_PROMPT_CHARACTERS} characters, but has {len(prompt)}"
             )
         if weighted and adapter is not None and adapter.words:
-            prompt = _learned_words(adapter).sub(_escape_brackets, prompt)  # theirs are no weights
+            prompt = _learned_words(adapter).sub(_escape_brackets, prompt)  # brackets in them are no weights
         read = read_weights(prompt) if weighted else WeightedText(prompt, (1.0,) * len(prompt))
         plain = self.encode([read.text], adapter=adapter)
         is_long = long and plain.truncated[0]
@@ -182,7 +181,7 @@ class TextEncoder:
         )
 
     def _windows(self, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Chunks with begin, end and padding, and the mask of the padding: (chunks, window) each."""
+        """Add begin, end and padding to chunks; return ids and attention mask, (chunks, window) each."""
         first, last, pad = (
             self.tokenizer.bos_token_id,
             self.tokenizer.eos_token_id,
@@ -196,7 +195,7 @@ class TextEncoder:
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def _weigh(self, hidden: Tensor, weights: Sequence[Sequence[float]], adapter: Adapter | None) -> Tensor:
-        """Hidden states (chunks, window, d) by weights of their tokens, which count no begin and end."""
+        """Weight hidden states (chunks, window, d); `weights` have no entries for begin and end tokens."""
         factors = torch.ones(hidden.shape[:2])
         for row, chunk in enumerate(weights):
             factors[row, 1 : 1 + len(chunk)] = torch.tensor(chunk)
@@ -208,7 +207,7 @@ class TextEncoder:
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, adapter: Adapter | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (b, n, d) and pooled embedding (b, 1, d) of tokens and their mask, (b, n)."""
+        """Return hidden states (b, n, d) and pooled embeddings (b, 1, d) of tokens and their mask, (b, n)."""
         changed, ids = ({}, input_ids) if adapter is None else self._adapted(adapter, input_ids)
         inputs = {"input_ids": ids, "attention_mask": attention_mask, "output_hidden_states": True}
         inside = {
@@ -216,7 +215,7 @@ class TextEncoder:
         }
         tower = self.model.text_model
         outputs = functional_call(tower, inside, kwargs=inputs) if inside else tower(**inputs)
-        # transformers takes the largest id in old configurations; added tokens (LoRA) are larger than the end
+        # Old configurations make transformers take the largest id, but learned tokens' ids exceed the end's
         first_end = (input_ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         projection = changed.get("text_projection.weight", self.model.text_projection.weight)
@@ -224,10 +223,10 @@ class TextEncoder:
         return outputs.hidden_states[-1], pooled.unsqueeze(1)
 
     def _tokenize(self, text: str, adapter: Adapter | None) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens without begin and end, and the characters that each stands for.
+        """Return the tokens without begin and end, and the range of characters of each.
 
-        A word that a LoRA has taught is one token, numbered from the end of the table on. Neither the
-        tokenizer nor the table is changed: other requests do not know the word.
+        A word that a LoRA has learned is one token, with an id beyond the end of the embedding table. Neither
+        the tokenizer nor the table is changed, so the word is unknown to other requests.
         """
         words = list(adapter.words) if adapter else []
         numbers = {word.lower(): index for index, word in enumerate(words, self._table.num_embeddings)}
@@ -248,7 +247,7 @@ class TextEncoder:
         return ids, places
 
     def _adapted(self, adapter: Adapter, input_ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Weights of the tower that an adapter changes, and the tokens as numbers of its small table."""
+        """Return the weights changed by an adapter, with a small embedding table, and ids into that table."""
         changed = self._changed.get(adapter)
         if changed is None:
             changed = self._changed[adapter] = {
@@ -272,7 +271,7 @@ class TextEncoder:
 
 
 def _learned_words(adapter: Adapter) -> re.Pattern[str]:
-    """Matches any word that an adapter has taught, in any case and the longest first."""
+    """Return a pattern that matches any learned word of an adapter, ignoring case, the longest first."""
     longest_first = sorted(adapter.words, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
 
@@ -294,7 +293,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """The embedding of each image, not normalised, (b, 1, d)."""
+        """Encode images, one embedding each, not normalized: (b, 1, d)."""
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
         embeddings: Tensor = self.model(pixels.to(self.model.device, self.model.dtype)).image_embeds
         return embeddings.unsqueeze(1)

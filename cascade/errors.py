@@ -1,4 +1,4 @@
-"""The errors that a user of the library meets: two are to be fixed, the third asks for another seed."""
+"""Errors that the library raises: two the user has to fix, the third calls for another seed."""
 
 
 class InvalidSetting(ValueError):

@@ -1,7 +1,7 @@
-"""Denoising: carries samples from noise to clean latents.
+"""Denoising of samples from noise to clean latents.
 
 The network keeps no state. Everything that changes during a run lives in `Sample`, and everything is per row:
-samples of different prompts, steps, guidance, samplers and presets share one forward pass unnoticed.
+samples with different prompts, steps, guidance, samplers and presets share one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +19,10 @@ from cascade.sampling.schedule import Levels, signal_and_noise
 
 
 class Rows(Protocol):
-    """What guides the network, opaque here except that it has rows."""
+    """A condition that guides the network, opaque here except that it has rows."""
 
     def __getitem__(self, rows: slice, /) -> Self:
-        """Some of them."""
+        """Return some of the rows."""
 
 
 C = TypeVar("C", bound=Rows)
@@ -36,25 +36,25 @@ Join = Callable[[list[C]], C]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """Clean latents of which a part is kept: it is put back, with noise of the level, after every step.
+    """Clean latents, part of which is kept: it is restored after every step, with the noise of that level.
 
-    Source: Lugmayr et al. 2022, RePaint, without going back in time.
+    Source: Lugmayr et al. 2022, RePaint, without its resampling (going back in time).
     """
 
     clean: Tensor  # (c, h, w) fp32
-    is_free: Tensor  # (h, w) bool: where the sample draws as it likes
-    draw: NoiseSource  # of its own, so that what is kept changes no other noise
+    is_free: Tensor  # (h, w) bool: the cells that are not kept
+    draw: NoiseSource  # separate from the sample's, whose noise must not depend on what is kept
 
 
 @dataclass(slots=True, eq=False)
 class Sample(Generic[C]):
-    """One picture on its way through one stage.
+    """The state of one picture in one stage.
 
-    It starts from noise or from `start`, and what guides it may change between two of its steps.
+    It starts from noise or from `start`, and its condition may change between two steps.
     """
 
     condition: C  # one row
-    unguided: C | None  # one row, of the negative prompt; None: no guidance, one forward pass per step
+    unguided: C | None  # one row, of the negative prompt; None: no guidance, one network row per step
     guidance_scale: float
     levels: Levels
     sampler: Sampler
@@ -63,14 +63,13 @@ class Sample(Generic[C]):
     device: torch.device
     start: Tensor | None = None  # (c, h, w) fp32: latents at the first level; None: noise
     known: Known | None = None
-    guided_steps: range | None = None  # the steps that are made with guidance; None: all
-    uncontrolled: C | None = (
-        None  # the row without what a ControlNet says, for steps beyond `controlled_steps`
-    )
+    guided_steps: range | None = None  # the steps with guidance; None: all
+    # `condition` and `unguided` without the ControlNet, for the steps outside `controlled_steps`
+    uncontrolled: C | None = None
     unguided_uncontrolled: C | None = None
     controlled_steps: range | None = None  # None: all
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
-    clean: Tensor = field(init=False)  # (c, h, w) fp32: the clean latents as last predicted
+    clean: Tensor = field(init=False)  # (c, h, w) fp32: the last predicted clean latents
     coefficients: Tensor = field(init=False)  # (steps, 6) fp64: ratio, alpha, sigma, the sampler's weights
     step: int = field(default=0, init=False)
     _known_scales: tuple[Tensor, Tensor] = field(init=False, repr=False)  # (steps + 1,) each
@@ -78,24 +77,24 @@ class Sample(Generic[C]):
     def __post_init__(self) -> None:
         self.latents = self.draw(0).to(self.device) if self.start is None else self.start
         self.clean = torch.zeros_like(self.latents)
-        # For all steps at once: sigmoids of one or of many values may differ in their last bits.
+        # Computed for all steps at once: sigmoids of one value and of many may differ in their last bits.
         scales = signal_and_noise(self.levels.log_snr[:-1])
         weights = self.sampler(self.levels.log_snr[:-1], self.levels.log_snr[1:])
-        weights.fresh[-1] = 0  # no step follows that would remove what the last one adds
+        weights.fresh[-1] = 0  # no later step would remove this noise
         self.coefficients = torch.stack([self.levels.ratio, *scales, *weights], dim=1)
         self._known_scales = signal_and_noise(self.levels.log_snr)
         self.latents = self.with_known(self.latents, 0)
 
     @property
     def guides(self) -> tuple[C, C | None]:
-        """The condition of the next step, and the unguided one if that step is guided."""
+        """Condition of the next step, and the unguided one if that step is guided."""
         is_guided = self.guided_steps is None or self.step in self.guided_steps
         if self.uncontrolled is None or self.controlled_steps is None or self.step in self.controlled_steps:
             return self.condition, self.unguided if is_guided else None
         return self.uncontrolled, self.unguided_uncontrolled if is_guided else None
 
     def with_known(self, latents: Tensor, step: int) -> Tensor:
-        """Latents (c, h, w) at the level of a step, with the known part put back, if there is one."""
+        """Restore the known part, if any, of latents (c, h, w) at the level of `step`."""
         if self.known is None:
             return latents
         alpha, sigma = (float(scale[step]) for scale in self._known_scales)
@@ -104,22 +103,22 @@ class Sample(Generic[C]):
 
     @property
     def is_done(self) -> bool:
-        """All steps were made."""
+        """Whether all steps have been made."""
         return self.step == self.levels.steps
 
     @property
     def result(self) -> Tensor:
-        """What the next stage gets, (c, h, w)."""
+        """Latents for the next stage, (c, h, w)."""
         return self.clean if self.preset.keeps_clean else self.latents
 
 
 class Batch(Generic[C]):
-    """Samples of one shape that step together; their conditions are joined anew only when one has changed."""
+    """Samples of one shape that step together; their conditions are joined again only if one has changed."""
 
     _condition: C
-    _guided: Tensor  # rows of the samples with guidance
+    _guided: Tensor  # indices of the guided samples
     _scale: Tensor
-    _rescale: Tensor | None  # None: none of them has any
+    _rescale: Tensor | None  # None: no guided sample rescales
 
     def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
         self.samples = list(samples)
@@ -127,11 +126,11 @@ class Batch(Generic[C]):
         self._joined: list[tuple[C, C | None]] = []
 
     def step(self, network: Network[C]) -> None:
-        """Advance every sample by one step of its own, or none when anything fails."""
+        """Advance every sample by one step of its own, or none if an error occurs."""
         self.take(*self.advanced(network))
 
     def advanced(self, network: Network[C]) -> tuple[Tensor, Tensor]:
-        """The latents of every sample after its next step, and its clean latents as then predicted."""
+        """Compute the latents of every sample after its next step, and the clean latents predicted there."""
         self._join_conditions()
         samples = self.samples
         latents = torch.stack([sample.latents for sample in samples])
@@ -139,7 +138,7 @@ class Batch(Generic[C]):
         ratio, alpha, sigma, *weights = table.to(latents.device, torch.float32).unbind(1)
         noise = self._predict(network, latents, ratio)
         clean = without_noise(latents, noise, alpha, sigma)
-        # On a GPU the network is still at work while this noise is drawn.
+        # On a GPU the network is still running while this noise is drawn.
         shares = table[:, -1].tolist()
         fresh = torch.stack(
             [
@@ -155,13 +154,13 @@ class Batch(Generic[C]):
         return stepped, clean
 
     def take(self, latents: Tensor, clean: Tensor) -> None:
-        """Make what `advanced` returned the state of the samples."""
+        """Store the result of `advanced` as the state of the samples."""
         for sample, stepped, predicted in zip(self.samples, latents, clean, strict=True):
             sample.latents, sample.clean = stepped, predicted
             sample.step += 1
 
     def _join_conditions(self) -> None:
-        """Have one condition of all rows, those of the steps that come next."""
+        """Join the conditions of all samples' next steps, unless they are joined already."""
         guides = [sample.guides for sample in self.samples]
         same = (
             condition is known and unguided is known_unguided
@@ -181,11 +180,11 @@ class Batch(Generic[C]):
         self._joined = guides
 
     def _predict(self, network: Network[C], latents: Tensor, ratio: Tensor) -> Tensor:
-        """Noise in fp32. The rows are all samples with their prompts, then the guided ones without."""
+        """Predict the noise in fp32. The network's rows are all samples, then the guided ones unguided."""
         guided = self._guided
         if not len(guided):
             return network(latents, ratio, self._condition).float()
-        if len(guided) == len(latents):  # as a rule, and gathering rows takes its time
+        if len(guided) == len(latents):  # the usual case, which does without gathering rows
             noise = network(torch.cat([latents, latents]), torch.cat([ratio, ratio]), self._condition).float()
             noise, unguided = noise.chunk(2)
             return guide(noise, unguided, self._scale, self._rescale)
@@ -196,7 +195,7 @@ class Batch(Generic[C]):
 
 
 def in_parts(network: Network[C], rows: int) -> Network[C]:
-    """The network, called for so many rows at once; with a single one, company changes not even a bit."""
+    """Wrap a network so that a call gets at most `rows` rows; with 1, a row is bit-identical in any batch."""
 
     def call(latents: Tensor, ratio: Tensor, condition: C) -> Tensor:
         if len(latents) <= rows:
@@ -211,7 +210,7 @@ def in_parts(network: Network[C], rows: int) -> Network[C]:
 def denoise(network: Network[C], samples: list[Sample[C]], join: Join[C]) -> Iterator[None]:
     """Advance `samples` together and yield after every step.
 
-    Between two steps the caller may report progress, drop a cancelled sample or append a new one.
+    Between two steps the caller may report progress, remove a cancelled sample or append a new one.
     Samples may be at different steps; their shapes must match.
     """
     batch: Batch[C] | None = None

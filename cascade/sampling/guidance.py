@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
-    """The guided noise, (b, c, h, w); `scale` and `rescale` are (b,), without the latter no row is rescaled.
+    """Return the guided noise, (b, c, h, w); `scale` and `rescale` are (b,), and None rescales no row.
 
     Guidance inflates the prediction. `rescale` (rho) says how far its standard deviation is brought back to
-    the conditional one's (Lin et al. 2023, section 3.4): 0 not at all, 1 fully. The deviation is each
-    sample's own, so that company changes nothing; the official code takes it over the whole batch.
+    the conditional one's (Lin et al. 2023, section 3.4): 0 not at all, 1 fully. The deviation is taken per
+    sample, so that it does not depend on the batch; the official code takes it over the whole batch.
     """
     guided = torch.lerp(unconditional, conditional, _per_row(scale, conditional))
     if rescale is None:

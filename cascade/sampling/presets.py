@@ -9,14 +9,14 @@ from cascade.sampling.schedule import CosineSchedule, Levels
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What differs between the two, apart from where the noise comes from."""
+    """The settings in which the two differ, apart from the source of the noise."""
 
     shifts: bool  # levels are shifted and the network is told the level; otherwise it is told the time
     rescale: float  # rho of the guidance
-    keeps_clean: bool  # the result is the clean latents as last predicted, not the latents stepped to
+    keeps_clean: bool  # the result is the last predicted clean latents, not the latents after the last step
 
     def levels(self, schedule: CosineSchedule, steps: int, t_start: float = 1.0) -> Levels:
-        """The noise levels of a run from time `t_start` to 0."""
+        """Return the noise levels of a run from time `t_start` to 0."""
         return schedule.grid(steps, t_start) if self.shifts else schedule.diffusers_grid(steps, t_start)
 
 

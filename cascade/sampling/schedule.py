@@ -2,7 +2,7 @@
 
 The level is the log of the signal-to-noise ratio, `log_snr`; latents at a level are alpha * clean + sigma *
 noise with alpha^2 = sigmoid(log_snr) and sigma^2 = 1 - alpha^2. Differences of nearly equal squares are
-written as products of sines, so that both ends are exact in fp32, too.
+written as products of sines, so that both ends are exact even in fp32.
 """
 
 import math
@@ -18,25 +18,25 @@ _QUARTER = math.pi / 2  # the cosine falls to 0 over a quarter turn
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The noise levels that one sample visits, fp64 on the CPU."""
+    """Noise levels of one sample's run, fp64 on the CPU."""
 
     log_snr: Tensor  # (steps + 1,): rising from noise to clean; the last is the level of the result
     ratio: Tensor  # (steps,): what the network receives at the start of each step
 
     @property
     def steps(self) -> int:
-        """How many forward passes the run takes."""
+        """Number of steps of the run."""
         return len(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
 class CosineSchedule:
-    """Noise levels over time, as a checkpoint's scheduler configuration states them."""
+    """Noise levels over time, as a checkpoint's scheduler configuration defines them."""
 
     config: ScheduleConfig
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Level at time `t` (any shape, 0..1): clamped to the unshifted ends, shifted, clamped again."""
+        """Return the level at time `t` (any shape, 0..1), clamped before and after the shift."""
         offset = self._offset
         angle = offset + self._warp(t) * (_QUARTER - offset)
         noise = torch.sin(angle - offset) * torch.sin(angle + offset)  # cos^2(offset) - cos^2(angle)
@@ -44,36 +44,35 @@ class CosineSchedule:
         return self._clamp(self._clamp(log_snr) - 2 * math.log(self.config.shift))
 
     def ratio(self, log_snr: Tensor) -> Tensor:
-        """The number in 0..1 by which a network is told the level: the unshifted time of that level."""
+        """Return the number in 0..1 that tells a network the level: the unshifted time of that level."""
         signal, noise = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
         cosine = signal.sqrt() * math.cos(self._offset)
         sine = (noise + signal * math.sin(self._offset) ** 2).sqrt()
         return torch.atan2(sine, cosine) / _QUARTER * (1 + self.config.s) - self.config.s
 
     def grid(self, steps: int, t_start: float = 1.0) -> Levels:
-        """Levels of a run over equal times from `t_start` to 0, as the official code takes them."""
+        """Return the levels of a run in equal steps of time from `t_start` to 0, as in the official code."""
         log_snr = self.log_snr(torch.linspace(t_start, 0.0, steps + 1, dtype=torch.float64))
         return Levels(log_snr, self.ratio(log_snr[:-1]))
 
     def diffusers_grid(self, steps: int, t_start: float = 1.0) -> Levels:
-        """Levels of a run in diffusers: no shift, and the network is told the time itself, 1.0 at first.
+        """Return the levels of a run in diffusers: no shift, and the network is told the time, 1.0 at first.
 
-        A checkpoint with its own clamp never saw times beyond it, so there the time of the level is told.
+        A checkpoint with its own clamp was never trained on times beyond it: it is told the level's time.
         """
-        t = torch.linspace(
-            t_start, 0.0, steps + 1, dtype=torch.float32
-        ).double()  # the times as fp32 rounds them
+        # The times as fp32 rounds them
+        t = torch.linspace(t_start, 0.0, steps + 1, dtype=torch.float32).double()
         log_snr = self.unshifted.log_snr(t)
         return Levels(log_snr, self.ratio(log_snr[:-1]) if self._has_own_clamp else t[:-1])
 
     @property
     def unshifted(self) -> "CosineSchedule":
-        """The same at shift 1."""
+        """This schedule at shift 1."""
         return CosineSchedule(replace(self.config, shift=1.0))
 
     @property
     def _offset(self) -> float:
-        """Angle at t = 0: the cosine starts a little behind its top."""
+        """Angle at t = 0, slightly past the maximum of the cosine."""
         return self.config.s / (1 + self.config.s) * _QUARTER
 
     @property
@@ -85,7 +84,7 @@ class CosineSchedule:
         return log_snr.clamp(_logit(self.config.clamp_min), _logit(self.config.clamp_max))
 
     def _warp(self, t: Tensor) -> Tensor:
-        """The time warp of diffusers' scheduler; 1 leaves time alone."""
+        """Apply the time warp of diffusers' scheduler; a scaler of 1 changes nothing."""
         scaler = self.config.scaler
         if scaler == 1:
             return t
@@ -93,11 +92,11 @@ class CosineSchedule:
 
 
 def signal_and_noise(log_snr: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales alpha and sigma of the clean picture and of the noise at a level; their squares sum to one."""
+    """Return the scales alpha of the clean latents and sigma of the noise; their squares sum to one."""
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
 
 def _logit(share: float) -> float:
-    """Level of a share of signal, held in fp32 as both code bases do: .9999 gives 9.21007, not 9.21024."""
+    """Return the level of a share of signal, in fp32 like both code bases: .9999 is 9.21007, not 9.21024."""
     rounded = torch.tensor(share, dtype=torch.float32).item()
     return math.log(rounded / (1 - rounded))

@@ -1,7 +1,6 @@
-"""Latents of Stage C to pictures by Stages B and A, and pictures through the encoder and back.
+"""Decoding of Stage C's latents by Stages B and A, and reconstruction of pictures by encoding and decoding.
 
-What the latents say is drawn anew rather than unpacked: shapes, colours and places are kept, the grain of a
-surface is not.
+Decoding draws a new picture from the latents: shapes, colours and places are kept, fine texture is not.
 """
 
 from collections.abc import Generator, Sequence
@@ -19,14 +18,14 @@ from cascade.tasks.latents import Latents
 from cascade.tasks.picture import Picture
 from cascade.tasks.settings import ImageSettings
 
-_NO_CAPTION = "-"  # stands in settings for the empty text, which they refuse as a prompt
+_NO_CAPTION = "-"  # replaces an empty caption in the settings, which refuse a blank prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
-    """How latents become a picture. Absent sizes and an absent preset are those of the latents.
+    """Settings for decoding latents. Sizes and a preset that are None are taken from the latents.
 
-    `prompt` is a caption of the picture, which Stage B may know; the official code leaves it empty.
+    `prompt` is an optional caption of the picture for Stage B; the official code leaves it empty.
     """
 
     width: int | None = None
@@ -37,14 +36,14 @@ class DecodeSettings:
     decoder_guidance_scale: float = 0.0
     preset: str | None = None
     sampler: str = "ddpm"
-    any_model: bool = False  # also latents that another encoder made
+    any_model: bool = False  # accept latents of another encoder, too
 
     def check(self) -> None:
-        """Raise `InvalidSetting` for what is wrong whatever the latents."""
+        """Raise `InvalidSetting` if a setting is wrong regardless of the latents."""
         self._request(self.width, self.height, self.preset or "official")
 
     def of(self, latents: Latents) -> ImageSettings:
-        """The same, filled in for some latents and checked."""
+        """Return checked image settings, with absent ones taken from `latents`."""
         return self._request(
             latents.width if self.width is None else self.width,
             latents.height if self.height is None else self.height,
@@ -61,7 +60,7 @@ class DecodeSettings:
             decoder_guidance_scale=self.decoder_guidance_scale,
             preset=preset,
             sampler=self.sampler,
-            shares_generator=False,  # there is no run of Stage C that draws before
+            shares_generator=False,  # no run of Stage C comes before
         )
 
 
@@ -69,11 +68,11 @@ class DecodeSettings:
 def decode_all(
     models: Models, latents: Sequence[Latents], settings: Sequence[DecodeSettings]
 ) -> Generator[Progress, None, list[Image.Image]]:
-    """Draw several latents, each by its own settings; those of one shape share the steps of Stage B.
+    """Decode several latents, each by its own settings; latents of one shape share the steps of Stage B.
 
     Raises:
         InvalidSetting: a setting is wrong, or other models made the latents; nothing was computed.
-        FlawedResult: a stage made no picture of one of them, not in fp32 either.
+        FlawedResult: a stage produced invalid values for one of them, even in fp32.
     """
     studio = Studio(models, {"decoder": models.stage_b})
     drawings = [_planned(models, *pair) for pair in zip(latents, settings, strict=True)]
@@ -93,7 +92,7 @@ def _planned(models: Models, latents: Latents, wanted: DecodeSettings) -> Drawin
 def reconstruct_all(
     models: Models, images: Sequence[Image.Image], settings: Sequence[DecodeSettings]
 ) -> Generator[Progress, None, list[Image.Image]]:
-    """Pictures through the encoder, Stage B and Stage A: what the model keeps of them."""
+    """Encode pictures, and decode them by Stages B and A: the result shows what the model keeps of them."""
     latents = [
         encode(
             models,

@@ -1,7 +1,7 @@
-"""ControlNets: from the picture that a request wants followed to what is added inside Stage C.
+"""ControlNets: from the control picture of a request to the maps that are added inside Stage C.
 
-Each kind reads its picture in its own way; all are done once per picture, before the first step. The picture
-is scaled and cut centrally to the shape of what is drawn, as all pictures of a request are.
+Each kind reads its picture in its own way; all run once per picture, before the first step. The picture is
+scaled and cropped centrally to the shape of the drawing, as all pictures of a request are.
 """
 
 from pathlib import Path
@@ -22,19 +22,19 @@ from cascade.sizes import SizePlan, fit_to_drawing
 from cascade.tasks.encoding import flattened
 from cascade.tasks.settings import Control, FeatureMap
 
-CANNY_SIDE = 224  # pixels: where the official filter looks for edges, whatever the aspect ratio
-CANNY_THRESHOLDS = (100, 200)  # of 0..255: weak and strong edges
+CANNY_SIDE = 224  # pixels: the official filter finds edges in such a square, whatever the aspect ratio
+CANNY_THRESHOLDS = (100, 200)  # for weak and strong edges, on a scale of 0..255
 
 
 @torch.inference_mode()
 def prepare_control(models: Models, control: Control, plan: SizePlan) -> tuple[Tensor, ...]:
-    """What a ControlNet adds for one picture: a map (1, h, w, c) for each of its injections, scaled.
+    """Compute a ControlNet's maps for one picture: (1, h, w, c) for each of its injections, scaled.
 
-    The maps are as large as those of Stage C that they are added to, so that rows with and without them, or
-    of other ControlNets, share a batch.
+    The maps have the size of Stage C's feature maps to which they are added, so that rows with and without
+    them, or of other ControlNets, can share a batch.
 
     Raises:
-        InvalidSetting: that ControlNet is not installed, or the picture is not what it reads.
+        InvalidSetting: that ControlNet is not installed, or it cannot read this kind of input.
     """
     network = models.controlnets.get(control.kind)
     if network is None:
@@ -60,9 +60,9 @@ def prepare_control(models: Models, control: Control, plan: SizePlan) -> tuple[T
 
 
 def find_edges(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Edges of a picture (h, w, 3) as the official filter finds them: 0 to 255, (height, width).
+    """Find the edges of a picture (h, w, 3) like the official filter: values of 0 to 255, (height, width).
 
-    The picture is made a square of 224 pixels (bilinear, not smoothed), and its edges are scaled back.
+    They are found in a square of 224 pixels (bilinear, not antialiased) and resized to `width` x `height`.
     """
     small = cv2.resize(pixels, (CANNY_SIDE, CANNY_SIDE), interpolation=cv2.INTER_LINEAR)
     edges = cv2.Canny(small, *CANNY_THRESHOLDS)
@@ -70,11 +70,11 @@ def find_edges(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np
 
 
 def read_map(path: Path) -> FeatureMap:
-    """The one tensor (channels, h, w) of a safetensors file, which identity control reads instead of pixels.
+    """Read the only tensor (channels, h, w) of a safetensors file, the input of identity control.
 
     Raises:
         CheckpointError: the file is not safetensors.
-        InvalidSetting: it does not hold one such tensor.
+        InvalidSetting: it does not hold exactly one such tensor.
     """
     tensors = list(open_weights(path).values())
     if len(tensors) != 1 or not tensors[0].dtype.is_floating_point:
@@ -83,22 +83,22 @@ def read_map(path: Path) -> FeatureMap:
 
 
 def _edges(models: Models, control: Control, plan: SizePlan) -> Tensor:
-    """(1, 1, h, w) in 0..1, at the size at which the encoder reads pictures."""
+    """Return the edges, (1, 1, h, w) in 0..1, at the size at which the encoder reads pictures."""
     picture = _drawn(_picture(control), plan)
     height, width = _encoder_size(plan)
     if not control.preprocess:
         values = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BILINEAR))
     else:
-        if min(width, height) >= CANNY_SIDE:  # a smaller checkpoint's would only be blurred
+        if min(width, height) >= CANNY_SIDE:  # a smaller one would only be blurred
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         values = find_edges(np.asarray(picture), width, height)
     return _to_tensor(values[None], models)
 
 
 def _masked(models: Models, control: Control, plan: SizePlan) -> Tensor:
-    """(1, 4, h, w): RGB in 0..1, white where it is to be painted, and the mask, 1 there.
+    """Return RGB in 0..1, white where it is to be painted, and the mask, 1 there: (1, 4, h, w).
 
-    What is to be painted is what is transparent, be it in part: of a pixel the encoder sees, any part.
+    A pixel at the encoder's size is painted if any pixel of its area is transparent, even partly.
     """
     image = ImageOps.exif_transpose(_picture(control))
     if not image.has_transparency_data:
@@ -112,7 +112,7 @@ def _masked(models: Models, control: Control, plan: SizePlan) -> Tensor:
 
 
 def _enlarged(models: Models, control: Control, plan: SizePlan) -> Tensor:
-    """(1, 16, h, w): what the encoder reads in the picture at half the size, each cell twice."""
+    """Return the latents of the picture encoded at half the size, each cell twice per side: (1, 16, h, w)."""
     if models.effnet is None:
         raise InvalidSetting("control", f"the checkpoint {models.name} has no encoder to read the picture")
     picture = np.asarray(_drawn(flattened(_picture(control)), plan)).transpose(2, 0, 1)
@@ -123,7 +123,7 @@ def _enlarged(models: Models, control: Control, plan: SizePlan) -> Tensor:
 
 
 def _given_map(models: Models, control: Control, plan: SizePlan) -> Tensor:  # noqa: ARG001
-    """(1, c, h, w): the map that the request brings, of any size."""
+    """Return the request's own map, of any size: (1, c, h, w)."""
     if not isinstance(control.image, FeatureMap):
         raise InvalidSetting("control", "identity reads a map of numbers, (channels, h, w), not a picture")
     return control.image.values[None].to(models.device, torch.float32)
@@ -136,7 +136,7 @@ def _picture(control: Control) -> Image.Image:
 
 
 def _drawn(image: Image.Image, plan: SizePlan) -> Image.Image:
-    """The picture at the size that is drawn; "L" stays so, and RGB is what all others become."""
+    """Bring the picture to the size of the drawing; mode "L" is kept, all others become RGB."""
     flat = image if image.mode == "L" else flattened(image)
     if flat.size == (plan.draw_width, plan.draw_height):
         return flat
@@ -146,11 +146,11 @@ def _drawn(image: Image.Image, plan: SizePlan) -> Image.Image:
 
 
 def _encoder_size(plan: SizePlan) -> tuple[int, int]:
-    """Height and width of what the encoder reads for a picture of this plan."""
+    """Return height and width of the encoder's input for a picture of this plan."""
     rows, columns = plan.prior_grid
     return STRIDE * rows, STRIDE * columns
 
 
 def _to_tensor(values: NDArray[np.uint8], models: Models) -> Tensor:
-    """(c, h, w) of 0 to 255 as (1, c, h, w) in 0..1."""
+    """Convert (c, h, w) in 0..255 to (1, c, h, w) in 0..1."""
     return torch.from_numpy(np.array(values, order="C"))[None].to(models.device).float() / 255

@@ -1,8 +1,8 @@
-"""Pictures of many callers on their way, each at a stage and step of its own, advanced together.
+"""Pictures of many callers in progress, each at its own stage and step, advanced together.
 
-A `Drawing` holds all that changes while a picture is made. The `Studio` holds what all share: the
-networks and what was computed last from texts. One thread begins and steps drawings; another may decode and
-preview them.
+A `Drawing` holds all that changes while a picture is made. The `Studio` holds what drawings share: the
+networks and caches of what was computed from texts. One thread begins and steps drawings; another may decode
+and preview them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,57 +37,57 @@ from cascade.tasks.picture import (
     to_images,
 )
 
-CACHED_TEXTS = 256  # embeddings: 0.2 MB each at full size
-CACHED_CONDITIONS = 16  # keys and values of Stage C: 45 MB each at full size
+CACHED_TEXTS = 256  # embeddings, 0.2 MB each at full size
+CACHED_CONDITIONS = 16  # keys and values of Stage C, 45 MB each at full size
 CACHED_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class TextKey:
-    """What an encoding of a text depends on."""
+    """Cache key of an encoded text."""
 
     text: str
     is_weighted: bool
     is_long: bool
-    adapter: Adapter | None  # LoRAs that change texts: the same object for the same ones
+    adapter: Adapter | None  # LoRAs that change the encoding of texts: one object for equal LoRAs
 
 
-# What a condition of Stage C depends on: text, number of its tokens, number of pictures, LoRAs
+# Cache key of a condition of Stage C: text, number of its tokens, number of image prompts, LoRAs
 ConditionKey = tuple[TextKey, int, int, Adapter | None]
 
 
 @dataclass(slots=True, eq=False)
 class Drawing:
-    """One picture on its way through the stages. "decode" is where Stage A is all that is left."""
+    """The state of one picture on its way through the stages. At "decode", only Stage A is left."""
 
     picture: Picture
     models: Models
-    caption: str | None = None  # what Stage B reads in place of the prompt
-    given: Given = NOTHING  # what its own pictures tell, once it has begun
+    caption: str | None = None  # read by Stage B in place of the prompt
+    given: Given = NOTHING  # computed from the request's own pictures when it begins
     stage: Literal["prior", "decoder", "decode"] = "prior"
     text: TextEmbeddings | None = None  # of the prompt
-    sample: Sample[Condition] | None = None  # of the stage in work, once it has begun
+    sample: Sample[Condition] | None = None  # of the current stage, once it has begun
     semantic: Tensor | None = None  # (16, h, w) fp32: the result of Stage C
     latents: Tensor | None = None  # (4, h, w) fp32: the result of Stage B
-    fp32_stage: Literal["prior", "decoder"] | None = None  # the stage that is made, or was, once more in fp32
+    fp32_stage: Literal["prior", "decoder"] | None = None  # the last stage sent back to be made in fp32
 
     @property
     def step(self) -> int:
-        """Number of steps that were made of the stage in work."""
+        """Number of steps made in the current stage."""
         return 0 if self.sample is None else self.sample.step
 
     @property
     def texts(self) -> tuple[str, str]:
-        """The prompt, or the caption in its place, and the negative prompt."""
+        """Prompt, or the caption in its place, and negative prompt."""
         prompt, negative = self.picture.settings.texts
         return prompt if self.caption is None else self.caption, negative
 
     def resume(self, semantic: Tensor) -> None:
-        """Go on from the result of Stage C that was kept of an earlier run."""
+        """Continue with Stage B from a known result of Stage C, such as one kept from an earlier run."""
         self.semantic, self.stage = semantic, "decoder"
 
     def end_stage(self) -> None:
-        """Enter the next stage once the sample has made its last step."""
+        """Enter the next stage, after the sample's last step."""
         assert self.sample is not None
         result, self.sample = self.sample.result, None
         if self.stage == "prior":
@@ -96,7 +96,7 @@ class Drawing:
             self.latents, self.stage = result, "decode"
 
     def go_back(self, models: Models) -> None:
-        """Stand before the stage that ended last, to make it again with other weights."""
+        """Return to the start of the stage that ended last, to repeat it with other weights."""
         self.models, self.sample = models, None
         if self.stage == "decode":
             self.latents, self.stage = None, "decoder"
@@ -105,7 +105,7 @@ class Drawing:
         self.fp32_stage = self.stage
 
     def check(self) -> None:
-        """Raise `FlawedResult` when the stage that ended last made nothing that can be gone on with."""
+        """Raise `FlawedResult` if the result of the stage that ended last is unusable."""
         result = self.latents if self.stage == "decode" else self.semantic
         assert result is not None
         if fault := flaw(result):
@@ -113,7 +113,7 @@ class Drawing:
 
 
 class Studio:
-    """The networks at work on drawings."""
+    """The networks that make drawings, and the caches that drawings share."""
 
     def __init__(self, models: Models, networks: Mapping[str, Network[Condition]]) -> None:
         self.models = models
@@ -126,7 +126,7 @@ class Studio:
 
     @torch.inference_mode()
     def begin(self, drawing: Drawing) -> None:
-        """Encode the text and the request's pictures, draw the noise, prepare the condition.
+        """Encode the text and the request's pictures, draw the noise and prepare the condition.
 
         Raises:
             InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
@@ -141,9 +141,9 @@ class Studio:
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing], rows: int) -> None:
-        """Advance all, of one stage, shape and precision, by one step; or none, when anything fails.
+        """Advance drawings of one stage, shape and precision by one step, or none if an error occurs.
 
-        The network is called for at most so many rows at once.
+        Each call of the network gets at most `rows` rows.
         """
         for drawing in drawings:
             self._begin_stage(drawing)
@@ -152,26 +152,26 @@ class Studio:
             if drawing.sample is not None:
                 groups.setdefault(drawing.sample.condition.num_tokens, []).append(drawing.sample)
         network = in_parts(self._network(drawings[0]), rows)
-        # Of a second try nothing is remembered: its weights are to go when it ends.
+        # Batches of an fp32 retry are not cached: its weights are to be freed when it ends.
         known = self._batches if drawings[0].models is self.models else Recent(0)
         batches = [known.get(tuple(samples), _batch) for samples in groups.values()]
         advanced = [batch.advanced(network) for batch in batches]
-        if self.models.device.type == "cuda":  # where an error of the step comes out, if there is one
+        if self.models.device.type == "cuda":  # synchronizing raises any error of the step here
             torch.cuda.current_stream(self.models.device).synchronize()
         for batch, (latents, clean) in zip(batches, advanced, strict=True):
             batch.take(latents, clean)
         for drawing in drawings:
             if drawing.sample is not None and drawing.sample.is_done:
                 drawing.end_stage()
-                self._batches.clear()  # they hold on to what is done with
+                self._batches.clear()  # they keep finished samples alive
 
     def forget(self, drawing: Drawing) -> None:
-        """Keep nothing of a drawing that is not gone on with."""
+        """Release what is cached of a drawing that is abandoned."""
         if drawing.sample is not None:
             self._batches.clear()
 
     def retry_in_fp32(self, drawing: Drawing) -> bool:
-        """Go back to where the stage that ended last began, with fp32 weights; False where it had them."""
+        """Go back to the start of the stage that ended last, in fp32; return False if it was already."""
         ended = "decoder" if drawing.stage == "decode" else "prior"
         network: Literal["stage_b", "stage_c"] = "stage_b" if ended == "decoder" else "stage_c"
         if self.models.dtype is torch.float32 or drawing.fp32_stage == ended:
@@ -184,9 +184,9 @@ class Studio:
 
     @torch.inference_mode()
     def decode(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
-        """Stage A, of drawings of one size; raises `FlawedResult`. Each picture is finished when called.
+        """Run Stage A on drawings of one size; raises `FlawedResult`. Each returned call finishes a picture.
 
-        That is apart, because it takes a core as long as the size asked for is large, and no network.
+        Finishing is separate, because it needs no network, but a core for a time that grows with the size.
         """
         chunk = decode_chunk(drawings[0].picture.plan)
         parts = [drawings[start : start + chunk] for start in range(0, len(drawings), chunk)]
@@ -195,7 +195,7 @@ class Studio:
 
     @torch.inference_mode()
     def preview(self, drawing: Drawing) -> Image.Image | None:
-        """What Stage C has in mind now, if it is at work and the checkpoint has a previewer."""
+        """Return a preview of Stage C's prediction; None if it is not running, or there is no previewer."""
         previewer, sample = self.models.previewer, drawing.sample
         if previewer is None or sample is None or sample.step == 0 or drawing.stage != "prior":
             return None
@@ -203,7 +203,7 @@ class Studio:
             return to_images(previewer(sample.clean[None]))[0]
 
     def _decode_part(self, drawings: Sequence[Drawing]) -> list[Callable[[], Image.Image]]:
-        """One call of Stage A, and a second one in fp32 where the first in less precision went wrong."""
+        """Call Stage A once, and again in fp32 if the result in lower precision is flawed."""
         pictures = [drawing.picture for drawing in drawings]
         latents = [drawing.latents for drawing in drawings if drawing.latents is not None]
         pixels = decode(self.models, pictures, latents)
@@ -218,15 +218,15 @@ class Studio:
 
     @cached_property
     def _side_stream(self) -> torch.cuda.Stream | None:
-        """On a GPU, what runs there does not wait for a step that the other thread has begun meanwhile.
+        """Stream on a GPU whose work does not wait for a step that the other thread has begun meanwhile.
 
-        It is one stream, because freed memory is kept by stream: a new one would take as much once more.
+        There is only one, because freed memory is cached per stream: a new one would need as much again.
         """
         device = self.models.device
         return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _begin_stage(self, drawing: Drawing) -> None:
-        """Draw the noise of the stage in work and prepare its condition, unless that was done already."""
+        """Draw the noise of the current stage and prepare its condition, unless that was done already."""
         if drawing.sample is not None:
             return
         models, picture, given = drawing.models, drawing.picture, drawing.given
@@ -242,7 +242,7 @@ class Studio:
         drawing.sample = sample
 
     def _keys(self, drawing: Drawing) -> tuple[TextKey, TextKey]:
-        """Of the prompt and of the negative prompt."""
+        """Return the keys of the prompt and of the negative prompt."""
         settings = drawing.picture.settings
         prompt, negative = drawing.texts
         adapter = drawing.given.adapter
@@ -251,13 +251,13 @@ class Studio:
         return key, replace(key, text=negative)
 
     def _text(self, encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
-        """A text is encoded by itself, so that no bit of it depends on others."""
+        """Return the embeddings of a text, encoded by itself so that no bit of them depends on others."""
         return self.texts.get((id(encoder), key), lambda _: _encoded(encoder, key))
 
     def _conditions_of(
         self, drawing: Drawing, keys: tuple[TextKey, TextKey]
     ) -> tuple[Condition, Condition | None]:
-        """Of the prompt with the image prompts and of the negative one without, with equally many tokens."""
+        """Return equally long conditions of the prompt with image prompts and of the negative one without."""
         models, embeds = drawing.models, drawing.given.image_embeds
         num_images = 1 if embeds is None else embeds.shape[1]
         is_guided = drawing.picture.prior_rows > 1
@@ -273,7 +273,7 @@ class Studio:
         return conditions[0], conditions[1] if is_guided else None
 
     def _condition(self, models: Models, key: ConditionKey) -> Condition:
-        """What a text without pictures tells Stage C; remembered, unless it is for a second try."""
+        """Return Stage C's condition of a text without image prompts; cached, except for fp32 retries."""
 
         def prepare(key: ConditionKey) -> Condition:
             text, length, num_images, adapter = key
@@ -291,7 +291,7 @@ class Studio:
         return prior_condition(models, text, embeds, adapter, constants=constants)
 
     def _constants_of(self, network: UNet) -> Constants:
-        """One copy for all conditions of a network, as long as it lives."""
+        """Return the constants of a network, shared by all its conditions and kept as long as it lives."""
         if network not in self._constants:
             self._constants[network] = network.constants()
         return self._constants[network]
@@ -313,7 +313,7 @@ def _batch(samples: tuple[Sample[Condition], ...]) -> Batch[Condition]:
 
 
 def _encoded(encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
-    """One text. An ordinary one is encoded as ever: nothing that it does not ask for touches it."""
+    """Encode one text. An ordinary one takes the plain path, so that unused options cannot change it."""
     if not key.is_weighted and not key.is_long and key.adapter is None:
         return encoder.encode([key.text])
     return encoder.encode([key.text], weighted=key.is_weighted, long=key.is_long, adapter=key.adapter)

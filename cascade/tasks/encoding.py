@@ -1,6 +1,6 @@
-"""Pictures to latents of Stage C: the semantic encoder, on the grid that such a picture is drawn on.
+"""Encoding of pictures as Stage C's latents, on the grid on which a picture of their size is drawn.
 
-1024x1024 pixels become 16 x 24 x 24 values.
+The semantic encoder turns 1024x1024 pixels into 16 x 24 x 24 values.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ def encode(
     height: int | None = None,
     preset: str = "official",
 ) -> list[Latents]:
-    """The latents of each picture, made by itself.
+    """Encode pictures as latents of Stage C, one by one.
 
-    A picture of another size than `width` x `height` is scaled and cut centrally to it; absent, each side is
-    the picture's own, or the nearest that is allowed. Transparent pixels are seen on white.
+    A picture of another size than `width` x `height` is scaled and cropped centrally to it; an absent side is
+    the picture's own, or the nearest that is allowed. Transparent pixels are shown on white.
 
     Raises:
         InvalidSetting: the size is not allowed, or the checkpoint has no encoder.
@@ -55,7 +55,7 @@ def encode(
 
 @torch.inference_mode()
 def encode_planned(models: Models, drawn: Image.Image, plan: SizePlan) -> Tensor:
-    """A picture of the size at which it would be drawn, RGB, as latents of Stage C, (16, h, w) fp32."""
+    """Encode an RGB picture at the size of its drawing as latents of Stage C, (16, h, w) fp32."""
     effnet = need_encoder(models)
     weight = next(effnet.parameters())
     values = torch.from_numpy(np.array(drawn, dtype=np.uint8)).permute(2, 0, 1)[None]
@@ -65,7 +65,7 @@ def encode_planned(models: Models, drawn: Image.Image, plan: SizePlan) -> Tensor
 
 
 def flattened(image: Image.Image) -> Image.Image:
-    """The picture as RGB, turned as its camera says; what is transparent shows white."""
+    """Convert a picture to RGB, upright by its EXIF orientation, with transparent pixels on white."""
     upright = ImageOps.exif_transpose(image)
     if not upright.has_transparency_data:
         return upright.convert("RGB")
@@ -74,7 +74,7 @@ def flattened(image: Image.Image) -> Image.Image:
 
 
 def need_encoder(models: Models) -> EffNetEncoder:
-    """The semantic encoder, or `InvalidSetting` where the checkpoint cannot look at pictures."""
+    """Return the semantic encoder; raise `InvalidSetting` if the checkpoint has none."""
     if models.effnet is None:
         raise InvalidSetting(
             "image",
@@ -92,5 +92,5 @@ def _plan_for(models: Models, image: Image.Image, width: int | None, height: int
 
 
 def _drawn(image: Image.Image, plan: SizePlan) -> Image.Image:
-    """A picture where a drawing of the planned size will be cut out, at the size at which it is drawn."""
+    """Bring a picture to the drawing's size, placed where the planned size will be cropped from it."""
     return fit_to_drawing(cover(image, (plan.width, plan.height)), plan)

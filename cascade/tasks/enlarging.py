@@ -1,9 +1,9 @@
-"""What super-resolution owes to the small picture: reduced again, the large one is the small one.
+"""Consistency of super-resolution: the large picture, reduced, equals the small one.
 
-The networks draw crisp edges, but not to the pixel where they were, and colours only nearly. So the drawn
-picture is believed where it agrees, reduced, with the small one, and the smooth enlargement elsewhere. Then
-what is still missing, the difference of the small picture and the reduced result, is enlarged and added, a
-few times. Sources: back-projection, Irani and Peleg, "Improving resolution by image registration", 1991; the
+The networks draw crisp edges, but not exactly in place, and colours only roughly. So the drawn picture is
+used where, reduced, it agrees with the small one, and a smooth enlargement of the small one elsewhere. Then
+the remaining error, the difference of the small picture and the reduced result, is enlarged and added, a few
+times. Sources: back-projection, Irani and Peleg, "Improving resolution by image registration", 1991; the
 same consistency for diffusion, Choi et al., "ILVR", 2021, and Wang et al., "DDNM", 2023.
 """
 
@@ -15,16 +15,16 @@ from cascade.tasks.encoding import flattened
 
 Pixels = NDArray[np.float32]  # (h, w, c), 0 to 255
 
-ROUNDS = 4  # the fourth changes less than half a step of 255
-DOUBT = 16.0  # of 255: the difference from the small picture at which a drawn place counts for half
+ROUNDS = 4  # the fourth changes values by less than half a level of 255
+DOUBT = 16.0  # levels of 255: the difference from the small picture that gives the drawn one a weight of 1/2
 
 
 def keep_to_small(drawn: Image.Image, given: Image.Image) -> Image.Image:
-    """The drawn picture, RGB, brought into agreement with the small one that it enlarges.
+    """Return the drawn picture, RGB, made consistent with the small one that it enlarges.
 
-    They agree but for rounding, and for what beyond black or white would have to be.
-    The small one is cut centrally to the shape of the drawn one, as ControlNets read it. Unless it is smaller
-    along both sides, there is nothing that was enlarged, and the drawn picture is returned.
+    They agree up to rounding and the clipping at black and white. The small one is cropped centrally to the
+    aspect ratio of the drawn one, as ControlNets read it. Unless it is smaller along both sides, nothing was
+    enlarged, and the drawn picture is returned unchanged.
     """
     fitted = _of_shape(flattened(given), drawn.size)
     if fitted.width >= drawn.width or fitted.height >= drawn.height:
@@ -38,7 +38,7 @@ def keep_to_small(drawn: Image.Image, given: Image.Image) -> Image.Image:
 
 
 def _confidence(large: Pixels, small: Pixels) -> Pixels:
-    """How far a drawn picture is believed at each pixel, (h, w, 1) in 0..1: where, reduced, it agrees.
+    """Return the drawn picture's weight at each pixel, (h, w, 1) in 0..1: high where, reduced, it agrees.
 
     The squared difference is averaged over 3x3 pixels of the small picture.
     """
@@ -51,7 +51,7 @@ def _confidence(large: Pixels, small: Pixels) -> Pixels:
 
 
 def _of_shape(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture cut centrally to the shape of `size` and not scaled, but for parts of a pixel."""
+    """Crop a picture centrally to the aspect ratio of `size`, without scaling except by parts of a pixel."""
     scale = min(image.width / size[0], image.height / size[1])
     cut = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     return image if image.size == cut else ImageOps.fit(image, cut, Image.Resampling.BICUBIC)
@@ -60,7 +60,7 @@ def _of_shape(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _resized(
     pixels: Pixels, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Pixels:
-    """To `size`, (width, height), unrounded; the filter is widened where it reduces."""
+    """Resize to `size`, (width, height), without rounding; the filter is widened where it reduces."""
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(pixels, -1, 0)]
     return np.stack([np.asarray(channel.resize(size, resample)) for channel in channels], axis=-1)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint may have beside its stages, as one picture uses it: a ControlNet and LoRAs."""
+"""Optional parts of a checkpoint beside its stages, as one picture uses them: a ControlNet and LoRAs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ _INPAINTING = "inpainting"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlMaps:
-    """What a ControlNet adds to Stage C for one picture."""
+    """The maps that a ControlNet adds to Stage C for one picture."""
 
     maps: tuple[Tensor, ...]  # (1, h, w, c) each
     places: tuple[int, ...]  # the ResBlocks before which they are added
 
     def on(self, condition: Condition) -> Condition:
-        """The condition of one row with the maps."""
+        """Add the maps to the condition of one row."""
         return condition.controlled(self.maps, self.places)
 
 
 def control_of(
     models: Models, settings: ImageSettings, plan: SizePlan, canvas: Canvas | None
 ) -> ControlMaps | None:
-    """The maps of the control that is asked for, or of inpainting's own where the checkpoint has it.
+    """Return the maps of the requested control, or of an installed inpainting ControlNet if a mask is given.
 
     Raises:
-        InvalidSetting: that kind is not installed.
+        InvalidSetting: the ControlNet is not installed, or it cannot read this kind of input.
     """
     control = settings.control
     if (
@@ -53,7 +53,7 @@ def control_of(
 
 
 def adapter_of(models: Models, loras: Sequence[LoRAUse]) -> Adapter | None:
-    """The LoRAs as one adapter, the same object for the same ones.
+    """Return the LoRAs as one adapter, the same object for the same LoRAs.
 
     Raises:
         InvalidSetting: one is not installed.
@@ -67,7 +67,7 @@ def adapter_of(models: Models, loras: Sequence[LoRAUse]) -> Adapter | None:
 
 
 def _without_masked(canvas: Canvas) -> Image.Image:
-    """RGBA, transparent where it is drawn anew."""
+    """Return the canvas's image as RGBA, transparent where it is to be painted."""
     assert canvas.mask is not None
     image = canvas.image.copy()
     image.putalpha(ImageChops.invert(canvas.mask))

@@ -1,7 +1,7 @@
-"""Requests through Stage C, Stage B and Stage A, many at once: every task of the library ends here.
+"""Generation by Stages C, B and A, for many requests at once: every task of the library ends here.
 
-`generate` is a generator, so the caller drives it, shows progress and may stop; who wants the pictures only
-takes `run_to_end`. Requests keep their own settings, and a picture is the same in any company.
+`generate` is a generator, so the caller drives it, shows progress and may stop; callers that only want the
+pictures use `run_to_end`. Requests keep their own settings, and do not influence each other's pictures.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from cascade.tasks.settings import ImageSettings
 
 R = TypeVar("R")
 
-_ALL_ROWS = 1 << 30  # of a step share one call of the network
+_ALL_ROWS = 1 << 30  # more than any step has: all its rows share one call of the network
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +28,31 @@ class GeneratedImage:
     """A finished picture and how it was made."""
 
     image: Image.Image
-    settings: ImageSettings  # all filled in: asked for again, they give this picture again
-    resampled_from: tuple[int, int] | None  # the size it was drawn at, if scaled
+    settings: ImageSettings  # with seed and size filled in: a request with them gives this picture again
+    resampled_from: tuple[int, int] | None  # the size at which it was drawn, if scaled
     prompt_truncated: bool
-    prompt_tokens: int  # before truncation, with begin and end
+    prompt_tokens: int  # before truncation, with begin and end tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands. Steps of "decode" are pictures."""
+    """Progress of a run. In "decode", steps count pictures."""
 
     stage: Literal["prior", "decoder", "decode"]
     step: int
     steps: int
-    latents: Tensor | None = None  # (b, 16, h, w): clean latents as Stage C predicts them now, for previews
+    latents: Tensor | None = None  # (b, 16, h, w): the clean latents that Stage C predicts now, for previews
 
 
 @torch.inference_mode()
 def generate(
     models: Models, requests: Sequence[ImageSettings]
 ) -> Generator[Progress, None, list[list[GeneratedImage]]]:
-    """Make the pictures of all `requests` together; returns them as one list per request.
+    """Make the pictures of all `requests` together; return them as one list per request.
 
     Raises:
-        InvalidSetting: the checkpoint cannot do what is asked for; nothing was drawn.
-        FlawedResult: a stage made no picture of one of the requests, not in fp32 either.
+        InvalidSetting: the checkpoint cannot do what is requested; nothing was drawn.
+        FlawedResult: a stage produced invalid values for one of the requests, even in fp32.
     """
     studio = Studio(models, {"prior": models.stage_c, "decoder": models.stage_b})
     per_request = [
@@ -66,7 +66,7 @@ def generate(
 
 
 def draw(studio: Studio, drawings: Sequence[Drawing]) -> Generator[Progress, None, list[Image.Image]]:
-    """Take drawings through the stages that they have ahead; returns their pictures in order."""
+    """Take drawings through their remaining stages; return their pictures in order."""
     yield from _run_stage(studio, "prior", drawings)
     yield from _run_stage(studio, "decoder", drawings)
     images: dict[Drawing, Image.Image] = {}
@@ -80,7 +80,7 @@ def draw(studio: Studio, drawings: Sequence[Drawing]) -> Generator[Progress, Non
 
 
 def run_to_end(run: Generator[Progress, None, R], watch: Callable[[Progress], None] | None = None) -> R:
-    """Drive a run and return its result. `watch` is called after every step; what it raises ends the run."""
+    """Drive a run and return its result. `watch` is called after every step; if it raises, the run ends."""
     while True:
         try:
             seen = next(run)
@@ -94,7 +94,7 @@ def run_to_end(run: Generator[Progress, None, R], watch: Callable[[Progress], No
 def _run_stage(
     studio: Studio, stage: Literal["prior", "decoder"], drawings: Sequence[Drawing]
 ) -> Iterator[Progress]:
-    """All steps of a stage, one shape after the other."""
+    """Make all steps of a stage, one shape after the other."""
     groups = _by_shape([drawing for drawing in drawings if drawing.stage == stage], stage)
     lengths = [max(_num_steps(drawing, stage) for drawing in group) for group in groups]
     step = 0
@@ -110,7 +110,7 @@ def _run_stage(
 
 
 def _check(studio: Studio, drawing: Drawing) -> None:
-    """Look at what a stage has made; what less precision has spoiled is made again in fp32."""
+    """Check the result of a stage; if it is flawed and was made in lower precision, make it again in fp32."""
     try:
         drawing.check()
     except FlawedResult:
@@ -135,7 +135,7 @@ def _num_steps(drawing: Drawing, stage: Literal["prior", "decoder"]) -> int:
 
 
 def _seen(drawing: Drawing) -> Tensor:
-    """What Stage C has in mind, or has made."""
+    """Return the clean latents that Stage C predicts, or its result once it has ended."""
     latents = drawing.sample.clean if drawing.sample is not None else drawing.semantic
     assert latents is not None
     return latents

@@ -1,6 +1,6 @@
-"""Image prompts: pictures that guide Stage C by what they show, each through the vision tower.
+"""Image prompts: pictures that guide Stage C by their content, each encoded by the vision tower.
 
-With no text they vary a picture. Unguided rows get zeros in their place, as the networks were trained.
+Without text they give variations. Unguided rows get zeros in their place, as in the networks' training.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from cascade.tasks.settings import ImagePrompt
 
 
 def encode_image_prompts(models: Models, prompts: Sequence[ImagePrompt]) -> Tensor | None:
-    """An embedding for each picture times its weight, (1, k, d) fp32; None without pictures.
+    """Return the embedding of each picture times its weight, (1, k, d) fp32; None without pictures.
 
-    A picture is encoded by itself, so that no bit of it depends on others.
+    Each picture is encoded by itself, so that no bit of its embedding depends on others.
 
     Raises:
         InvalidSetting: the checkpoint has no vision tower.

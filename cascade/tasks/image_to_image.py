@@ -2,7 +2,7 @@
 
 Source: the Stable Cascade code release, `inference/img2img.ipynb`. It noises at shift 1 and samples at the
 schedule's shift, so the network is told of more noise than there is and redraws more freely; the setting
-`noise_at_sampling_shift` makes both the same.
+`noise_at_sampling_shift` makes it noise at that shift, too.
 """
 
 import torch
@@ -15,7 +15,7 @@ from cascade.tasks.settings import ImageSettings
 
 
 def noised(settings: ImageSettings, schedule: CosineSchedule, clean: Tensor, draw: NoiseSource) -> Tensor:
-    """Clean latents (16, h, w) with the noise of the time at which Stage C begins."""
+    """Add the noise of the time at which Stage C begins to clean latents (16, h, w)."""
     is_shifted = settings.noise_at_sampling_shift and PRESETS[settings.preset].shifts
     at = schedule if is_shifted else schedule.unshifted
     alpha, sigma = signal_and_noise(at.log_snr(torch.tensor(settings.start, dtype=torch.float64)))

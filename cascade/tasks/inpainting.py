@@ -1,7 +1,7 @@
-"""Inpainting and outpainting: a part of a picture is drawn anew and the rest stays as it is, to the bit.
+"""Inpainting and outpainting: part of a picture is painted anew, and the rest stays bit-identical.
 
-While Stages C and B draw, what they know is put back with the noise of the level after every step, so that
-the new part fits the old one; then the old pixels are laid over the drawn ones.
+After every step of Stages C and B, the kept part is restored with the noise of that level, so that the new
+part fits it; in the end the kept pixels are pasted over the drawn ones.
 """
 
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from cascade.tasks.settings import ImageSettings
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What is there before anything is drawn, at the size asked for."""
+    """The source picture and its mask at the requested size, before anything is drawn."""
 
     image: Image.Image  # RGB
-    mask: Image.Image | None  # L: 255 is drawn anew, 0 is kept; None: all is drawn
+    mask: Image.Image | None  # L: 255 is painted, 0 is kept; None: all is painted
 
 
 def canvas_of(settings: ImageSettings, plan: SizePlan) -> Canvas | None:
-    """The source at the size asked for: scaled to cover it, or at its anchor with its edges repeated.
+    """Bring the source to the requested size: scaled to cover it, or at its anchor with its edges repeated.
 
     Raises:
-        InvalidSetting: the source is larger than the canvas on which it is to stand.
+        InvalidSetting: the source is larger than the canvas on which it is to be placed.
     """
     source = settings.image
     if source is None:
@@ -51,14 +51,14 @@ def canvas_of(settings: ImageSettings, plan: SizePlan) -> Canvas | None:
 
 
 def free_cells(mask: Image.Image, plan: SizePlan, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """The cells of a grid that are drawn anew, (h, w) bool: those of which any pixel is."""
+    """Return the cells of a grid that are painted, (h, w) bool: those with any painted pixel."""
     pixels = torch.from_numpy(np.array(widen_to_drawing(mask, plan)))
-    # Windows of unequal size overlap where the sides do not divide: no marked pixel is missed.
+    # Pooling windows overlap where the sides do not divide evenly: no marked pixel is missed.
     return F.adaptive_max_pool2d(pixels[None].float(), grid)[0].to(device) > 0
 
 
 def encode_known(models: Models, preset: str, drawn: Image.Image) -> Tensor:
-    """Latents of Stage B, (4, h, w) fp32, of a picture of the drawn size, in the scale of a preset."""
+    """Encode a picture of the drawn size as latents of Stage B, (4, h, w) fp32, in the scale of a preset."""
     stage_a = models.stage_a
     dtype = next(stage_a.parameters()).dtype
     values = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(models.device)
@@ -67,7 +67,7 @@ def encode_known(models: Models, preset: str, drawn: Image.Image) -> Tensor:
 
 
 def composite(drawn: Image.Image, canvas: Canvas, feather: int) -> Image.Image:
-    """The drawn picture where the mask is white, the canvas where it is black, bit for bit.
+    """Paste the drawn picture onto the canvas by its mask; where that is black, all stays bit-identical.
 
     The drawn one fades in over `feather` pixels, all of them inside the mask.
     """
@@ -81,7 +81,7 @@ def composite(drawn: Image.Image, canvas: Canvas, feather: int) -> Image.Image:
 
 
 def _mask_of(settings: ImageSettings, source: Image.Image) -> Image.Image | None:
-    """What of the source is drawn anew: what the mask says, and else what is transparent."""
+    """Return the part of the source to paint: the mask or, without one, the transparent pixels."""
     if settings.mask is not None:
         return settings.mask.convert("L")
     if settings.repaints and source.has_transparency_data:
@@ -90,7 +90,7 @@ def _mask_of(settings: ImageSettings, source: Image.Image) -> Image.Image | None
 
 
 def _corner(anchor: str, across: int, down: int) -> tuple[int, int]:
-    """Left and top of what stands on a canvas with so much room beside and below it."""
+    """Return left and top of a picture on a canvas that is `across` and `down` pixels larger than it."""
     words = anchor.split("-")
     left = 0 if "left" in words else across if "right" in words else across // 2
     top = 0 if "top" in words else down if "bottom" in words else down // 2
@@ -98,9 +98,9 @@ def _corner(anchor: str, across: int, down: int) -> tuple[int, int]:
 
 
 def _distance_to_kept(is_free: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Steps across and down from every pixel to the nearest one that is kept, 0 for those."""
+    """Return the distance (across plus down) of every pixel to the nearest kept one, 0 for kept ones."""
     distance = np.where(is_free, np.float32(sum(is_free.shape)), np.float32(0))
-    for axis in (distance, distance.T):  # views: both write into the same numbers
+    for axis in (distance, distance.T):  # views: both modify the same array
         for ways in (axis, axis[::-1]):
             for row in range(1, len(ways)):
                 np.minimum(ways[row], ways[row - 1] + 1, out=ways[row])

@@ -1,4 +1,4 @@
-"""Latents of Stage C as files: a picture 42 times smaller along each side, and all that decoding it needs."""
+"""Files of Stage C's latents: a picture reduced 42 times per side, with all that is needed to decode it."""
 
 import hashlib
 import json
@@ -23,26 +23,26 @@ CHANNELS = 16
 
 _NAME = "latents"
 _FIELDS = ("format_version", "shape", "width", "height", "model", "encoder_sha256", "preset")
-_MAX_SIDE = 256  # cells: more than any allowed size has
+_MAX_SIDE = 256  # cells: more than any allowed picture size gives
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Latents:
-    """One picture as the semantic encoder sees it."""
+    """The semantic latents of one picture."""
 
     values: Tensor = field(repr=False)  # (16, h, w) fp32 on the CPU
-    width: int  # of the picture that was encoded, and by default of the one that is decoded
+    width: int  # of the encoded picture, and by default of the decoded one
     height: int
-    model: str  # name of the checkpoint, for people
-    encoder_sha256: str  # of the encoder's weights: checkpoints that share them share the latents' meaning
-    preset: str = "official"  # decides the constant by which Stage A's latents are scaled
+    model: str  # name of the checkpoint; `check_model` compares it only if there is no encoder
+    encoder_sha256: str  # of the encoder's weights: checkpoints with the same ones understand the latents
+    preset: str = "official"  # determines the constant by which Stage A's latents are scaled
 
     def save(self, path: Path) -> None:
         """Write a safetensors file.
 
         Raises:
             InvalidSetting: the name does not end in .safetensors.
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         if path.suffix.lower() != SUFFIX:
             raise InvalidSetting("output", f"must end in {SUFFIX}, not {path.suffix or path.name!r}")
@@ -61,10 +61,10 @@ class Latents:
 
     @classmethod
     def load(cls, path: Path) -> "Latents":
-        """Read what `save` wrote.
+        """Read a file that `save` has written.
 
         Raises:
-            CheckpointError: the file is missing, damaged, of a later version or of another kind.
+            CheckpointError: the file is missing, damaged, of another format version or of another kind.
         """
         tensors, stated = open_weights(path), read_metadata(path)
         if stated.get("format") != FORMAT:
@@ -94,7 +94,7 @@ class Latents:
     def check_model(self, models: Models) -> None:
         """Raise `InvalidSetting` unless `models` is known to understand these latents.
 
-        Models with the very encoder do. Where a checkpoint has no encoder, its name must be the same.
+        Models with the same encoder do. If a checkpoint has no encoder, its name must be the same.
         """
         if models.effnet is None:
             if models.name != self.model:
@@ -112,10 +112,10 @@ class Latents:
 
 
 def encoder_sha256(encoder: EffNetEncoder) -> str:
-    """The checksum of the encoder's weights: of names, shapes and fp32 values in the order of names."""
+    """Return the checksum of the encoder's weights: names, shapes and fp32 values, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
-        if name.endswith("num_batches_tracked"):  # a count of training, which some layouts leave out
+        if name.endswith("num_batches_tracked"):  # a training counter, which some layouts leave out
             continue
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False))
@@ -123,7 +123,7 @@ def encoder_sha256(encoder: EffNetEncoder) -> str:
 
 
 def _check_tensor(path: Path, stored: StoredTensor, stated_shape: str) -> None:
-    """The tensor is what the header says, and something that can be latents."""
+    """Raise `CheckpointError` unless the tensor matches the header and can be latents."""
     shape = list(stored.shape)
     if stated_shape != json.dumps(shape):
         raise CheckpointError(f"{path}: {_NAME} has the shape {shape}, but the header states {stated_shape}")

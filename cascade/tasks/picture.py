@@ -1,7 +1,7 @@
-"""One picture and its stages: each begins with what the one before left, alone or in any company.
+"""One picture and its stages: how each stage begins with the result of the one before.
 
-Nothing here waits or loops. `generate` takes pictures through all stages in one go, a server takes each as
-far as it likes and joins the samples of many callers.
+Nothing here waits or loops. `generate` takes pictures through all stages in one go; a server advances each as
+it likes, and batches the samples of many callers.
 """
 
 import math
@@ -33,55 +33,55 @@ from cascade.tasks.image_to_image import noised
 from cascade.tasks.inpainting import canvas_of, composite, encode_known, free_cells
 from cascade.tasks.settings import NUM_SEEDS, ImageSettings, steps_within
 
-DECODE_PIXELS = 2 * 1024**2  # per call of Stage A: its activations are about 1 GB per 1024x1024 picture
+DECODE_PIXELS = 2 * 1024**2  # per call of Stage A, whose activations take about 1 GB per 1024x1024 picture
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a request: its settings, all filled in, and the grids that it is drawn on."""
+    """One picture of a request: its settings with seed and size filled in, and the grids of its drawing."""
 
     settings: ImageSettings
     plan: SizePlan
 
     @property
     def prior_shape(self) -> tuple[int, int, int]:
-        """Of Stage C's latents."""
+        """Shape of Stage C's latents."""
         return (16, *self.plan.prior_grid)
 
     @property
     def decoder_shape(self) -> tuple[int, int, int]:
-        """Of Stage B's latents."""
+        """Shape of Stage B's latents."""
         return (4, *self.plan.decoder_grid)
 
     @property
     def prior_steps(self) -> int:
-        """Steps of Stage C; none where the source is kept as it is."""
+        """Number of steps of Stage C; 0 if the source's latents are kept unchanged."""
         return self.settings.prior_steps
 
     @property
     def decoder_steps(self) -> int:
-        """Steps of Stage B."""
+        """Number of steps of Stage B."""
         return self.settings.decoder_steps
 
     @property
     def prior_rows(self) -> int:
-        """Rows of the picture in Stage C's batches, at most."""
+        """Largest number of rows of the picture in Stage C's batches."""
         return 2 if self.settings.guided_steps else 1
 
     @property
     def decoder_rows(self) -> int:
-        """Rows of the picture in Stage B's batches."""
+        """Number of rows of the picture in Stage B's batches."""
         return 2 if self.settings.decoder_guidance_scale > 1 else 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """What a request's own pictures tell the stages, computed before the first step."""
+    """Inputs of the stages from a request's own pictures and LoRAs, computed before the first step."""
 
-    semantic: Tensor | None = None  # (16, h, w) fp32: the source as Stage C would have drawn it
-    semantic_free: Tensor | None = None  # (h, w) bool: cells of it that are drawn anew; None: all
-    latents: Tensor | None = None  # (4, h, w) fp32: the source as Stage B would have drawn it
-    latents_free: Tensor | None = None  # (h, w) bool
+    semantic: Tensor | None = None  # (16, h, w) fp32: the source as latents of Stage C
+    semantic_free: Tensor | None = None  # (h, w) bool: its cells that are painted; None: all
+    latents: Tensor | None = None  # (4, h, w) fp32: the source as latents of Stage B
+    latents_free: Tensor | None = None  # (h, w) bool: its cells that are painted; None: all
     image_embeds: Tensor | None = None  # (1, k, d) fp32: image prompts
     control: ControlMaps | None = None
     adapter: Adapter | None = None  # LoRAs
@@ -91,7 +91,7 @@ NOTHING = Given()
 
 
 def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
-    """The pictures of a request; picture i has the seed plus i. An absent size is the source's, if any."""
+    """Plan a request's pictures; picture i has the seed plus i. An absent size is the source's, if any."""
     width, height = request.width, request.height
     if request.image is not None and request.anchor is None and width is height is None:
         width, height = nearest_size(*request.image.size)
@@ -104,7 +104,7 @@ def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
 
 
 def look_at(models: Models, picture: Picture) -> Given:
-    """Encode the pictures that a request brings.
+    """Encode the request's own pictures, and load its LoRAs.
 
     Raises:
         InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
@@ -140,7 +140,7 @@ def prior_condition(
     *,
     constants: Constants | None = None,
 ) -> Condition:
-    """What guides Stage C, a row for each text; image embeddings are (b, k, d), zeros for no picture."""
+    """Prepare Stage C's condition, one row per text; image embeddings are (b, k, d), zeros for no picture."""
     rows, width = len(text.pooled), models.stage_c.config.clip_image_in_channels
     if image_embeds is None:
         image_embeds = torch.zeros(rows, 1, width, device=models.device)
@@ -157,11 +157,11 @@ def begin_prior(
     unguided: Condition | None,
     given: Given = NOTHING,
 ) -> Sample[Condition]:
-    """A picture before the first step of Stage C: noise, or the noised source.
+    """Create a picture's sample for Stage C, starting from noise or the noised source.
 
     Args:
         condition: one row, of the prompt and the image prompts.
-        unguided: one row, of the negative prompt; None where guidance is off.
+        unguided: one row, of the negative prompt; None if guidance is off.
     """
     settings, preset = picture.settings, PRESETS[picture.settings.preset]
     schedule, draw = CosineSchedule(models.prior_schedule), _noise(picture, "prior", models.dtype)
@@ -203,7 +203,7 @@ def begin_decoder(
     *,
     constants: Constants | None = None,
 ) -> Sample[Condition]:
-    """A picture as noise, before the first step of Stage B.
+    """Create a picture's sample for Stage B, starting from noise.
 
     Args:
         semantic: the result of Stage C, (16, h, w).
@@ -233,7 +233,7 @@ def begin_decoder(
 
 
 def decode(models: Models, pictures: Sequence[Picture], latents: Iterable[Tensor]) -> Tensor:
-    """Stage A: latents of one shape, (4, h, w) each, to pixels (b, 3, 4h, 4w), nominally in 0..1."""
+    """Decode latents of one shape, (4, h, w) each, by Stage A to pixels (b, 3, 4h, 4w), nominally in 0..1."""
     scaled = [
         row * models.scale_factor(picture.settings.preset)
         for row, picture in zip(latents, pictures, strict=True)
@@ -243,20 +243,20 @@ def decode(models: Models, pictures: Sequence[Picture], latents: Iterable[Tensor
 
 
 def flaw(values: Tensor) -> str | None:
-    """Why latents or pixels cannot be a picture, or None."""
-    least, most = values.aminmax()  # one look at all values, which passes on what is not finite
+    """Return why latents or pixels cannot be a picture, or None if they can."""
+    least, most = values.aminmax()  # a single pass, which propagates NaN
     if not (least.isfinite() and most.isfinite()):
         return "not finite"
     return "all the same" if least == most else None
 
 
 def to_bytes(latents: Tensor) -> bytes:
-    """Latents as their fp32 values in order, little endian: enough to go on from them to the last bit."""
+    """Serialize latents as little-endian fp32 values in order; resuming from them is bit-identical."""
     return latents.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 def from_bytes(values: bytes, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Latents of a shape from their values; raises ValueError for another number of them."""
+    """Read latents of a shape from `to_bytes`; raise `ValueError` if the number of values does not fit."""
     latents = torch.from_numpy(np.frombuffer(values, "<f4").astype(np.float32))
     if latents.numel() != math.prod(shape):
         raise ValueError(f"{latents.numel()} values cannot be latents of shape {tuple(shape)}")
@@ -264,18 +264,18 @@ def from_bytes(values: bytes, shape: Sequence[int], device: torch.device) -> Ten
 
 
 def decode_chunk(plan: SizePlan) -> int:
-    """How many pictures Stage A decodes in one call at most."""
+    """Return how many pictures Stage A decodes in one call at most."""
     return max(1, DECODE_PIXELS // (plan.draw_width * plan.draw_height))
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b, 3, h, w), nominally in 0..1, as 8-bit pictures."""
+    """Convert pixels (b, 3, h, w), nominally in 0..1, to 8-bit pictures."""
     values = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def finished(image: Image.Image, picture: Picture) -> Image.Image:
-    """A drawn picture at its size, in agreement with a small one, with what was to be kept over it."""
+    """Fit a drawn picture to its size, correct it by the small one it enlarges, and paste kept pixels."""
     fitted = fit_to_size(image, picture.plan)
     control = picture.settings.control
     if control is not None and control.enlarges and isinstance(control.image, Image.Image):
@@ -288,7 +288,7 @@ def finished(image: Image.Image, picture: Picture) -> Image.Image:
 
 
 def _known(picture: Picture, stage: Stage, clean: Tensor | None, is_free: Tensor | None) -> Known | None:
-    """What a mask keeps of latents. Its noise is Philox in every preset: no script knows of it."""
+    """Return what a mask keeps of latents. Its noise is Philox in every preset: no script draws it."""
     settings = picture.settings
     if clean is None or is_free is None:
         return None
@@ -297,13 +297,13 @@ def _known(picture: Picture, stage: Stage, clean: Tensor | None, is_free: Tensor
 
 
 def _noise(picture: Picture, stage: Literal["prior", "decoder"], dtype: torch.dtype) -> NoiseSource:
-    """Where the noise of a picture comes from in a stage."""
+    """Return the noise source of a picture in a stage."""
     settings = picture.settings
     assert settings.seed is not None
     shape = picture.prior_shape if stage == "prior" else picture.decoder_shape
     if settings.preset == "official":
         return PhiloxNoise(shape, settings.seed, stage)
-    # A prior run draws its start and then noise for every step, even for the last, which does not use it.
+    # A prior run draws its initial noise and then noise for every step, even the last, which does not use it.
     has_earlier = stage == "decoder" and settings.shares_generator and picture.prior_steps > 0
     num_earlier = picture.prior_steps + 1 if has_earlier else 0
     return TorchGenerator(shape, settings.seed, dtype=dtype, earlier=[picture.prior_shape] * num_earlier)

@@ -1,4 +1,4 @@
-"""Steps of a made-up picture: how long they take, and all is warm before somebody waits for a real one."""
+"""Steps of a made-up picture, to measure how long they take and to warm up before real requests."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from cascade.tasks.settings import ImageSettings
 Step = Literal["prior", "decoder", "decode"]
 
 _REPEATS = 3
-_PATIENCE_SECONDS = 0.5  # in which a step is repeated
+_PATIENCE_SECONDS = 0.5  # no further repeats after this total
 
 
 class Rehearsal:
-    """A picture of a size (width, height), without guidance: one row, as often as one likes."""
+    """A made-up picture of a size (width, height), without guidance: one row, repeated to fill any batch."""
 
     def __init__(
         self, models: Models, networks: Mapping[str, Network[Condition]], size: tuple[int, int]
@@ -38,15 +38,15 @@ class Rehearsal:
         self._limit_bytes = limit_bytes(models.device)
 
     def shape(self, step: Step) -> tuple[int, int]:
-        """Height and width of the latents."""
+        """Return height and width of the latents that a step reads."""
         plan = self._picture.plan
         return plan.prior_grid if step == "prior" else plan.decoder_grid
 
     @torch.inference_mode()
     def seconds(self, step: Step, rows: int) -> float:
-        """The least time that a step took, once it was warm.
+        """Return the shortest duration of a step after a warm-up.
 
-        On one thread of a CPU it is the time of that thread: others that want the core make nothing slower.
+        On one thread of a CPU it is that thread's CPU time, which others on the same core do not prolong.
         """
         device = self._models.device
         alone = device.type == "cpu" and torch.get_num_threads() == 1
@@ -64,17 +64,17 @@ class Rehearsal:
 
     @torch.inference_mode()
     def make(self, step: Step, rows: int) -> None:
-        """Make a step once."""
+        """Run a step once."""
         self._work(step, rows)()
 
     def has_room_for_twice(self) -> bool:
-        """Whether a step of twice the rows of the largest so far should fit into memory."""
+        """Tell whether a step with twice the rows of the largest so far should fit into memory."""
         grown = peak_bytes(self._models.device) - self._bytes_before
         return self._bytes_before + 2 * grown <= self._limit_bytes
 
     @torch.inference_mode()
     def num_pictures(self) -> int:
-        """How many may be on their way at once: half of the free memory is theirs, the rest is for steps."""
+        """Return how many pictures may be in progress in half of the free memory; the rest is for steps."""
         samples = (self._prior(), self._decoder())
         largest = max(2 * sample.condition.num_bytes + 3 * sample.latents.nbytes for sample in samples)
         return max(1, (self._limit_bytes - used_bytes(self._models.device)) // 2 // largest)

@@ -1,4 +1,4 @@
-"""The settings of a request for pictures, checked when they are put together."""
+"""Settings of a request for pictures, checked on construction."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ NUM_SEEDS = 2**32
 MAX_IMAGE_PROMPTS = 15
 MAX_LORAS = 4
 MAX_FEATHER = 256
-STRENGTH = 0.75  # of image-to-image where none is given; what a mask marks is drawn wholly anew
+STRENGTH = 0.75  # default of image-to-image; for inpainting and outpainting it is 1
 
 ANCHORS = (
     *("center", "top", "bottom", "left", "right"),
@@ -29,7 +29,7 @@ ANCHORS = (
 
 @dataclass(frozen=True, slots=True)
 class ImagePrompt:
-    """A picture that guides as a prompt does: by what it shows, not by where. 0 is as if it were absent."""
+    """A picture that guides like a prompt: by what it shows, not by where. Weight 0 ignores it."""
 
     image: Image.Image = field(repr=False, hash=False)
     weight: float = 1.0
@@ -41,7 +41,7 @@ class ImagePrompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureMap:
-    """What identity control reads instead of a picture: numbers (channels, h, w), of any height and width."""
+    """Input of identity control in place of a picture: numbers (channels, h, w), of any height and width."""
 
     values: Tensor
 
@@ -55,10 +55,10 @@ class FeatureMap:
 class Control:
     """A picture that a ControlNet of the checkpoint follows, in the share `start`..`end` of Stage C's run.
 
-    Without `preprocess` the picture is what the network reads, such as edges already found. Inpainting paints
-    what is transparent in it. For identity it is a map of numbers. With `faithful` super-resolution keeps to
-    its picture: the result, reduced, is that picture but for rounding. None is so where the picture is
-    followed at scale 1 over the whole run; whoever asks for less of it gets less.
+    Without `preprocess` the picture is the network's input itself, such as edges already found. Inpainting
+    paints what is transparent in it. For identity it is a map of numbers. With `faithful` super-resolution is
+    exact: the result, reduced, equals the picture up to rounding. None means yes if the picture is followed
+    at scale 1 over the whole run, else no.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Control:
 
     @property
     def enlarges(self) -> bool:
-        """The result has to be, reduced, the picture."""
+        """Whether the result, reduced, has to equal the picture."""
         if self.kind != "super_resolution":
             return False
         is_followed = (self.scale, self.start, self.end) == (1, 0, 1)
@@ -87,7 +87,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class LoRAUse:
-    """A LoRA by its name, and how much of it."""
+    """A LoRA by name, and its scale."""
 
     name: str
     scale: float = 1.0
@@ -100,7 +100,7 @@ class LoRAUse:
 
 
 class Options(TypedDict, total=False):
-    """The settings that all tasks share, as `ImageSettings` has them."""
+    """The settings that all tasks share; see `ImageSettings`."""
 
     negative_prompt: str
     width: int | None
@@ -126,25 +126,25 @@ class Options(TypedDict, total=False):
 class ImageSettings:
     """The settings of a request, checked on construction: a wrong one raises `InvalidSetting`.
 
-    Absent sizes are the checkpoint's, an absent seed is drawn. Picture i uses the seed plus i. A guidance
+    Absent sizes are the checkpoint's, an absent seed is random. Picture i uses the seed plus i. A guidance
     scale of 1 or less turns guidance off and halves the work of its stage.
 
-    `shares_generator` concerns the preset "diffusers": the script hands one generator to both pipelines,
-    as the combined pipeline does too; otherwise each gets a new one of the same seed.
+    `shares_generator` concerns the preset "diffusers": the script passes one generator to both pipelines, as
+    the combined pipeline does; otherwise each gets a new one with the same seed.
 
-    What else guides a picture:
+    Further inputs of a picture:
 
-    image, strength: the picture to start from. 0 keeps it as the model sees it, 1 does not look at it; None
-        is 0.75, and 1 where a mask or an anchor says what is drawn anew.
-    mask, feather: white of the mask is drawn anew, black is kept to the bit; an alpha channel of `image` is
-        the mask where none is given. The new part fades into the old over `feather` pixels.
-    anchor: where `image` stands, unscaled, on a canvas of `width` x `height`; the rest is drawn.
+    image, strength: the picture to start from. 0 keeps it as the model sees it, 1 ignores it; None is 0.75,
+        or 1 if a mask or an anchor determines what is painted.
+    mask, feather: white in the mask is painted, black stays bit-identical; without a mask, an alpha channel
+        of `image` serves as one. The new part fades into the old over `feather` pixels.
+    anchor: the place of `image`, unscaled, on a canvas of `width` x `height`; the rest is painted.
     image_prompts: pictures as prompts, up to 15. With these or an image the prompt may be empty.
     control: a picture that a ControlNet follows.
     loras: up to 4 LoRAs.
     guidance_interval: the share of Stage C's run, from 0 noise to 1 clean, in which guidance is on.
     weighted_prompt: "(word:1.3)" in the texts is a weight; long_prompt: texts are read beyond the window.
-    noise_at_sampling_shift: noise the picture at the schedule's shift, not at shift 1 as the official code.
+    noise_at_sampling_shift: noise the picture at the schedule's shift, not at shift 1 like the official code.
     """
 
     prompt: str = ""
@@ -199,12 +199,12 @@ class ImageSettings:
 
     @property
     def repaints(self) -> bool:
-        """Only a part of `image` is drawn anew: inpainting or outpainting."""
+        """Whether only a part of the picture is painted: inpainting or outpainting."""
         return self.mask is not None or self.anchor is not None or _has_alpha(self.image)
 
     @property
     def start(self) -> float:
-        """The time at which Stage C begins: 1 from noise, 0 not at all."""
+        """Time at which Stage C begins: 1 from noise; at 0 it does not run."""
         if self.image is None:
             return 1.0
         if self.strength is None:
@@ -213,21 +213,21 @@ class ImageSettings:
 
     @property
     def prior_steps(self) -> int:
-        """Steps of Stage C that are made: as many as the time from `start` to 0 has of all of them."""
+        """Number of steps that Stage C makes: the share of `steps` from time `start` to 0."""
         if self.start == 0:
             return 0
         return max(1, int(self.steps * self.start + 1e-9))  # 100 * .29 is 28.999999999999996
 
     @property
     def guided_steps(self) -> range:
-        """Those of the steps that are made with guidance."""
+        """Steps of Stage C with guidance."""
         if self.guidance_scale <= 1:
             return range(0)
         return steps_within(self.guidance_interval, self.prior_steps)
 
     @property
     def texts(self) -> tuple[str, str]:
-        """What the text encoder reads: prompt and negative prompt."""
+        """Texts for the text encoder: prompt and negative prompt."""
         return self.prompt, self.negative_prompt
 
     def _check_pictures(self) -> None:
@@ -253,20 +253,20 @@ class ImageSettings:
 
 
 def steps_within(interval: tuple[float, float], steps: int) -> range:
-    """The steps that begin in a share of a run, its end not counted."""
+    """Return the steps that begin within `interval`, in shares of a run, without its end."""
     start, end = (math.ceil(share * steps - 1e-9) for share in interval)
     return range(start, end)
 
 
 def _has_alpha(image: Image.Image | None) -> bool:
-    """Some of it is transparent."""
+    """Tell whether any pixel is transparent."""
     if image is None or not image.has_transparency_data:
         return False
     return any(image.convert("RGBA").getchannel("A").histogram()[:255])
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its camera says."""
+    """Rotate the picture by its EXIF orientation."""
     return ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image
 
 
@@ -299,7 +299,7 @@ def _check_text(name: str, value: object) -> None:
         raise InvalidSetting(name, f"must be text, but is {value!r}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # lone surrogates: what Python makes of wrong bytes on a command line
+    except UnicodeEncodeError:  # lone surrogates, which Python makes of invalid bytes on a command line
         raise InvalidSetting(name, "must be valid Unicode text") from None
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise InvalidSetting(name, f"may have {MAX_PROMPT_CHARACTERS} characters, but has {len(value)}")
