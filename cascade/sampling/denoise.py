@@ -6,7 +6,7 @@ samples with different prompts, steps, guidance, samplers and presets share one 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Known:
     draw: NoiseSource  # separate from the sample's, whose noise must not depend on what is kept
 
 
+class Guides(NamedTuple, Generic[C]):
+    """The conditions of a step, one row each."""
+
+    conditional: C
+    unconditional: C | None  # of the negative prompt; None: no guidance, one network row per step
+
+
 @dataclass(slots=True, eq=False)
 class Sample(Generic[C]):
     """The state of one picture in one stage.
@@ -53,8 +60,7 @@ class Sample(Generic[C]):
     It starts from noise or from `start`, and its condition may change between two steps.
     """
 
-    condition: C  # one row
-    unguided: C | None  # one row, of the negative prompt; None: no guidance, one network row per step
+    guides: Guides[C]
     guidance_scale: float
     levels: Levels
     sampler: Sampler
@@ -64,9 +70,7 @@ class Sample(Generic[C]):
     start: Tensor | None = None  # (c, h, w) fp32: latents at the first level; None: noise
     known: Known | None = None
     guided_steps: range | None = None  # the steps with guidance; None: all
-    # `condition` and `unguided` without the ControlNet, for the steps outside `controlled_steps`
-    uncontrolled: C | None = None
-    unguided_uncontrolled: C | None = None
+    guides_without_control: Guides[C] | None = None  # for the steps outside `controlled_steps`
     controlled_steps: range | None = None  # None: all
     latents: Tensor = field(init=False)  # (c, h, w) fp32, at level `step`
     clean: Tensor = field(init=False)  # (c, h, w) fp32: the last predicted clean latents
@@ -86,12 +90,13 @@ class Sample(Generic[C]):
         self.latents = self.with_known(self.latents, 0)
 
     @property
-    def guides(self) -> tuple[C, C | None]:
-        """Condition of the next step, and the unguided one if that step is guided."""
+    def next_guides(self) -> Guides[C]:
+        """Conditions of the next step, the unconditional one only if that step is guided."""
+        guides = self.guides
+        if self.guides_without_control is not None and self.controlled_steps is not None:
+            guides = guides if self.step in self.controlled_steps else self.guides_without_control
         is_guided = self.guided_steps is None or self.step in self.guided_steps
-        if self.uncontrolled is None or self.controlled_steps is None or self.step in self.controlled_steps:
-            return self.condition, self.unguided if is_guided else None
-        return self.uncontrolled, self.unguided_uncontrolled if is_guided else None
+        return guides if is_guided else guides._replace(unconditional=None)
 
     def with_known(self, latents: Tensor, step: int) -> Tensor:
         """Restore the known part, if any, of latents (c, h, w) at the level of `step`."""
@@ -123,7 +128,7 @@ class Batch(Generic[C]):
     def __init__(self, samples: Sequence[Sample[C]], join: Join[C]) -> None:
         self.samples = list(samples)
         self._join = join
-        self._joined: list[tuple[C, C | None]] = []
+        self._joined: list[Guides[C]] = []
 
     def step(self, network: Network[C]) -> None:
         """Advance every sample by one step of its own, or none if an error occurs."""
@@ -161,7 +166,7 @@ class Batch(Generic[C]):
 
     def _join_conditions(self) -> None:
         """Join the conditions of all samples' next steps, unless they are joined already."""
-        guides = [sample.guides for sample in self.samples]
+        guides = [sample.next_guides for sample in self.samples]
         same = (
             condition is known and unguided is known_unguided
             for (condition, unguided), (known, known_unguided) in zip(guides, self._joined, strict=False)

@@ -21,7 +21,7 @@ from cascade.models import Models
 from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition, Constants, UNet
 from cascade.recent import Recent
-from cascade.sampling.denoise import Batch, Network, Sample, in_parts
+from cascade.sampling.denoise import Batch, Guides, Network, Sample, in_parts
 from cascade.tasks.picture import (
     NOTHING,
     Given,
@@ -150,7 +150,7 @@ class Studio:
         groups: dict[int, list[Sample[Condition]]] = {}
         for drawing in drawings:
             if drawing.sample is not None:
-                groups.setdefault(drawing.sample.condition.num_tokens, []).append(drawing.sample)
+                groups.setdefault(drawing.sample.guides.conditional.num_tokens, []).append(drawing.sample)
         network = in_parts(self._network(drawings[0]), rows)
         # Batches of an fp32 retry are not cached: its weights are to be freed when it ends.
         known = self._batches if drawings[0].models is self.models else Recent(0)
@@ -237,8 +237,7 @@ class Studio:
             constants = self._constants_of(models.stage_b)
             sample = begin_decoder(models, picture, drawing.semantic, pooled, given, constants=constants)
         else:
-            condition, unguided = self._conditions_of(drawing, keys)
-            sample = begin_prior(models, picture, condition, unguided, given)
+            sample = begin_prior(models, picture, self._guides(drawing, keys), given)
         drawing.sample = sample
 
     def _keys(self, drawing: Drawing) -> tuple[TextKey, TextKey]:
@@ -254,9 +253,7 @@ class Studio:
         """Return the embeddings of a text, encoded by itself so that no bit of them depends on others."""
         return self.texts.get((id(encoder), key), lambda _: _encoded(encoder, key))
 
-    def _conditions_of(
-        self, drawing: Drawing, keys: tuple[TextKey, TextKey]
-    ) -> tuple[Condition, Condition | None]:
+    def _guides(self, drawing: Drawing, keys: tuple[TextKey, TextKey]) -> Guides[Condition]:
         """Return equally long conditions of the prompt with image prompts and of the negative one without."""
         models, embeds = drawing.models, drawing.given.image_embeds
         num_images = 1 if embeds is None else embeds.shape[1]
@@ -270,7 +267,7 @@ class Studio:
             else self._condition(models, (key, length, num_images, adapter))
             for row, (key, text) in enumerate(zip(keys, texts, strict=False))
         ]
-        return conditions[0], conditions[1] if is_guided else None
+        return Guides(conditions[0], conditions[1] if is_guided else None)
 
     def _condition(self, models: Models, key: ConditionKey) -> Condition:
         """Return Stage C's condition of a text without image prompts; cached, except for fp32 retries."""

@@ -19,7 +19,7 @@ from cascade.conditioning import TextEmbeddings
 from cascade.models import Models
 from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition, Constants
-from cascade.sampling.denoise import Known, Sample
+from cascade.sampling.denoise import Guides, Known, Sample
 from cascade.sampling.noise import NoiseSource, PhiloxNoise, Stage, TorchGenerator
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
@@ -153,32 +153,23 @@ def prior_condition(
 def begin_prior(
     models: Models,
     picture: Picture,
-    condition: Condition,
-    unguided: Condition | None,
+    guides: Guides[Condition],
     given: Given = NOTHING,
 ) -> Sample[Condition]:
-    """Create a picture's sample for Stage C, starting from noise or the noised source.
-
-    Args:
-        condition: one row, of the prompt and the image prompts.
-        unguided: one row, of the negative prompt; None if guidance is off.
-    """
+    """Create a picture's sample for Stage C, starting from noise or the noised source."""
     settings, preset = picture.settings, PRESETS[picture.settings.preset]
     schedule, draw = CosineSchedule(models.prior_schedule), _noise(picture, "prior", models.dtype)
     start = None
     if given.semantic is not None and settings.start < 1:
         start = noised(settings, schedule, given.semantic, draw)
-    plain: tuple[Condition | None, Condition | None] = (None, None)
-    control_steps = None
-    if given.control is not None and settings.control is not None:
-        plain = (condition, unguided)
+    without_control = control_steps = None
+    if settings.control is not None:
         control_steps = steps_within((settings.control.start, settings.control.end), picture.prior_steps)
-    if given.control is not None:
-        condition = given.control.on(condition)
-        unguided = None if unguided is None else given.control.on(unguided)
+        without_control = guides
+    if given.control is not None:  # also that of an inpainting, which nobody has to ask for
+        guides = _controlled(guides, given.control)
     return Sample(
-        condition=condition,
-        unguided=unguided,
+        guides=guides,
         guidance_scale=settings.guidance_scale,
         levels=preset.levels(schedule, picture.prior_steps, settings.start),
         sampler=SAMPLERS[settings.sampler],
@@ -188,10 +179,14 @@ def begin_prior(
         start=start,
         known=_known(picture, "prior known", given.semantic, given.semantic_free),
         guided_steps=settings.guided_steps,
-        uncontrolled=plain[0],
-        unguided_uncontrolled=plain[1],
+        guides_without_control=without_control,
         controlled_steps=control_steps,
     )
+
+
+def _controlled(guides: Guides[Condition], control: ControlMaps) -> Guides[Condition]:
+    conditional, unconditional = guides
+    return Guides(control.on(conditional), None if unconditional is None else control.on(unconditional))
 
 
 def begin_decoder(
@@ -218,8 +213,7 @@ def begin_decoder(
         models.stage_b.prepare(nothing, negative, size, constants=condition.constants) if is_guided else None
     )
     return Sample(
-        condition=condition,
-        unguided=unguided,
+        guides=Guides(condition, unguided),
         guidance_scale=settings.decoder_guidance_scale,
         levels=PRESETS[settings.preset].levels(
             CosineSchedule(models.decoder_schedule), settings.decoder_steps

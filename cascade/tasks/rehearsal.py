@@ -12,7 +12,7 @@ from cascade.conditioning import encode_texts
 from cascade.devices import limit_bytes, peak_bytes, used_bytes
 from cascade.models import Models
 from cascade.networks.unet import Condition, Constants
-from cascade.sampling.denoise import Batch, Network, Sample
+from cascade.sampling.denoise import Batch, Guides, Network, Sample
 from cascade.tasks.picture import begin_decoder, begin_prior, decode, plan_pictures, prior_condition
 from cascade.tasks.settings import ImageSettings
 
@@ -76,7 +76,9 @@ class Rehearsal:
     def num_pictures(self) -> int:
         """Return how many pictures may be in progress in half of the free memory; the rest is for steps."""
         samples = (self._prior(), self._decoder())
-        largest = max(2 * sample.condition.num_bytes + 3 * sample.latents.nbytes for sample in samples)
+        largest = max(
+            2 * sample.guides.conditional.num_bytes + 3 * sample.latents.nbytes for sample in samples
+        )
         return max(1, (self._limit_bytes - used_bytes(self._models.device)) // 2 // largest)
 
     def _work(self, step: Step, rows: int) -> Callable[[], Tensor]:
@@ -90,7 +92,7 @@ class Rehearsal:
     def _prior(self) -> Sample[Condition]:
         text = self._models.text_encoder.encode([self._picture.settings.prompt])
         condition = prior_condition(self._models, text, constants=self._prior_constants)
-        return begin_prior(self._models, self._picture, condition, None)
+        return begin_prior(self._models, self._picture, Guides(condition, None))
 
     def _decoder(self) -> Sample[Condition]:
         texts = encode_texts(self._models.decoder_text_encoder, self._picture.settings.texts)

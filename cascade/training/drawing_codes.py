@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade.conditioning import TextEncoder
 from cascade.networks.stage_c import StageC
 from cascade.networks.unet import Condition
-from cascade.sampling.denoise import Sample, denoise
+from cascade.sampling.denoise import Guides, Sample, denoise
 from cascade.sampling.noise import PhiloxNoise
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
@@ -61,8 +61,9 @@ def draw_codes(
     num_unguided = len(unguided.keys_values[0])
     samples = [
         Sample(
-            condition=guided[row(index)],
-            unguided=unguided[row(index % num_unguided)] if guidance_scale > 1 else None,
+            guides=Guides(
+                guided[row(index)], unguided[row(index % num_unguided)] if guidance_scale > 1 else None
+            ),
             guidance_scale=guidance_scale,
             levels=preset.levels(schedule, steps),
             sampler=SAMPLERS[sampler],

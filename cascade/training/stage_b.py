@@ -23,7 +23,7 @@ from cascade.config import ScheduleConfig, StageBConfig
 from cascade.networks.stage_a import StageA
 from cascade.networks.stage_b import StageB
 from cascade.networks.unet import Condition
-from cascade.sampling.denoise import Sample, denoise
+from cascade.sampling.denoise import Guides, Sample, denoise
 from cascade.sampling.noise import PhiloxNoise
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
@@ -184,8 +184,7 @@ def sample_latents(stage: StageB, schedule: CosineSchedule, codes: Tensor, steps
     conditions = stage.prepare(codes, no_text, (64, 64))
     samples = [
         Sample(
-            condition=conditions[index : index + 1],
-            unguided=None,
+            guides=Guides(conditions[index : index + 1], None),
             guidance_scale=1.0,
             levels=preset.levels(schedule, steps),
             sampler=SAMPLERS["ddpm"],

@@ -24,21 +24,16 @@ from cascade.checkpoints.save import save_component
 from cascade.conditioning import ImageEncoder, TextEncoder
 from cascade.config import ScheduleConfig, StageCConfig
 from cascade.networks.stage_c import StageC
-from cascade.networks.unet import Condition
-from cascade.sampling.denoise import Sample, denoise
-from cascade.sampling.noise import PhiloxNoise
-from cascade.sampling.presets import PRESETS
-from cascade.sampling.samplers import SAMPLERS
 from cascade.sampling.schedule import CosineSchedule
 from cascade.training.captions import caption
 from cascade.training.code import read_code, scene_code
 from cascade.training.denoising import PRIOR_EMPHASIS, noise_batch
+from cascade.training.drawing_codes import conditions, draw_codes, held_out, shares_right
 from cascade.training.loop import Plan, fit
 from cascade.training.preconditioning import precondition
 from cascade.training.scenes import (
     SQUARE_SIZE,
     Scene,
-    held_out_generator,
     render,
     sample_scene,
     sample_size,
@@ -141,26 +136,18 @@ def judge(
     stage: StageC, text: TextEncoder, schedule: CosineSchedule, count: int = 120, guidance_scale: float = 4.0
 ) -> dict[str, float]:
     """Return the shares of held-out captions whose sampled code reads right, and of stated sides that do."""
-    rng = held_out_generator(3)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    captions = [caption(scene, rng) for scene in scenes]
-    results: dict[str, list[bool]] = {}
-    for scene, stated, code in zip(
-        scenes,
-        captions,
-        sample_codes(stage, text, schedule, [c.text for c in captions], guidance_scale),
-        strict=True,
-    ):
-        read = read_code(code.numpy(), SQUARE_SIZE)
-        found, wanted = (sorted((t.shape, t.colour) for t in s.things) for s in (read, scene))
-        is_right = found == wanted and (
-            "background" not in stated.facts or read.background == scene.background
+    scenes, captions = held_out(count)
+    codes = sample_codes(stage, text, schedule, [stated.text for stated in captions], guidance_scale)
+    sides: list[bool] = []
+    for code, scene, stated in zip(codes, scenes, captions, strict=True):
+        found, wanted = (
+            [(thing.shape, thing.colour) for thing in each.in_order()]
+            for each in (read_code(code.numpy(), SQUARE_SIZE), scene)
         )
-        results.setdefault(f"right_{len(scene.things)}", []).append(is_right)
-        if len(scene.things) == 2 and found == wanted and "near_shape" in stated.facts:
-            in_order = [[(t.shape, t.colour) for t in s.in_order()] for s in (read, scene)]
-            results.setdefault("sides", []).append(in_order[0] == in_order[1])
-    return {name: round(float(np.mean(hits)), 3) for name, hits in sorted(results.items())}
+        if len(wanted) == 2 and sorted(found) == sorted(wanted) and "near_shape" in stated.facts:
+            sides.append(found == wanted)
+    figures = shares_right(codes, scenes, captions)
+    return figures | ({"sides": round(float(np.mean(sides)), 3)} if sides else {})
 
 
 def sample_codes(
@@ -172,26 +159,17 @@ def sample_codes(
     first_seed: int = 0,
 ) -> list[Tensor]:
     """Draw codes (16, 6, 6) for `prompts` in 20 steps."""
-    embeddings = text.encode([*prompts, ""])
-    no_image = torch.zeros(len(prompts) + 1, 1, TINY_STAGE_C.clip_image_in_channels)
-    conditions = stage.prepare(embeddings.hidden, embeddings.pooled, no_image)
-    preset = PRESETS["official"]
-    samples = [
-        Sample(
-            condition=conditions[index : index + 1],
-            unguided=conditions[-1:] if guidance_scale > 1 else None,
-            guidance_scale=guidance_scale,
-            levels=preset.levels(schedule, 20),
-            sampler=SAMPLERS["ddpm"],
-            preset=preset,
-            draw=PhiloxNoise((16, 6, 6), first_seed + index, "prior"),
-            device=torch.device("cpu"),
-        )
-        for index in range(len(prompts))
-    ]
-    for _ in denoise(stage, samples, Condition.cat):
-        pass
-    return [sample.result for sample in samples]
+    embeddings = text.encode(prompts)
+    guided, unguided = conditions(stage, embeddings.hidden, embeddings.pooled, text)
+    return draw_codes(
+        stage,
+        schedule,
+        guided,
+        unguided,
+        guidance_scale=guidance_scale,
+        first_seed=first_seed,
+        count=len(prompts),
+    )
 
 
 def load_text_encoder(run: Path) -> TextEncoder:

@@ -9,7 +9,7 @@ from diffusers import DDPMWuerstchenScheduler
 from torch import Tensor
 
 from cascade.config import SCHEDULE_B, SCHEDULE_C, ScheduleConfig
-from cascade.sampling.denoise import Known, Sample, denoise
+from cascade.sampling.denoise import Guides, Known, Sample, denoise
 from cascade.sampling.noise import NoiseSource, PhiloxNoise, TorchGenerator
 from cascade.sampling.presets import PRESETS
 from cascade.sampling.samplers import SAMPLERS
@@ -41,8 +41,7 @@ def sample(
 ) -> Sample[Tensor]:
     chosen = PRESETS[preset]
     return Sample(
-        condition=torch.tensor([prompt]),
-        unguided=None if negative is None else torch.tensor([negative]),
+        guides=Guides(torch.tensor([prompt]), None if negative is None else torch.tensor([negative])),
         guidance_scale=scale,
         levels=chosen.levels(CosineSchedule(config), steps),
         sampler=SAMPLERS[sampler],
@@ -76,8 +75,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "late": {"start": KEPT, "steps": 5},
     "interval": {"guided_steps": range(2, 5), "steps": 8},
     "control": {
-        "uncontrolled": torch.tensor([0.9]),
-        "unguided_uncontrolled": torch.tensor([-0.9]),
+        "guides_without_control": Guides(torch.tensor([0.9]), torch.tensor([-0.9])),
         "controlled_steps": range(3),
         "steps": 8,
     },
@@ -281,8 +279,7 @@ def test_guidance_and_control_are_on_in_their_steps_only() -> None:
         negative=-1,
         steps=5,
         guided_steps=range(1, 4),
-        uncontrolled=torch.tensor([2.0]),
-        unguided_uncontrolled=torch.tensor([-2.0]),
+        guides_without_control=Guides(torch.tensor([2.0]), torch.tensor([-2.0])),
         controlled_steps=range(2, 5),
     )
     other = sample(prompt=3, negative=None, steps=5)

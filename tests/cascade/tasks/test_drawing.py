@@ -160,7 +160,7 @@ def test_all_conditions_share_the_constants_of_their_network(studio: Studio) -> 
     samples = [drawing.sample for drawing in drawings]
     assert samples[0] is not None
     assert samples[1] is not None
-    assert samples[0].condition.constants is samples[1].condition.constants
+    assert samples[0].guides.conditional.constants is samples[1].guides.conditional.constants
 
 
 def test_a_failed_step_changes_nothing(cascade: Cascade) -> None:

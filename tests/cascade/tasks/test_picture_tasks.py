@@ -13,7 +13,7 @@ from torch import Tensor
 from cascade.errors import InvalidSetting
 from cascade.networks.unet import Condition
 from cascade.pipeline import Cascade
-from cascade.sampling.denoise import Network
+from cascade.sampling.denoise import Guides, Network
 from cascade.sizes import NativeSizes, plan_size
 from cascade.tasks.autoencode import DecodeSettings
 from cascade.tasks.drawing import Drawing, Studio
@@ -182,7 +182,7 @@ def test_the_start_resembles_the_source_less_the_larger_strength_is(cascade: Cas
         clean = torch.randn(picture.prior_shape, generator=torch.Generator().manual_seed(3))
         given = replace(look_at(cascade, picture), semantic=clean)
         condition = prior_condition(cascade, cascade.text_encoder.encode([""]))
-        sample = begin_prior(cascade, picture, condition, None, given)
+        sample = begin_prior(cascade, picture, Guides(condition, None), given)
         assert sample.levels.steps == picture.prior_steps
         return float(torch.corrcoef(torch.stack([sample.latents.flatten(), clean.flatten()]))[0, 1])
 
@@ -339,10 +339,10 @@ def test_unguided_rows_have_zeros_for_as_many_pictures(cascade: Cascade) -> None
     studio = Studio(cascade, networks(cascade))
     sample = draw(studio, COMPANY[5]).sample
     assert sample is not None
-    assert sample.unguided is not None
+    assert sample.guides.unconditional is not None
     text = cascade.text_encoder.encode([""])
     expected = cascade.stage_c.prepare(text.hidden, text.pooled, torch.zeros(1, 2, 4))
-    for made, wanted in zip(sample.unguided.keys_values, expected.keys_values, strict=True):
+    for made, wanted in zip(sample.guides.unconditional.keys_values, expected.keys_values, strict=True):
         assert torch.equal(made, wanted)
 
 
