@@ -121,9 +121,13 @@ class TextEncoder:
             adapter: LoRAs, whose learned tokens may occur in the prompts, and which may change the tower.
 
         Raises:
-            InvalidSetting: a weight is out of range, or a prompt needs too many chunks.
+            InvalidSetting: a weight is out of range, a prompt needs too many chunks, or `adapter` changes
+                texts as a merged LoRA does already.
         """
-        adapter = adapter if adapter is not None and adapter.changes_text else self.own
+        if adapter is None or not adapter.changes_text:
+            adapter = self.own
+        elif self.own is not None and adapter is not self.own:
+            raise InvalidSetting("loras", "no LoRA that changes texts can be used beside a merged one")
         if weighted or long:
             return self._encode_by_chunks(prompts, adapter, weighted=weighted, long=long)
         if adapter is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoints.load import load_cascade
-from cascade.errors import CheckpointError
+from cascade.errors import CheckpointError, InvalidSetting
 from cascade.lora import combine, merge, read_lora
 from cascade.models import Models
 from tests.cascade.lora.files import factors_of, kohya, peft, save
@@ -100,6 +100,19 @@ def test_a_learned_token_among_weights_and_chunks(models: Models, added: Tensor,
     assert changed.nonzero().flatten().tolist() == [2]
     long = encoder.encode(["[new] " * (encoder.max_tokens + 3)], adapter=adapter, long=True)
     assert long.hidden.shape[1] == 2 * encoder.max_tokens
+
+
+def test_no_second_lora_changes_texts_beside_a_merged_one(
+    models: Models, added: Tensor, tmp_path: Path
+) -> None:
+    path = token_file(tmp_path / "some.safetensors", models, added, token="[new]", regex=REGEX)
+    lora = read_lora(path, models)
+    adapter = combine(models, [(lora, 1.0)])
+    encoder = merge(models, [(lora, 1.0)]).text_encoder
+    expected = models.text_encoder.encode(["a [new] circle"], adapter=adapter, long=True)
+    assert torch.equal(encoder.encode(["a [new] circle"], long=True).hidden, expected.hidden)
+    with pytest.raises(InvalidSetting, match="beside a merged one"):
+        encoder.encode(["a [new] circle"], adapter=adapter)
 
 
 def test_a_known_token_may_be_changed(models: Models, added: Tensor, tmp_path: Path) -> None:
