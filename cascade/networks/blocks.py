@@ -24,7 +24,7 @@ from cascade.networks.fused import (
     cached_rows,
     depthwise,
     energy,
-    in_parts,
+    in_row_blocks,
     is_plain_cpu,
     layer_norm,
     linear,
@@ -282,7 +282,7 @@ class ResBlock(nn.Module):
         rows = cached_rows(4 * x.numel() // len(x)) if x.is_cpu else len(x)
         if rows >= len(x):
             return _add_mlp(weights, x, hidden)
-        return in_parts(partial(_add_mlp, weights), rows, x, hidden)
+        return in_row_blocks(partial(_add_mlp, weights), rows, x, hidden)
 
     def _in_groups(self, x: Tensor, hidden: Tensor, groups: Groups, weights: ResWeights | None) -> Tensor:
         """Return x + MLP(hidden), with each group's changes; other rows are computed as without groups."""

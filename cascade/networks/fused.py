@@ -40,7 +40,7 @@ def cached_rows(num_elements: int) -> int:
     return max(1, _CACHED_ELEMENTS // num_elements)
 
 
-def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+def in_row_blocks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
     """Apply `function`, which treats each row by itself, to `rows` rows at a time; join the results."""
     if tensors[0].shape[0] <= rows:
         return function(*tensors)
@@ -210,7 +210,7 @@ def energy(x: Tensor) -> Tensor:
     if size > rows * 2 * _CACHED_ELEMENTS:  # below, one copy costs less than many pieces
         total = torch.stack([_sum_of_squares(row.flatten(0, 1)) for row in x])[:, None, None]
     elif size > _CACHED_ELEMENTS:
-        total = in_parts(_small_sums_of_squares, cached_rows(size // rows), x)
+        total = in_row_blocks(_small_sums_of_squares, cached_rows(size // rows), x)
     else:
         total = _small_sums_of_squares(x)
     return total.sqrt_()

@@ -223,12 +223,12 @@ class UNet(nn.Module):
 
     def _run(self, x: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
         """Run all levels: (b, h, w, c) to the same shape; `ratio` (b,) is the noise level in fp32."""
-        given = self._given(ratio, condition)
+        inputs = self._step_inputs(ratio, condition)
         skips: list[Tensor] = []
         for downscale, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = _level(blocks, mappers, downscale(x, given.products), None, given)
+            x = _level(blocks, mappers, downscale(x, inputs.products), None, inputs)
             skips.append(x)
         for index, (blocks, mappers, upscale) in enumerate(
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
@@ -239,10 +239,10 @@ class UNet(nn.Module):
                 x = resize(x, *skip.shape[1:3])
             else:
                 skip = None
-            x = upscale(_level(blocks, mappers, x, skip, given), given.products)
+            x = upscale(_level(blocks, mappers, x, skip, inputs), inputs.products)
         return x
 
-    def _given(self, ratio: Tensor, condition: Condition) -> "_Given":
+    def _step_inputs(self, ratio: Tensor, condition: Condition) -> "_StepInputs":
         """Collect what each block reads at noise levels `ratio` (b,).
 
         The factors multiply over all blocks, so they are rounded to the weights' type only once.
@@ -261,7 +261,7 @@ class UNet(nn.Module):
             )
         halves = [size // 2 for size in sizes for _ in range(2)]
         times = iter(torch.split(mapped.to(constants.dtype)[:, None, None], halves, dim=-1))
-        return _Given(
+        return _StepInputs(
             res_weights=dict(zip(self._res_blocks, constants.res_weights, strict=True)),
             attn_weights=dict(zip(self._attention_blocks, constants.attn_weights, strict=True)),
             products=dict(zip(self._products, constants.product_weights, strict=True)),
@@ -335,7 +335,7 @@ def _control_of_blocks(condition: Condition) -> Iterator[Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _StepInputs:
     """Inputs of the blocks at one step, besides the feature map."""
 
     res_weights: Mapping[nn.Module, ResWeights]
@@ -347,21 +347,23 @@ class _Given:
     control: Iterator[Tensor | None]  # for each ResBlock, in running order
 
 
-def _level(blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, given: _Given) -> Tensor:
+def _level(
+    blocks: nn.Module, mappers: nn.Module, x: Tensor, skip: Tensor | None, inputs: _StepInputs
+) -> Tensor:
     """Run a level; repeats run the same weights again with the same skip."""
     for mapper in (*cast(nn.ModuleList, mappers), None):
         for index, block in enumerate(cast(nn.ModuleList, blocks)):
-            groups = given.groups.get(block, ())
+            groups = inputs.groups.get(block, ())
             if isinstance(block, ResBlock):
-                if (added := next(given.control)) is not None:
+                if (added := next(inputs.control)) is not None:
                     x = x + resize(added, *x.shape[1:3]).to(x.dtype)
-                x = block(x, skip if index == 0 else None, groups, given.res_weights[block])
+                x = block(x, skip if index == 0 else None, groups, inputs.res_weights[block])
             elif isinstance(block, AttnBlock):
-                x = block(x, given.keys_values[block], groups, given.attn_weights[block])
+                x = block(x, inputs.keys_values[block], groups, inputs.attn_weights[block])
             else:
-                x = block(x, *given.times[block])
+                x = block(x, *inputs.times[block])
         if mapper is not None:
-            x = mapper(x, given.products)
+            x = mapper(x, inputs.products)
     return x
 
 

@@ -132,9 +132,9 @@ class Batch(Generic[C]):
 
     def step(self, network: Network[C]) -> None:
         """Advance every sample by one step of its own, or none if an error occurs."""
-        self.take(*self.advanced(network))
+        self.commit(*self.compute_step(network))
 
-    def advanced(self, network: Network[C]) -> tuple[Tensor, Tensor]:
+    def compute_step(self, network: Network[C]) -> tuple[Tensor, Tensor]:
         """Compute the latents of every sample after its next step, and the clean latents predicted there."""
         self._join_conditions()
         samples = self.samples
@@ -158,8 +158,8 @@ class Batch(Generic[C]):
                 clean[row] = torch.where(sample.known.is_free, clean[row], sample.known.clean)
         return stepped, clean
 
-    def take(self, latents: Tensor, clean: Tensor) -> None:
-        """Store the result of `advanced` as the state of the samples."""
+    def commit(self, latents: Tensor, clean: Tensor) -> None:
+        """Store the result of `compute_step` as the state of the samples."""
         for sample, stepped, predicted in zip(self.samples, latents, clean, strict=True):
             sample.latents, sample.clean = stepped, predicted
             sample.step += 1

@@ -23,16 +23,16 @@ from cascade.networks.unet import Condition, Constants, UNet
 from cascade.recent import Recent
 from cascade.sampling.denoise import Batch, Guides, Network, Sample, in_parts
 from cascade.tasks.picture import (
-    NOTHING,
-    Given,
+    NO_INPUTS,
+    EncodedInputs,
     Picture,
     begin_decoder,
     begin_prior,
     decode,
     decode_chunk,
+    encode_inputs,
+    find_defect,
     finished,
-    flaw,
-    look_at,
     prior_condition,
     to_images,
 )
@@ -63,7 +63,7 @@ class Drawing:
     picture: Picture
     models: Models
     caption: str | None = None  # read by Stage B in place of the prompt
-    given: Given = NOTHING  # computed from the request's own pictures when it begins
+    inputs: EncodedInputs = NO_INPUTS  # computed from the request's own pictures when it begins
     stage: Literal["prior", "decoder", "decode"] = "prior"
     text: TextEmbeddings | None = None  # of the prompt
     sample: Sample[Condition] | None = None  # of the current stage, once it has begun
@@ -108,7 +108,7 @@ class Drawing:
         """Raise `FlawedResult` if the result of the stage that ended last is unusable."""
         result = self.latents if self.stage == "decode" else self.semantic
         assert result is not None
-        if fault := flaw(result):
+        if fault := find_defect(result):
             raise FlawedResult(f"the latents of Stage {'B' if self.stage == 'decode' else 'C'} are {fault}")
 
 
@@ -132,11 +132,11 @@ class Studio:
             InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
         """
         picture = drawing.picture
-        drawing.given = look_at(self.models, picture)
+        drawing.inputs = encode_inputs(self.models, picture)
         key, _ = self._keys(drawing)
         drawing.text = self._text(self.models.text_encoder, key)
-        if picture.prior_steps == 0 and drawing.given.semantic is not None:
-            drawing.resume(drawing.given.semantic)
+        if picture.prior_steps == 0 and drawing.inputs.semantic is not None:
+            drawing.resume(drawing.inputs.semantic)
         self._begin_stage(drawing)
 
     @torch.inference_mode()
@@ -155,11 +155,11 @@ class Studio:
         # Batches of an fp32 retry are not cached: its weights are to be freed when it ends.
         known = self._batches if drawings[0].models is self.models else Recent(0)
         batches = [known.get(tuple(samples), _batch) for samples in groups.values()]
-        advanced = [batch.advanced(network) for batch in batches]
+        computed = [batch.compute_step(network) for batch in batches]
         if self.models.device.type == "cuda":  # synchronizing raises any error of the step here
             torch.cuda.current_stream(self.models.device).synchronize()
-        for batch, (latents, clean) in zip(batches, advanced, strict=True):
-            batch.take(latents, clean)
+        for batch, (latents, clean) in zip(batches, computed, strict=True):
+            batch.commit(latents, clean)
         for drawing in drawings:
             if drawing.sample is not None and drawing.sample.is_done:
                 drawing.end_stage()
@@ -207,10 +207,10 @@ class Studio:
         pictures = [drawing.picture for drawing in drawings]
         latents = [drawing.latents for drawing in drawings if drawing.latents is not None]
         pixels = decode(self.models, pictures, latents)
-        faults = [flaw(each) for each in pixels]
+        faults = [find_defect(each) for each in pixels]
         if any(faults) and self.models.dtype is not torch.float32:
             pixels = decode(self.models.in_fp32("stage_a"), pictures, latents)
-            faults = [flaw(each) for each in pixels]
+            faults = [find_defect(each) for each in pixels]
         for fault in filter(None, faults):
             raise FlawedResult(f"the pixels are {fault}")
         drawn = zip(to_images(pixels), pictures, strict=True)
@@ -229,22 +229,22 @@ class Studio:
         """Draw the noise of the current stage and prepare its condition, unless that was done already."""
         if drawing.sample is not None:
             return
-        models, picture, given = drawing.models, drawing.picture, drawing.given
+        models, picture, inputs = drawing.models, drawing.picture, drawing.inputs
         keys = self._keys(drawing)
         if drawing.semantic is not None:
             encoder = models.decoder_text_encoder
             pooled = [self._text(encoder, key).pooled for key in keys]
             constants = self._constants_of(models.stage_b)
-            sample = begin_decoder(models, picture, drawing.semantic, pooled, given, constants=constants)
+            sample = begin_decoder(models, picture, drawing.semantic, pooled, inputs, constants=constants)
         else:
-            sample = begin_prior(models, picture, self._guides(drawing, keys), given)
+            sample = begin_prior(models, picture, self._guides(drawing, keys), inputs)
         drawing.sample = sample
 
     def _keys(self, drawing: Drawing) -> tuple[TextKey, TextKey]:
         """Return the keys of the prompt and of the negative prompt."""
         settings = drawing.picture.settings
         prompt, negative = drawing.texts
-        adapter = drawing.given.adapter
+        adapter = drawing.inputs.adapter
         adapter = adapter if adapter is not None and adapter.changes_text else None
         key = TextKey(prompt, settings.weighted_prompt, settings.long_prompt, adapter)
         return key, replace(key, text=negative)
@@ -255,12 +255,12 @@ class Studio:
 
     def _guides(self, drawing: Drawing, keys: tuple[TextKey, TextKey]) -> Guides[Condition]:
         """Return equally long conditions of the prompt with image prompts and of the negative one without."""
-        models, embeds = drawing.models, drawing.given.image_embeds
+        models, embeds = drawing.models, drawing.inputs.image_embeds
         num_images = 1 if embeds is None else embeds.shape[1]
         is_guided = drawing.picture.prior_rows > 1
         texts = [self._text(models.text_encoder, key) for key in keys[: 1 + is_guided]]
         length = max(text.hidden.shape[1] for text in texts)
-        adapter = drawing.given.adapter
+        adapter = drawing.inputs.adapter
         conditions = [
             self._prior_condition(models, self._padded(text, keys[0], length), embeds, adapter)
             if embeds is not None and row == 0

@@ -75,7 +75,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Given:
+class EncodedInputs:
     """Inputs of the stages from a request's own pictures and LoRAs, computed before the first step."""
 
     semantic: Tensor | None = None  # (16, h, w) fp32: the source as latents of Stage C
@@ -87,7 +87,7 @@ class Given:
     adapter: Adapter | None = None  # LoRAs
 
 
-NOTHING = Given()
+NO_INPUTS = EncodedInputs()
 
 
 def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
@@ -103,7 +103,7 @@ def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
     ]
 
 
-def look_at(models: Models, picture: Picture) -> Given:
+def encode_inputs(models: Models, picture: Picture) -> EncodedInputs:
     """Encode the request's own pictures, and load its LoRAs.
 
     Raises:
@@ -121,7 +121,7 @@ def look_at(models: Models, picture: Picture) -> Given:
             latents = encode_known(models, settings.preset, drawn)
             semantic_free = free_cells(canvas.mask, plan, plan.prior_grid, models.device)
             latents_free = free_cells(canvas.mask, plan, plan.decoder_grid, models.device)
-    return Given(
+    return EncodedInputs(
         semantic=semantic,
         semantic_free=semantic_free,
         latents=latents,
@@ -154,20 +154,20 @@ def begin_prior(
     models: Models,
     picture: Picture,
     guides: Guides[Condition],
-    given: Given = NOTHING,
+    inputs: EncodedInputs = NO_INPUTS,
 ) -> Sample[Condition]:
     """Create a picture's sample for Stage C, starting from noise or the noised source."""
     settings, preset = picture.settings, PRESETS[picture.settings.preset]
     schedule, draw = CosineSchedule(models.prior_schedule), _noise(picture, "prior", models.dtype)
     start = None
-    if given.semantic is not None and settings.start < 1:
-        start = noised(settings, schedule, given.semantic, draw)
+    if inputs.semantic is not None and settings.start < 1:
+        start = noised(settings, schedule, inputs.semantic, draw)
     without_control = control_steps = None
     if settings.control is not None:
         control_steps = steps_within((settings.control.start, settings.control.end), picture.prior_steps)
         without_control = guides
-    if given.control is not None:  # also that of an inpainting, which nobody has to ask for
-        guides = _controlled(guides, given.control)
+    if inputs.control is not None:  # also that of an inpainting, which nobody has to ask for
+        guides = _controlled(guides, inputs.control)
     return Sample(
         guides=guides,
         guidance_scale=settings.guidance_scale,
@@ -177,7 +177,7 @@ def begin_prior(
         draw=draw,
         device=models.device,
         start=start,
-        known=_known(picture, "prior known", given.semantic, given.semantic_free),
+        known=_known(picture, "prior known", inputs.semantic, inputs.semantic_free),
         guided_steps=settings.guided_steps,
         guides_without_control=without_control,
         controlled_steps=control_steps,
@@ -194,7 +194,7 @@ def begin_decoder(
     picture: Picture,
     semantic: Tensor,
     pooled: Sequence[Tensor],
-    given: Given = NOTHING,
+    inputs: EncodedInputs = NO_INPUTS,
     *,
     constants: Constants | None = None,
 ) -> Sample[Condition]:
@@ -222,7 +222,7 @@ def begin_decoder(
         preset=PRESETS[settings.preset],
         draw=_noise(picture, "decoder", models.dtype),
         device=models.device,
-        known=_known(picture, "decoder known", given.latents, given.latents_free),
+        known=_known(picture, "decoder known", inputs.latents, inputs.latents_free),
     )
 
 
@@ -236,7 +236,7 @@ def decode(models: Models, pictures: Sequence[Picture], latents: Iterable[Tensor
     return models.stage_a.decode(torch.stack(scaled).to(dtype), scale_factor=1.0)
 
 
-def flaw(values: Tensor) -> str | None:
+def find_defect(values: Tensor) -> str | None:
     """Return why latents or pixels cannot be a picture, or None if they can."""
     least, most = values.aminmax()  # a single pass, which propagates NaN
     if not (least.isfinite() and most.isfinite()):

@@ -87,7 +87,7 @@ class Rehearsal:
             return lambda: decode(self._models, [self._picture] * rows, [latents] * rows)
         sample = self._prior() if step == "prior" else self._decoder()
         batch = Batch([sample] * rows, Condition.cat)
-        return lambda: batch.advanced(self._networks[step])[0]
+        return lambda: batch.compute_step(self._networks[step])[0]
 
     def _prior(self) -> Sample[Condition]:
         text = self._models.text_encoder.encode([self._picture.settings.prompt])

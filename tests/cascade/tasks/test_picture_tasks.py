@@ -19,7 +19,7 @@ from cascade.tasks.autoencode import DecodeSettings
 from cascade.tasks.drawing import Drawing, Studio
 from cascade.tasks.generation import GeneratedImage, Progress, generate
 from cascade.tasks.inpainting import canvas_of, free_cells
-from cascade.tasks.picture import begin_prior, look_at, plan_pictures, prior_condition
+from cascade.tasks.picture import begin_prior, encode_inputs, plan_pictures, prior_condition
 from cascade.tasks.settings import Control, ImagePrompt, ImageSettings, LoRAUse
 from tests.cascade.tasks.seeing import OneLoRA, box_mask, controlnet, scene, seeing_cascade
 
@@ -180,7 +180,7 @@ def test_the_start_resembles_the_source_less_the_larger_strength_is(cascade: Cas
         settings = ImageSettings(image=SOURCE, strength=strength, preset=preset, **QUICK, **more)
         [picture] = plan_pictures(cascade, settings)
         clean = torch.randn(picture.prior_shape, generator=torch.Generator().manual_seed(3))
-        given = replace(look_at(cascade, picture), semantic=clean)
+        given = replace(encode_inputs(cascade, picture), semantic=clean)
         condition = prior_condition(cascade, cascade.text_encoder.encode([""]))
         sample = begin_prior(cascade, picture, Guides(condition, None), given)
         assert sample.levels.steps == picture.prior_steps
@@ -261,7 +261,7 @@ def test_latents_of_what_is_kept_are_the_source_s_own_in_both_stages(cascade: Ca
     studio = Studio(cascade, networks(cascade))
     drawing = draw(studio, COMPANY[4])
     finish(studio, drawing)
-    given = drawing.given
+    given = drawing.inputs
     for made, own, free in (
         (drawing.semantic, given.semantic, given.semantic_free),
         (drawing.latents, given.latents, given.latents_free),
