@@ -381,6 +381,6 @@ def _block(config: StageBConfig | StageCConfig, level: int, kind: str, skip_chan
 
 def _repeat_mappers(widths: Sequence[int], repeats: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(
-        nn.ModuleList(Pointwise(width, width) for _ in range(repeat - 1))
-        for width, repeat in zip(widths, repeats, strict=True)
+        nn.ModuleList(Pointwise(width, width) for _ in range(times - 1))
+        for width, times in zip(widths, repeats, strict=True)
     )

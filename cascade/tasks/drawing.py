@@ -130,6 +130,7 @@ class Studio:
 
         Raises:
             InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
+            CheckpointError: a LoRA's file cannot be used.
         """
         picture = drawing.picture
         drawing.inputs = encode_inputs(self.models, picture)
@@ -166,7 +167,7 @@ class Studio:
                 self._batches.clear()  # they keep finished samples alive
 
     def forget(self, drawing: Drawing) -> None:
-        """Release what is cached of a drawing that is abandoned."""
+        """Release an abandoned drawing, by dropping all cached batches: the others are joined anew."""
         if drawing.sample is not None:
             self._batches.clear()
 

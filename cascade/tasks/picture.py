@@ -108,6 +108,7 @@ def encode_inputs(models: Models, picture: Picture) -> EncodedInputs:
 
     Raises:
         InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
+        CheckpointError: a LoRA's file cannot be used.
     """
     settings, plan = picture.settings, picture.plan
     semantic = semantic_free = latents = latents_free = None
