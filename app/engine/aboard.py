@@ -1,4 +1,4 @@
-"""The pictures aboard, by job, and what somebody wants to hear of each job."""
+"""The pictures aboard an engine, by job, and which of them are due for a progress message or a preview."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,19 +7,19 @@ from math import inf
 from app.engine.picture import Picture
 from app.engine.protocol import Run
 
-STEPPED_SECONDS = 0.1  # between two words about the steps of a job
+STEPPED_SECONDS = 0.1  # between two progress messages about a job
 
 
 @dataclass(slots=True)
 class _Job:
     pictures: dict[int, Picture] = field(default_factory=dict)
-    untold: dict[int, Picture] = field(default_factory=dict)  # stepped since their job was spoken of
-    num_previews: int = 0  # of each picture
+    untold: dict[int, Picture] = field(default_factory=dict)  # stepped since the last such message
+    num_previews: int = 0  # wanted of each picture
     told_at: float = -inf
 
 
 class Aboard:
-    """Who is in work, from arrival until the pixels are sent."""
+    """The pictures in work, from their arrival until their pixels are sent."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
@@ -32,20 +32,20 @@ class Aboard:
         return run.job in self._jobs and run.index in self._jobs[run.job].pictures
 
     def at(self, job: str, index: int) -> Picture:
-        """One of them. KeyError when it is not here."""
+        """Return a picture. Raises KeyError if it is not aboard."""
         return self._jobs[job].pictures[index]
 
     def of(self, job: str) -> list[Picture]:
-        """The pictures of a job."""
+        """Return the pictures of a job."""
         return list(self._jobs[job].pictures.values()) if job in self._jobs else []
 
     def add(self, picture: Picture) -> None:
-        """Take a picture in."""
+        """Add a picture."""
         self._jobs.setdefault(picture.run.job, _Job()).pictures[picture.run.index] = picture
         self._num_pictures += 1
 
     def remove(self, picture: Picture) -> None:
-        """Let a picture go; one that is gone already, or came back as another, is no matter."""
+        """Remove a picture, unless it is gone already or a new one has taken its place."""
         job = self._jobs.get(picture.run.job)
         if job is not None and job.pictures.get(picture.run.index) is picture:
             del job.pictures[picture.run.index]
@@ -55,14 +55,14 @@ class Aboard:
                 del self._jobs[picture.run.job]
 
     def want_previews(self, job: str, count: int) -> None:
-        """Somebody watches a job, if it is here."""
+        """Set how many previews are wanted of each picture of a job, if it is aboard."""
         if job in self._jobs:
             self._jobs[job].num_previews = count
 
     def to_tell(self, stepped: list[Picture], now: float) -> list[Picture]:
-        """Those that have stepped, now or before, of the jobs that were not spoken of for long enough.
+        """Note which pictures have stepped, and return those that a progress message is due for.
 
-        A job is told at most every `STEPPED_SECONDS`, and then of all its pictures, in whichever batches.
+        A job is due at most every `STEPPED_SECONDS`, then with all pictures that have stepped since.
         """
         jobs: dict[str, _Job] = {}
         for picture in stepped:
@@ -78,7 +78,7 @@ class Aboard:
         return told
 
     def to_show(self, pictures: list[Picture]) -> Iterator[Picture]:
-        """Those of which a preview is due."""
+        """Yield the pictures of which a preview is due."""
         for picture in pictures:
             job = self._jobs.get(picture.run.job)
             if job is not None and picture.wants_preview(job.num_previews):

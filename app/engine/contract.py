@@ -1,7 +1,7 @@
-"""What the engine asks of a runner, which calls the networks. The engine knows pictures and rows, no tensors.
+"""The interface of a runner, which calls the networks. The engine knows pictures and rows, no tensors.
 
-Two threads call a runner: the loop (load, expect, start, begin, step, check, retry_in_fp32, drop) and, beside
-it, the finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
+Two threads call a runner: the loop (load, expect, start, begin, step, check, retry_in_fp32, drop) and, at the
+same time, the finisher (decode, preview). The heartbeat reads `device_memory_bytes` and `counts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,27 +13,27 @@ from app.engine.scheduler import BatchKey
 
 
 class Work(NamedTuple):
-    """Steps of one kind that lie ahead of a picture."""
+    """Steps of one kind that a picture still needs."""
 
     key: BatchKey
-    rows: int  # in a batch: 2 where guided
+    rows: int  # of the picture in a batch: 2 where guided
     steps: int
 
 
 class Track(Protocol):
-    """One picture on its way, in the hands of a runner, which alone moves it."""
+    """A runner's state of one picture in work; only the runner changes it."""
 
     @property
     def work(self) -> Sequence[Work]:
-        """What lies ahead, the stage in work first; the last is ("decode", one row, one step) of Stage A."""
+        """Work that is left, the current stage first; the last is Stage A ("decode", one row, one step)."""
 
     @property
     def step(self) -> int:
-        """Steps done of the stage in work."""
+        """Number of steps done in the current stage."""
 
     @property
     def latents(self) -> bytes | None:
-        """Of Stage C once it is done, fp32: enough to begin again at Stage B, with the same result."""
+        """Latents of Stage C once it is done, fp32: enough to restart at Stage B with the same result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class Decoded:
     prompt_tokens: int
 
 
-Kind = TypeVar("Kind", bound=Track)  # of a runner's own tracks
+Kind = TypeVar("Kind", bound=Track)  # a runner's own class of tracks
 
 
 class Runner(Protocol[Kind]):
-    """Moves pictures by calling networks.
+    """Advances pictures by calling networks.
 
-    Its errors are those of app.errors (OutOfMemory, GenerationFailed, DeviceGone, ...), or surprises.
+    It raises errors of app.errors (OutOfMemory, GenerationFailed, DeviceGone, ...), or unexpected ones.
     """
 
     @property
@@ -62,50 +62,50 @@ class Runner(Protocol[Kind]):
         """Totals since the start: "cache_hits", "cache_misses", ..."""
 
     def load(self, configure: Configure) -> Ready:
-        """Read the model, profile, warm up. Any error means that the model is unusable."""
+        """Read the model, profile, warm up. Any error but DeviceGone means that the model is unusable."""
 
     def expect(self, request: bytes) -> None:
-        """Encode the texts of a request, as JSON, that may be about to come. Raises what `begin` may."""
+        """Encode the texts of a request (JSON) that may arrive soon. Raises the errors of `begin`."""
 
     def start(self, run: Run) -> Kind:
-        """Plan a picture: which steps of which shapes. Cheap, without the device. Raises InvalidRequest."""
+        """Plan the steps and shapes of a picture; cheap, without the device. Raises InvalidRequest."""
 
     def begin(self, track: Kind) -> None:
-        """Make it ready for its first step: encode the text (cached), draw the noise. Called once."""
+        """Prepare the first step: encode the text (cached), draw the noise. Repeated after OutOfMemory."""
 
     def step(self, tracks: Sequence[Kind]) -> None:
-        """Advance all, of one key, by one step, and into their next stage at the end of one.
+        """Advance pictures of one key by one step, and into the next stage after the last step of one.
 
-        All or nothing: after an error every one stands where it stood. More rows than the cap are stepped in
-        several calls of the network. Returns when the device is done, so that it can be timed.
+        All or nothing: after an error every picture is where it was. More rows than the cap are stepped in
+        several network calls. Returns when the device is done, so that the step can be timed.
         """
 
     def check(self, track: Kind) -> None:
-        """At the end of a stage. Raises GenerationFailed when its latents are not finite, or all the same."""
+        """Check the latents of a stage that ended. Raises GenerationFailed if not finite, or all the same."""
 
     def retry_in_fp32(self, track: Kind) -> bool:
-        """Go back to where the stage just ended began, in fp32. False where it was fp32 already."""
+        """Return to the start of the stage that just ended, in fp32. False if it ran in fp32 already."""
 
     def decode(self, tracks: Sequence[Kind]) -> list[Callable[[], Decoded]]:
-        """Stage A of one or two pictures, each of which is finished when called.
+        """Run Stage A for one or two pictures; return for each a callable that finishes it.
 
         Raises GenerationFailed for pixels that cannot be a picture.
         """
 
     def preview(self, track: Kind) -> tuple[int, int, bytes] | None:
-        """Width, height and pixels of what Stage C has in mind now. None where the model has no previewer."""
+        """Return width, height and pixels of Stage C's current estimate. None if there is nothing to show."""
 
     def drop(self, track: Kind) -> None:
-        """Keep nothing of a picture that nobody wants any more."""
+        """Free what is kept for a picture that nobody wants any more."""
 
     def cap(self, key: BatchKey) -> int:
-        """Rows that may be stepped together."""
+        """Return how many rows may be stepped together."""
 
     def halve(self, key: BatchKey) -> None:
-        """Lower the cap, because memory was not enough. Never below 1."""
+        """Halve the cap, because memory was not enough. Never below 1."""
 
     def device_memory_bytes(self) -> int:
-        """In use on the device, 0 where that is the memory of the process."""
+        """Return the bytes in use on the device, 0 if it shares the memory of the process."""
 
 
-AnyRunner = Runner[Any]  # for those to whom it is all one which
+AnyRunner = Runner[Any]  # for code that works with every kind of track

@@ -1,7 +1,7 @@
 """The engine's loop, in the thread that owns the device: take the next batch, step it, update, publish.
 
-Everything else comes in through one inbox between two steps: orders from the API process, and pictures that
-left the finisher. What a runner is asked for stands in `contract`, who steps next in `scheduler`.
+Everything else arrives between two steps, through one inbox: messages of the API process and reports of the
+finisher. `contract` defines what a runner does, `scheduler` decides which pictures step next.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from app.logs import Logger
 
 
 class HungUp:
-    """In the inbox: nobody will say any more, nor listen."""
+    """In the inbox: the other end of the socket is gone."""
 
 
 Letter = AnyToEngine | Finished | Observation | Exception | HungUp
@@ -42,7 +42,7 @@ Inbox = SimpleQueue[Letter]
 
 
 class Engine:
-    """Works on pictures until it is drained or hung up on."""
+    """The loop of an engine, which works on pictures until it is drained or the other end hangs up."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Engine:
             self._publish(pictures)
 
     def _listen(self) -> bool:
-        """Do as the inbox says, and wait for it while there is nothing to step. False when all is done."""
+        """Handle the inbox, waiting for it while there is nothing to step. False when all is done."""
         while not self._is_over:
             is_done = self._is_draining and not self._aboard
             try:
@@ -126,7 +126,7 @@ class Engine:
                 raise message
 
     def _expect(self, request: bytes) -> None:
-        """Use idle time for what may be about to come. What is wrong with it is told when it does come."""
+        """Use idle time to prepare for a request that may come. Its errors are reported when it does."""
         if self._aboard:
             return
         with self._pulse.busy(0.0):
@@ -136,7 +136,7 @@ class Engine:
                 raise_if_gone(error)
 
     def _admit(self, run: Run) -> None:
-        """Take a picture aboard, into the queue of the scheduler."""
+        """Take a picture aboard and give it to the scheduler."""
         if run in self._aboard:
             return
         try:
@@ -152,7 +152,7 @@ class Engine:
         self._scheduler.add(picture.entry)
 
     def _step(self, batch: Batch) -> list[Picture]:
-        """Advance a batch by one step; returns the pictures that could be."""
+        """Advance a batch by one step; return its pictures that are still wanted."""
         pictures = [self._aboard.at(entry.job, entry.index) for entry in batch.entries]
         if any(picture.run.is_alone for picture in pictures):
             self._finisher.wait_until_idle()
@@ -171,7 +171,7 @@ class Engine:
         return [picture for picture in pictures if not picture.is_dropped]
 
     def _observe(self, batch: Batch, seconds: float) -> None:
-        """Learn from a step that went as planned."""
+        """Record and learn from a step that went as planned."""
         tick = self._pulse.observe(
             batch.key,
             rows=batch.rows,
@@ -183,7 +183,7 @@ class Engine:
         self._cost.learn(tick)
 
     def _update(self, pictures: list[Picture], stage: str) -> None:
-        """Bring the queue up to where the pictures stand after a step of `stage`."""
+        """Bring the scheduler up to date after a step of `stage`, and hand over what is drawn."""
         for picture in pictures:
             if picture.key.stage != stage:
                 self._end_stage(picture, stage)
@@ -201,7 +201,7 @@ class Engine:
                 self._scheduler.add(picture.entry)
 
     def _end_stage(self, picture: Picture, stage: str) -> None:
-        """See that the stage came to something; else it is repeated, or the picture given up."""
+        """Check the result of a stage; if it is flawed, the stage is repeated or the picture fails."""
         try:
             is_repeated = self._stepper.is_repeated(picture)
         except Exception as error:
@@ -215,14 +215,14 @@ class Engine:
             self._send(Latents(picture.run.job, picture.run.index, picture.track.latents))
 
     def _hand_over(self, picture: Picture) -> None:
-        """To the finisher. Only one that must be alone is waited for."""
+        """Hand a picture over to the finisher, and wait for it only if it must be alone."""
         picture.is_in_queue = False
         self._finisher.finish(picture)
         if picture.run.is_alone:
             self._finisher.wait_until_idle()
 
     def _publish(self, pictures: list[Picture]) -> None:
-        """Say where the pictures stand, not too often, and show those that somebody watches."""
+        """Send the progress of the pictures, not too often, and order the previews that are due."""
         due = self._aboard.to_tell(pictures, self._clock())
         if due:
             self._send(Progressed(tuple(picture.progress() for picture in due)))
@@ -230,7 +230,7 @@ class Engine:
             self._finisher.preview(picture, picture.num_previews - 1)
 
     def _fail(self, run: Run, error: Exception) -> None:
-        """Give a picture up, and with it its job."""
+        """Report that a picture failed, and drop its whole job."""
         self._drop(run.job)
         if isinstance(error, AppError):
             self._logger.info("a picture failed", job=run.job, index=run.index, code=error.code)
@@ -239,11 +239,11 @@ class Engine:
             self._logger.error("a picture failed", job=run.job, index=run.index, exc_info=error)
             told = GenerationFailed("the model failed on this picture; the server's log says why")
         self._send(Failed(run.job, run.index, told.code, told.message))
-        # Its frames lead to ours, which hold it: pictures would stay until the collector comes by.
+        # Its frames refer to ours, which hold it: the cycle would keep pictures until a garbage collection.
         error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def _drop(self, job: str) -> None:
-        """Forget a job, wherever its pictures are."""
+        """Drop a job, wherever its pictures are."""
         for picture in self._aboard.of(job):
             self._finisher.drop(picture)
             if picture.is_in_queue:

@@ -1,8 +1,8 @@
-"""What tenants have had of the device, and so whose turn it is.
+"""How much of the device each tenant has had, and so whose turn it is.
 
-Deficit round-robin in seconds of the device: next is who has had least for its weight, and what it then gets
-is added to what it has had. To be away earns nothing but one picture: a tenant that comes back starts so much
-before those who are at work, so that a single picture now and then does not wait behind many.
+Deficit round-robin in seconds of the device: the tenant that has had least for its weight is next, and is
+charged for what it gets. Absence earns nothing but one picture: a tenant that comes back starts that much
+ahead of those at work, so that a single picture now and then does not wait behind many.
 """
 
 from collections.abc import Mapping
@@ -13,53 +13,53 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Share:
-    """One tenant's part of the device."""
+    """One tenant's share of the device."""
 
     __slots__ = ("served", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.served = -inf  # seconds by weight; never falls
+        self.served = -inf  # seconds of the device, divided by the weight; never falls
 
 
 class Shares:
-    """Those of all tenants ever seen."""
+    """The shares of all tenants ever seen."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
         self._shares: dict[str, Share] = {}
-        self._level = 0.0  # the least that anybody at work has had
+        self._level = 0.0  # the least that a tenant at work has had
 
     def of(self, tenant: str) -> Share:
-        """The share of a tenant."""
+        """Return the share of a tenant."""
         if tenant not in self._shares:
             self._shares[tenant] = Share(self._weights.get(tenant, 1.0))
         return self._shares[tenant]
 
     def arrive(self, share: Share, head_start: float) -> None:
-        """A tenant that had nothing to do comes in, so many seconds before those who are at work."""
+        """Let a tenant that was away start `head_start` seconds ahead of those at work."""
         share.served = max(share.served, self._level - head_start / share.weight)
 
     def lead(self, share: Share) -> None:
-        """Of all tenants at work this one has had least."""
+        """Note that of all tenants at work this one has had least."""
         self._level = max(self._level, share.served)
 
     def charge(self, share: Share, seconds: float, *, most: float) -> None:
-        """Note that a tenant was served.
+        """Charge a tenant for seconds of the device.
 
-        It gets no more than `most` seconds ahead. Else those who ask for less than their part would save up
-        all that they leave to it, and take the whole device once they ask for more.
+        It is charged to at most `most` seconds above the least served. Otherwise tenants that use less than
+        their share would save up what they leave to it, and take the whole device once they ask for more.
         """
         limit = self._level + most / share.weight
         share.served = max(share.served, min(share.served + seconds / share.weight, limit))
 
 
 class Waiting(Protocol):
-    """Somebody who takes turns, as long as it is not empty."""
+    """Something that takes turns as long as it is not empty."""
 
     @property
     def served(self) -> float:
-        """What it has had; never falls."""
+        """What it has had so far; never falls."""
 
     def __len__(self) -> int: ...
 
@@ -68,7 +68,7 @@ Who = TypeVar("Who", bound=Waiting)
 
 
 class Turns(Generic[Who]):
-    """Those who wait, the least served first: a heap that is put right where it is looked at, at its top."""
+    """A queue with the least served first: a heap that is only repaired at its top, when it is read."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Who]] = []
@@ -76,13 +76,13 @@ class Turns(Generic[Who]):
         self._numbers = count()
 
     def enlist(self, who: Who) -> None:
-        """Let somebody wait for a turn. Who has become empty leaves by itself."""
+        """Add one that waits for a turn. It leaves by itself when it has become empty."""
         if who not in self._listed:
             self._listed.add(who)
             heappush(self._heap, (who.served, next(self._numbers), who))
 
     def least(self) -> Who | None:
-        """Whose turn it is."""
+        """Return the one whose turn it is; None when nobody waits."""
         while self._heap:
             served, _, who = self._heap[0]
             if not who:
@@ -94,7 +94,7 @@ class Turns(Generic[Who]):
         return None
 
     def first(self, number: int) -> list[Who]:
-        """The next `number`, in order."""
+        """Return the next `number`, in order."""
         found: list[Who] = []
         while len(found) < number and self.least() is not None:
             found.append(self._pop())

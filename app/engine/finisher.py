@@ -1,4 +1,4 @@
-"""What happens to pictures beside the loop, without holding up a step: Stage A, to the host, previews."""
+"""The thread that decodes pictures and previews beside the loop, so that no step has to wait for them."""
 
 import threading
 from collections import deque
@@ -14,19 +14,19 @@ from app.engine.pulse import Pulse
 from app.engine.stepping import raise_if_gone
 from app.logs import Logger
 
-AT_ONCE = 2  # pictures in a call of Stage A, whose activations are the largest of all
+AT_ONCE = 2  # pictures in a call of Stage A, which has the largest activations of all stages
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A picture left the finisher, sent off already or in vain."""
+    """A report that a picture has left the finisher, with the error if it could not be decoded."""
 
     picture: Picture
     error: Exception | None = None
 
 
 class Finisher:
-    """A thread that decodes pictures and sends them. It reports each picture, each call, and its own end."""
+    """A thread that decodes and sends pictures. It reports each picture, each call and a fatal error."""
 
     def __init__(
         self,
@@ -44,27 +44,27 @@ class Finisher:
         self._clock = clock
         self._logger = logger
         self._drawn: deque[Picture] = deque()
-        self._previews: dict[Picture, int] = {}  # the latest wanted of each
+        self._previews: dict[Picture, int] = {}  # number of the latest one wanted, by picture
         self._is_working = False
         self._is_closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="finisher", daemon=True).start()
 
     def finish(self, picture: Picture) -> None:
-        """Decode and send a picture, soon."""
+        """Queue a picture to be decoded and sent."""
         with self._changed:
             self._previews.pop(picture, None)
             self._drawn.append(picture)
             self._changed.notify_all()
 
     def preview(self, picture: Picture, number: int) -> None:
-        """Send a preview when nothing is to be finished; a newer one takes the place of one that waits."""
+        """Send a preview once no picture waits to be decoded; it replaces an older one that waits."""
         with self._changed:
             self._previews[picture] = number
             self._changed.notify_all()
 
     def drop(self, picture: Picture) -> None:
-        """Spare what has not begun of the work on a picture that nobody wants any more."""
+        """Skip work that has not begun on a picture that nobody wants any more."""
         with self._changed:
             picture.is_dropped = True
             self._previews.pop(picture, None)
@@ -73,12 +73,12 @@ class Finisher:
                 self._changed.notify_all()
 
     def wait_until_idle(self) -> None:
-        """Return when nothing is being decoded or waits to be."""
+        """Wait until no picture is being decoded or waits to be."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or not (self._is_working or self._drawn))
 
     def close(self) -> None:
-        """Let the thread end after what it works on."""
+        """Let the thread end after its current work."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -87,14 +87,14 @@ class Finisher:
         try:
             while (work := self._take()) is not None:
                 work()
-                del work  # with its pictures, while there is nothing to do
-        except Exception as error:  # the device is gone; the loop is to say so
+                del work  # which refers to pictures, and would keep them while the thread waits
+        except Exception as error:  # the device is gone; the loop raises it
             self._report(error)
         finally:
             self.close()
 
     def _take(self) -> Callable[[], None] | None:
-        """What to do next: pictures before previews; None when the thread is to end."""
+        """Wait for the next work, pictures before previews; return None when the thread is to end."""
         with self._changed:
             self._is_working = False
             self._changed.notify_all()
@@ -110,7 +110,7 @@ class Finisher:
             return partial(self._show, picture, self._previews.pop(picture))
 
     def _take_alike(self) -> list[Picture]:
-        """The oldest, and the next ones that the same call can decode."""
+        """Take the oldest picture, and the next ones that the same call can decode."""
         alike = (picture for picture in self._drawn if picture.key == self._drawn[0].key)
         pictures = list(islice(alike, AT_ONCE))
         for picture in pictures:
@@ -118,7 +118,7 @@ class Finisher:
         return pictures
 
     def _finish(self, pictures: list[Picture], is_backlogged: bool) -> None:
-        """Decode and send. When that fails for two, each is tried alone."""
+        """Decode and send pictures. When that fails for two together, try each alone."""
         try:
             decoded = self._decode(pictures, is_backlogged)
         except Exception as error:
@@ -136,7 +136,7 @@ class Finisher:
         with self._pulse.busy(sum(picture.entry.cost_left for picture in pictures)):
             began = self._clock()
             drawn = self._runner.decode([picture.track for picture in pictures])
-            seconds = self._clock() - began  # of Stage A alone: its price is that of any size asked for
+            seconds = self._clock() - began  # of Stage A alone: the cost must not depend on the final size
             decoded = [finished() for finished in drawn]
         rows = len(pictures)
         tick = self._pulse.observe(

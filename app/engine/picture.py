@@ -1,4 +1,4 @@
-"""One picture aboard the engine, and what the engine says of it."""
+"""A picture aboard the engine, and the messages about it."""
 
 from dataclasses import dataclass, field
 
@@ -9,20 +9,20 @@ from app.engine.scheduler import BatchKey, Entry
 
 @dataclass(slots=True, eq=False)
 class Picture:
-    """What was asked for, where the runner has got with it, and its place in the queue."""
+    """A picture aboard: its order, the runner's state of it, and its entry in the scheduler."""
 
     run: Run
     track: Track
     entry: Entry
-    is_in_queue: bool = True  # of the scheduler; else with the finisher
-    is_dropped: bool = False  # nobody wants it any more: nothing is said of it
-    num_previews: int = 0  # that its steps have called for so far
+    is_in_queue: bool = True  # whether the scheduler has it; else the finisher does
+    is_dropped: bool = False  # nobody wants it any more: no message about it is sent
+    num_previews: int = 0  # previews that have fallen due so far
     began_stage_at: float | None = None  # None until its first step
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def aboard(cls, run: Run, track: Track, now: float) -> "Picture":
-        """A picture that just arrived, to be queued after `follow`."""
+        """Create a picture that just arrived; call `follow` before it is queued."""
         key, rows, _ = track.work[0]
         entry = Entry(
             job=run.job,
@@ -40,7 +40,7 @@ class Picture:
 
     @property
     def key(self) -> BatchKey:
-        """What its next step needs."""
+        """Batch key of the next step."""
         return self.track.work[0].key
 
     @property
@@ -50,28 +50,28 @@ class Picture:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the scheduler has it where its next step belongs."""
+        """Whether its entry in the scheduler matches its next step."""
         key, rows, _ = self.track.work[0]
         return (key, rows) == (self.entry.key, self.entry.rows)
 
     @property
     def steps(self) -> int:
-        """Number of all steps of the stage in work."""
+        """Number of steps of the current stage, done and left."""
         return self.track.step + sum(work.steps for work in self.track.work if work.key == self.key)
 
     def follow(self, cost_left: float) -> None:
-        """Tell its entry, which is in no queue, where it stands."""
+        """Update its entry, which must not be in a queue, to the state of the track."""
         self.entry.key, self.entry.rows, _ = self.track.work[0]
         self.entry.cost_left = cost_left
 
     def end_stage(self, stage: str, now: float) -> None:
-        """Take down how long it spent there, waiting between its steps included."""
+        """Record the seconds spent in a stage, including those between its steps."""
         assert self.began_stage_at is not None
         self.stage_seconds[stage] = now - self.began_stage_at
         self.began_stage_at = now
 
     def wants_preview(self, count: int) -> bool:
-        """Whether the step just taken is one of `count` that, spread over Stage C, are to be shown."""
+        """Return whether the step just taken is one of the `count`, spread over Stage C, to be shown."""
         if self.key.stage != "prior":
             return False
         due = (count + 1) * self.track.step // self.steps
@@ -80,7 +80,7 @@ class Picture:
         return is_due
 
     def progress(self) -> Stepped:
-        """Where it stands."""
+        """Return the message about its progress."""
         stage = self.key.stage
         return Stepped(
             job=self.run.job,
@@ -92,7 +92,7 @@ class Picture:
         )
 
     def pixels(self, decoded: Decoded) -> Pixels:
-        """The finished picture."""
+        """Return the message with the finished picture."""
         return Pixels(
             job=self.run.job,
             index=self.run.index,

@@ -1,9 +1,9 @@
-"""The engine process: one per device, the only kind that imports torch.
+"""The engine process: one per device; only engine processes import torch.
 
     python -m app.engine.process --socket-fd N
 
 Exits with 0 when drained, 1 after a crash, 2 when the model is unusable, 3 when the device is lost. It never
-outlives its parent: when the socket closes it is gone, in the middle of a step if need be.
+outlives its parent: when the socket closes it exits, in the middle of a step if need be.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from app.settings import Settings
 
 
 class Exit(IntEnum):
-    """What the parent learns from how the engine ended."""
+    """Exit status of an engine process, for its parent."""
 
     DRAINED = 0
     CRASHED = 1
@@ -44,14 +44,14 @@ class Exit(IntEnum):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What `python -m app.engine.process` does."""
+    """Run an engine: the entry point of `python -m app.engine.process`."""
     parser = argparse.ArgumentParser(description="An engine; the server starts it.")
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="json")
     options = parser.parse_args(arguments)
     settings = {"log_level": options.log_level, "log_format": options.log_format}
-    # Not from the environment: its other settings are the server's, and checked by it.
+    # Not from the environment: the settings there are the server's, and checked by it.
     logger = make_logger(Settings.model_construct(**settings))
 
     from app.engine.runner import CascadeRunner
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def be_engine(sock: socket.socket, runner: AnyRunner, logger: Logger) -> NoReturn:
-    """Give this process to an engine."""
+    """Turn this process into an engine."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # meant for the parent, which drains us, or hangs up
+        signal.signal(signum, signal.SIG_IGN)  # meant for the parent, which drains us or hangs up
     exit_now(serve(sock, runner, logger=logger, orphaned=lambda: exit_now(Exit.CRASHED)))
 
 
 def exit_now(code: Exit) -> NoReturn:
-    """End the process without asking its threads, or a dying device."""
+    """End the process without waiting for its threads, or for a dying device."""
     sys.stderr.flush()
     os._exit(code)
 
@@ -75,7 +75,7 @@ def exit_now(code: Exit) -> NoReturn:
 def serve(
     sock: socket.socket, runner: AnyRunner, *, logger: Logger, orphaned: Callable[[], None] = lambda: None
 ) -> Exit:
-    """Do what is asked for over `sock` until that ends; `orphaned` is called when it ends too soon."""
+    """Serve what comes over `sock` to its end; `orphaned` is called when the other end hangs up early."""
     transport = Transport(sock, to_engine)
     pulse = Pulse(runner, transport.send, time.monotonic)
     try:
@@ -113,7 +113,7 @@ def _serve(
     except DeviceGone:
         raise
     except Exception as error:
-        if not isinstance(error, ModelUnusable):  # its reason is all that there is to say, and is logged
+        if not isinstance(error, ModelUnusable):  # whose reason says it all, and is logged by the parent
             logger.error("the model cannot be loaded", exc_info=error)
         transport.send(Unusable(str(error)))
         return Exit.UNUSABLE
@@ -135,13 +135,13 @@ def _serve(
 
 
 def serve_in_thread(sock: socket.socket, runner: AnyRunner, *, logger: Logger) -> Future[Exit]:
-    """The same in a thread of this process, for tests. It ends after the step when the socket is closed."""
+    """Run `serve` in a thread of this process, for tests. It ends after the step when the socket closes."""
     ended: Future[Exit] = Future()
 
     def run() -> None:
         try:
             ended.set_result(serve(sock, runner, logger=logger))
-        except BaseException:  # as a runner raises that plays a process which is killed
+        except BaseException:  # raised by a test's runner that imitates a killed process
             ended.set_result(Exit.CRASHED)
 
     threading.Thread(target=run, name="engine", daemon=True).start()
@@ -151,7 +151,7 @@ def serve_in_thread(sock: socket.socket, runner: AnyRunner, *, logger: Logger) -
 def _read(
     transport: Transport[AnyToEngine], inbox: Inbox, logger: Logger, orphaned: Callable[[], None]
 ) -> None:
-    """Put into the inbox what comes, until the other end is gone or talks nonsense."""
+    """Put messages into the inbox until the other end is gone or sends anything else."""
     try:
         while (message := transport.receive()) is not None:
             inbox.put(message)

@@ -1,7 +1,7 @@
-"""How long steps of so many rows take: measured when an engine starts, and remembered on disk.
+"""Profiles: seconds of a step by its rows, measured when an engine starts and kept on disk.
 
-More rows per step mean more pictures per second, up to where the device is full; beyond it they only make
-every step longer, and all others wait. So what counts is where the throughput stops to grow.
+More rows per step mean more pictures per second until the device is full; beyond that they only make every
+step longer, and all others wait. So what matters is where the throughput stops growing.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from app.engine.scheduler import Stage
 from app.errors import OutOfMemory
 
 STAGES: tuple[Stage, ...] = ("prior", "decoder", "decode")
-WORTHWHILE_GAIN = 1.1  # in rows per second, for twice the rows
-LONGEST_STEP_SECONDS = 5.0  # nothing is tried that should take longer: who waits, waits for whole steps
-DECODE_ROWS = 2  # the activations of Stage A are the largest of all
+WORTHWHILE_GAIN = 1.1  # least gain in rows per second for twice the rows
+LONGEST_STEP_SECONDS = 5.0  # longer steps are not tried: everything else waits for whole steps
+DECODE_ROWS = 2  # Stage A has the largest activations of all stages
 
 Profile = dict[str, dict[int, float]]  # seconds of a step by rows, by "stage:HxW"
 
@@ -25,10 +25,10 @@ Profile = dict[str, dict[int, float]]  # seconds of a step by rows, by "stage:Hx
 def measure(
     seconds: Callable[[Stage, int], float], has_room_for_twice: Callable[[], bool], max_rows: int
 ) -> dict[Stage, dict[int, float]]:
-    """Seconds of a step by rows, for every stage with 1, 2, 4, ... rows, as long as more rows are of use.
+    """Measure steps of every stage with 1, 2, 4, ... rows, as long as more rows are worth it.
 
-    `has_room_for_twice` says whether twice the rows of the largest step so far should fit into memory; when
-    they do not all the same, `seconds` raises OutOfMemory.
+    `has_room_for_twice` tells whether twice the rows of the largest step so far should fit into memory; if
+    they do not fit after all, `seconds` raises OutOfMemory.
     """
     measured: dict[Stage, dict[int, float]] = {}
     for stage in STAGES:
@@ -40,7 +40,7 @@ def measure(
                 of_stage[rows] = seconds(stage, rows)
             except OutOfMemory:
                 break
-            if not _is_worthwhile(of_stage, rows):  # once more, in case something else was in the way
+            if not _is_worthwhile(of_stage, rows):  # again, in case something interfered
                 of_stage[rows] = min(of_stage[rows], seconds(stage, rows))
             if not _is_worthwhile(of_stage, rows):
                 break
@@ -55,7 +55,7 @@ def _doubled(limit: int) -> Iterator[int]:
 
 
 def best_rows(measured: Mapping[int, float]) -> int:
-    """The rows beyond which twice as many are not worth it."""
+    """Return the number of rows beyond which twice as many are not worth it."""
     rows = 1
     while 2 * rows in measured and _is_worthwhile(measured, 2 * rows):
         rows *= 2
@@ -63,25 +63,25 @@ def best_rows(measured: Mapping[int, float]) -> int:
 
 
 def row_seconds(profile: Profile) -> dict[str, float]:
-    """Seconds of a row in a batch of the best size, by "stage:HxW"."""
+    """Return the seconds of a row in a batch of the best size, by "stage:HxW"."""
     best = {name: best_rows(measured) for name, measured in profile.items()}
     return {name: measured[best[name]] / best[name] for name, measured in profile.items()}
 
 
 def shape_name(stage: Stage, shape: tuple[int, int]) -> str:
-    """As in "prior:24x24"."""
+    """Return the name of a stage and shape, such as "prior:24x24"."""
     return f"{stage}:{shape[0]}x{shape[1]}"
 
 
 def parse_shape(name: str) -> tuple[str, int, int]:
-    """Stage, height and width of a name."""
+    """Return the stage, height and width of a name."""
     stage, _, shape = name.partition(":")
     height, _, width = shape.partition("x")
     return stage, int(height), int(width)
 
 
 def load_profile(path: Path) -> Profile | None:
-    """What an earlier start measured; None where there is nothing that can be used."""
+    """Load the profile of an earlier start; None if there is no usable one."""
     try:
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
     except (OSError, msgspec.MsgspecError):
@@ -91,7 +91,7 @@ def load_profile(path: Path) -> Profile | None:
 
 
 def save_profile(path: Path, profile: Profile) -> None:
-    """Remember a profile. Where it cannot be written, the next start measures again."""
+    """Save a profile. If it cannot be written, the next start measures again."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,5 +100,5 @@ def save_profile(path: Path, profile: Profile) -> None:
 
 
 def _is_worthwhile(measured: Mapping[int, float], rows: int) -> bool:
-    """Whether a step of so many rows brings enough more rows per second than one of half as many."""
+    """Return whether a step of `rows` has enough more throughput than one of half as many."""
     return measured[rows // 2] * 2 / measured[rows] >= WORTHWHILE_GAIN

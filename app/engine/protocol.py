@@ -1,6 +1,6 @@
-"""What the API process and an engine process say to each other, over one local stream socket.
+"""Messages between the API process and an engine process, over one local stream socket.
 
-A message is a tagged msgspec structure in MessagePack behind its length, four bytes, big endian. Pixels and
+A message is a tagged msgspec structure in MessagePack, after its length in four bytes, big endian. Pixels and
 latents are plain bytes in it. No message can carry code.
 """
 
@@ -9,37 +9,37 @@ from typing import Literal
 
 import msgspec
 
-MAX_MESSAGE_BYTES = 256 * 1024**2  # pixels of the largest picture are 12.6 MB
+MAX_MESSAGE_BYTES = 256 * 1024**2  # the largest picture has 12.6 MB of pixels
 
 _LENGTH = struct.Struct(">I")
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=False, omit_defaults=True):
-    """The root of all messages."""
+    """Base class of all messages."""
 
 
 class ToEngine(Message, frozen=True):
-    """From the API process."""
+    """Base class of messages from the API process to an engine."""
 
 
 class Configure(ToEngine, frozen=True, tag="configure"):
-    """The first message: which model to load, and how to work."""
+    """The first message: the model to load and how to run it."""
 
     model: str
     device: str
     dtype: str
     compile: Literal["off", "graphs", "full"] = "off"
-    is_strict: bool = False  # one row per network call: equal to the last bit in any company
-    max_rows: int | None = None  # bound on the rows of a batch; None: as profiled
-    cache_dir: str | None = None  # remembers profiles
-    lora_dir: str | None = None  # holds LoRAs beside those of the model
-    controlnet_dir: str | None = None  # the same of ControlNets
-    weights: dict[str, float] = {}  # of tenants, 1 when absent
+    is_strict: bool = False  # one row per network call: results are bit-identical in any batch
+    max_rows: int | None = None  # upper bound on the rows of a batch; None: as profiled
+    cache_dir: str | None = None  # where profiles are kept
+    lora_dir: str | None = None  # LoRAs in addition to the model's own
+    controlnet_dir: str | None = None  # ControlNets in addition to the model's own
+    weights: dict[str, float] = {}  # shares of the device by tenant, 1 when absent
     faults: tuple[str, ...] = ()  # armed fault points; tests only
 
 
 class Expect(ToEngine, frozen=True, tag="expect"):
-    """A job is just being accepted: who has nothing to do may encode its texts meanwhile."""
+    """A job is just being accepted: an idle engine may encode its texts meanwhile."""
 
     request: bytes  # GenerationRequest as JSON, without pictures
 
@@ -56,29 +56,29 @@ class Run(ToEngine, frozen=True, tag="run"):
     waited: float  # seconds since the job was accepted
     request: bytes  # GenerationRequest as JSON
     inputs: dict[str, bytes] = {}  # PNG files that the request refers to, by sha256
-    latents: bytes | None = None  # of Stage C, fp32, from before a crash; None: begin at the beginning
-    is_alone: bool = False  # quarantined: nothing else may be in work beside it
+    latents: bytes | None = None  # result of Stage C, fp32, from before a crash; None: start with Stage C
+    is_alone: bool = False  # quarantined: the engine works on nothing else meanwhile
 
 
 class Cancel(ToEngine, frozen=True, tag="cancel"):
-    """Stop the work on a job; no more is said of it."""
+    """Stop the work on a job and send nothing more about it."""
 
     job: str
 
 
 class WantPreviews(ToEngine, frozen=True, tag="previews"):
-    """Somebody watches a picture: send so many previews of it, spread over Stage C."""
+    """Somebody watches a job: send `count` previews of each of its pictures, spread over Stage C."""
 
     job: str
     count: int
 
 
 class Drain(ToEngine, frozen=True, tag="drain"):
-    """Finish what is aboard, then exit with 0."""
+    """Finish the pictures aboard, then exit with 0."""
 
 
 class FromEngine(Message, frozen=True):
-    """To the API process."""
+    """Base class of messages from an engine to the API process."""
 
 
 class Ready(FromEngine, frozen=True, tag="ready"):
@@ -90,11 +90,11 @@ class Ready(FromEngine, frozen=True, tag="ready"):
     native_height: int
     max_samples: int  # pictures that fit into memory together
     step_seconds: dict[str, float]  # per row, by "stage:HxW" of profiled shapes; see cost.py
-    full_rows: int = 1  # of a batch, beyond which more are not worth it in any stage
-    reads_pictures: bool = False  # image-to-image: there is an encoder of pictures
-    reads_image_prompts: bool = False  # there is a vision tower
-    controls: tuple[str, ...] = ()  # kinds of ControlNets, by the names of the API
-    lora_dirs: tuple[str, ...] = ()  # where LoRAs are looked for
+    full_rows: int = 1  # rows of a batch beyond which more are not worth it in any stage
+    reads_pictures: bool = False  # image-to-image: the model has an encoder of pictures
+    reads_image_prompts: bool = False  # the model has a vision tower
+    controls: tuple[str, ...] = ()  # kinds of ControlNets, by their names in the API
+    lora_dirs: tuple[str, ...] = ()  # folders that are searched for LoRAs
 
 
 class Unusable(FromEngine, frozen=True, tag="unusable"):
@@ -104,24 +104,24 @@ class Unusable(FromEngine, frozen=True, tag="unusable"):
 
 
 class Stepped(msgspec.Struct, frozen=True, array_like=True):
-    """Where a picture stands."""
+    """The progress of a picture."""
 
     job: str
     index: int
     stage: Literal["prior", "decoder", "encode"]
     step: int
     steps: int
-    remaining: float  # seconds that its work is predicted to take from here, alone
+    remaining: float  # predicted seconds of its remaining work, with the device to itself
 
 
 class Progressed(FromEngine, frozen=True, tag="progressed"):
-    """How far the pictures are that moved, of all jobs that are due: at most ten times a second per job."""
+    """Progress of the pictures that have stepped, at most ten times a second per job."""
 
     steps: tuple[Stepped, ...]
 
 
 class Previewed(FromEngine, frozen=True, tag="previewed"):
-    """A small picture of what Stage C has in mind."""
+    """A small picture of Stage C's current estimate."""
 
     job: str
     index: int
@@ -132,7 +132,7 @@ class Previewed(FromEngine, frozen=True, tag="previewed"):
 
 
 class Latents(FromEngine, frozen=True, tag="latents"):
-    """Stage C is done; with these, Stage B can be repeated alone."""
+    """The result of Stage C, from which Stage B can be repeated alone."""
 
     job: str
     index: int
@@ -173,13 +173,13 @@ class Observation(msgspec.Struct, frozen=True):
     samples: int
     seconds: float
     cap: int
-    is_backlogged: bool  # whether the batch left rows of its own kind behind
+    is_backlogged: bool  # whether rows of the same key had to wait for a later batch
 
 
 class Heartbeat(FromEngine, frozen=True, tag="heartbeat"):
-    """The engine lives. Sent every second by a thread of its own, with what the loop is busy with."""
+    """A sign of life, sent every second by a thread of its own, with what the engine is busy with."""
 
-    busy_seconds: float  # since the step in work began; 0 when idle
+    busy_seconds: float  # since the current step began; 0 when idle
     predicted_seconds: float  # of that step
     num_samples: int  # aboard
     memory_bytes: int  # resident
@@ -189,7 +189,7 @@ class Heartbeat(FromEngine, frozen=True, tag="heartbeat"):
 
 
 class DeviceLost(FromEngine, frozen=True, tag="device_lost"):
-    """The device answers nothing but errors; the engine exits with 3, to be replaced."""
+    """The device only returns errors; the engine exits with 3, to be replaced."""
 
     reason: str
 
@@ -203,13 +203,13 @@ _from_engine: msgspec.msgpack.Decoder[AnyFromEngine] = msgspec.msgpack.Decoder(A
 
 
 def pack(message: Message) -> bytes:
-    """A frame: length and body."""
+    """Encode a message as a frame: length and body."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 def frame_length(head: bytes) -> int:
-    """Bytes of the body that follow a frame's first four; raises ValueError beyond MAX_MESSAGE_BYTES."""
+    """Return the length of a body from a frame's first bytes; raise ValueError beyond MAX_MESSAGE_BYTES."""
     (length,) = _LENGTH.unpack(head)
     if length > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")

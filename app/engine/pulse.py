@@ -1,4 +1,4 @@
-"""What the engine is busy with, told to the API process every second, so that a hang is seen from outside."""
+"""Heartbeats: tell the API process every second what the engine is busy with, so that it notices a hang."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ class _Activity(NamedTuple):
 
 
 class Pulse:
-    """Counts and observes for all threads of the engine, and beats in one of its own."""
+    """Collects events and observations of all threads of the engine, and sends heartbeats from its own."""
 
     def __init__(
         self, runner: AnyRunner, send: Callable[[Message], None], clock: Callable[[], float]
@@ -38,11 +38,11 @@ class Pulse:
         self.num_samples = 0
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Start the thread that sends heartbeats."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Beat once more, with what was not told yet, and never again."""
+        """Stop the thread, and send a last heartbeat with what was not sent yet."""
         self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -50,7 +50,7 @@ class Pulse:
 
     @contextmanager
     def busy(self, predicted_seconds: float) -> Iterator[None]:
-        """Mark that this thread works on something that should take so long."""
+        """Mark that the calling thread works on something that should take so long."""
         self._activities[threading.get_ident()] = _Activity(self._clock(), predicted_seconds)
         try:
             yield
@@ -60,7 +60,7 @@ class Pulse:
     def observe(
         self, key: BatchKey, *, rows: int, samples: int, seconds: float, cap: int, is_backlogged: bool
     ) -> Observation:
-        """Take note of a call of a network."""
+        """Record a call of a network for the next heartbeat."""
         height, width = key.shape
         tick = Observation(key.stage, f"{height}x{width}", rows, samples, seconds, cap, is_backlogged)
         self._ticks.append(tick)
@@ -85,7 +85,7 @@ class Pulse:
         )
 
     def _longest(self) -> tuple[float, float]:
-        """Busy and predicted seconds of the thread that overdoes it most."""
+        """Return busy and predicted seconds of the thread that exceeds its prediction most."""
         now = self._clock()
         activities = [(now - began, predicted) for began, predicted in list(self._activities.values())]
         return max(activities, key=lambda activity: activity[0] - activity[1], default=(0.0, 0.0))

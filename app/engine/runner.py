@@ -1,7 +1,7 @@
-"""The bridge to `cascade`, and the only file of the server that knows it: rows of pictures in, pixels out.
+"""The bridge to `cascade`, and the only module of the server that imports it: requests in, pixels out.
 
 Everything heavy is imported inside the methods, which only an engine process calls: the loop's thread begins,
-steps and checks, the finisher's decodes and shows.
+steps and checks pictures, the finisher's decodes and previews them.
 """
 
 import gc
@@ -42,12 +42,12 @@ MAX_ROWS = 64
 MAX_SAMPLES = 1000
 # Kinds of ControlNets that read pictures, by their names in requests. "identity" reads an embedding.
 CONTROLS = {"canny": "canny", "inpaint": "inpainting", "super_resolution": "super_resolution"}
-FP32 = "fp32"  # in a key: steps of a second try, with weights of their own
+FP32 = "fp32"  # in a batch key: repeated steps, which use fp32 weights
 
 
 @dataclass(slots=True, eq=False)
 class CascadeTrack:
-    """One picture on its way through the stages, as the engine sees it."""
+    """The track of a drawing, as the engine sees it."""
 
     drawing: "Drawing"
     latents: bytes | None = None
@@ -58,7 +58,7 @@ class CascadeTrack:
         self.follow()
 
     def follow(self) -> None:
-        """Take note of where the drawing stands."""
+        """Update the track to the state of the drawing."""
         drawing = self.drawing
         self.step, self.work = drawing.step, _work_ahead(drawing)
         if drawing.semantic is None:
@@ -81,13 +81,13 @@ class CascadeRunner:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How often the encoding of a text was remembered, and how often not."""
+        """Hits and misses of the cache of text encodings."""
         if self._studio is None:
             return {}
         return {"cache_hits": self._studio.texts.hits, "cache_misses": self._studio.texts.misses}
 
     def load(self, configure: Configure) -> Ready:
-        """Read the checkpoint onto the device, find out how many rows it likes, and warm up."""
+        """Read the checkpoint onto the device, measure how many rows are best, and warm up."""
         from cascade import CheckpointError, InvalidSetting
         from cascade.checkpoints.load import load_cascade
         from cascade.cpu import give_way, keep_freed_memory, suit_threads
@@ -102,11 +102,11 @@ class CascadeRunner:
         suit_threads(models)
         ready = self.take(models, configure)
         gc.collect()
-        gc.freeze()  # or each look at what stays for ever would hold up a tick for a tenth of a second
+        gc.freeze()  # else each scan of permanent objects would delay a tick by a tenth of a second
         return ready
 
     def take(self, models: "Models", configure: Configure) -> Ready:
-        """Work with a checkpoint that is loaded already."""
+        """Prepare to work with a checkpoint that is loaded already."""
         from cascade.acceleration import accelerate
         from cascade.tasks.drawing import Studio
         from cascade.tasks.rehearsal import Rehearsal
@@ -136,71 +136,71 @@ class CascadeRunner:
         )
 
     def expect(self, request: bytes) -> None:
-        """Begin a picture of it that is not drawn: what is computed from its texts is remembered."""
+        """Begin a picture that is never drawn, so that what its texts need is cached."""
         with _memory_errors(), _refusals():
             self._at_work.begin(self._drawing(request, seed=0, inputs={}))
 
     def start(self, run: Run) -> CascadeTrack:
-        """Plan a picture; nothing is computed yet."""
+        """Plan a picture without computing anything."""
         from cascade.tasks.picture import from_bytes
 
         drawing = self._drawing(run.request, run.seed, run.inputs)
         if run.latents is not None:
-            with suppress(ValueError):  # kept by a server with another model: begin at the beginning
+            with suppress(ValueError):  # made by another model: start with Stage C
                 shape = drawing.picture.prior_shape
                 drawing.resume(from_bytes(run.latents, shape, self._models.device))
         return CascadeTrack(drawing, run.latents)
 
     def begin(self, track: CascadeTrack) -> None:
-        """Encode the text and the pictures that came, and draw the noise."""
+        """Encode the text and the request's pictures, and draw the noise."""
         with _memory_errors(), _refusals():
             self._at_work.begin(track.drawing)
 
     def step(self, tracks: Sequence[CascadeTrack]) -> None:
-        """Advance all, of one key, by one step, or none when anything fails."""
+        """Advance pictures of one key by one step, or none of them if anything fails."""
         with _memory_errors():
             self._at_work.step([track.drawing for track in tracks], self.cap(tracks[0].work[0].key))
         for track in tracks:
             track.follow()
 
     def check(self, track: CascadeTrack) -> None:
-        """Look at the latents of the stage that ended last."""
+        """Check the latents of the stage that ended last."""
         with _flaws():
             track.drawing.check()
 
     def retry_in_fp32(self, track: CascadeTrack) -> bool:
-        """Go back to the beginning of the stage that ended last, with a copy of its network in fp32."""
+        """Return to the start of the stage that ended last, with a copy of its network in fp32."""
         with _memory_errors():
             is_back = self._at_work.retry_in_fp32(track.drawing)
         track.follow()
         return is_back
 
     def decode(self, tracks: Sequence[CascadeTrack]) -> list[Callable[[], Decoded]]:
-        """Stage A, in as many calls as memory asks for; each picture is finished when called."""
+        """Run Stage A, in as many calls as memory requires; each callable finishes its picture."""
         with _memory_errors(), _flaws():
             images = self._at_work.decode([track.drawing for track in tracks])
         return [partial(_decoded, track, image) for track, image in zip(tracks, images, strict=True)]
 
     def preview(self, track: CascadeTrack) -> tuple[int, int, bytes] | None:
-        """What Stage C has in mind now, if it is at work and the checkpoint has a previewer."""
+        """Decode Stage C's current estimate, if it is at work and the checkpoint has a previewer."""
         with _memory_errors():
             image = self._at_work.preview(track.drawing)
         return None if image is None else (*image.size, image.tobytes())
 
     def drop(self, track: CascadeTrack) -> None:
-        """Keep nothing of a picture that nobody wants any more."""
+        """Free what is kept for a picture that nobody wants any more."""
         self._at_work.forget(track.drawing)
 
     def cap(self, key: BatchKey) -> int:
-        """Rows that may be stepped together."""
+        """Return how many rows may be stepped together."""
         return self._caps.cap(key)
 
     def halve(self, key: BatchKey) -> None:
-        """Lower the cap, because memory was not enough."""
+        """Halve the cap, because memory was not enough."""
         self._caps.halve(key)
 
     def device_memory_bytes(self) -> int:
-        """In use on a GPU; on a CPU it is the memory of the process."""
+        """Return the bytes in use on a GPU, 0 on a CPU, which uses the memory of the process."""
         if self._studio is None or self._models.device.type != "cuda":
             return 0
         from cascade.devices import used_bytes
@@ -226,14 +226,14 @@ class CascadeRunner:
         return 1 if self._configure.is_strict else self._configure.max_rows or MAX_ROWS
 
     def _profile(self, rehearsal: "Rehearsal") -> Profile:
-        """Measure steps of a native picture, or look up what was measured before."""
+        """Measure the steps of a picture of native size, or load an earlier measurement."""
         path = self._profile_path()
         known = load_profile(path) if path else None
         if known is not None:
             for stage in STAGES:
                 measured = known[shape_name(stage, rehearsal.shape(stage))]
                 for rows in [1] if self._configure.compile == "off" else measured:
-                    rehearsal.make(stage, rows)  # libraries are loaded, graphs recorded
+                    rehearsal.make(stage, rows)  # loads libraries, records graphs
             return known
 
         def seconds(stage: Stage, rows: int) -> float:
@@ -249,7 +249,7 @@ class CascadeRunner:
         return profile
 
     def _profile_path(self) -> Path | None:
-        """Where figures of this device and these dimensions are kept; None: nowhere."""
+        """Return the file of the profile for this device and these settings; None if none is kept."""
         if self._configure.cache_dir is None:
             return None
         import torch
@@ -273,7 +273,7 @@ class CascadeRunner:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Whatever torch says when memory is not enough becomes the error that the engine knows."""
+    """Turn torch's errors about a lack of memory into OutOfMemory."""
     import torch
 
     try:
@@ -289,7 +289,7 @@ def _memory_errors() -> Iterator[None]:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the model cannot do with a request is the request's mistake, or that of a LoRA that it names."""
+    """Turn errors of `cascade` about a request, or about a LoRA that it names, into InvalidRequest."""
     from cascade import CheckpointError, InvalidSetting
 
     try:
@@ -302,7 +302,7 @@ def _refusals() -> Iterator[None]:
 
 @contextmanager
 def _flaws() -> Iterator[None]:
-    """What cannot be a picture fails the job that asked for it."""
+    """Turn a result that cannot be a picture into GenerationFailed."""
     from cascade import FlawedResult
 
     try:
@@ -312,7 +312,7 @@ def _flaws() -> Iterator[None]:
 
 
 def _add_extras(models: "Models", configure: Configure) -> None:
-    """What the operator has put beside the checkpoint."""
+    """Add the LoRAs and ControlNets of the operator's folders to those of the checkpoint."""
     from cascade.checkpoints.load import load_controlnet
     from cascade.lora import LoRALibrary
 
@@ -337,7 +337,7 @@ def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]
     from cascade.tasks.settings import Control, ImagePrompt, LoRAUse
 
     def opened(picture: PictureRef) -> "Image.Image":
-        image = Image.open(BytesIO(inputs[picture.sha256]), formats=("PNG",))  # by our own hand
+        image = Image.open(BytesIO(inputs[picture.sha256]), formats=("PNG",))  # the server wrote it
         image.load()
         return image
 
@@ -381,7 +381,7 @@ def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]
 
 
 def _work_ahead(drawing: "Drawing") -> list[Work]:
-    """All steps that lie ahead of a picture. With a guidance interval Stage C has up to three parts."""
+    """Return the work left of a picture. With a guidance interval Stage C has up to three parts."""
     picture, plan, step = drawing.picture, drawing.picture.plan, drawing.step
     decode = Work(BatchKey("decode", plan.decoder_grid), 1, 1)
     if drawing.stage == "decode":

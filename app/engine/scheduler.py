@@ -1,9 +1,22 @@
-"""Which pictures step next. Knows rows and seconds, no tensors, and no clock but what it is told.
+"""The scheduler: decides which pictures step next. It knows rows and seconds, no tensors and no clock.
 
-A tick belongs to the tenant that has had least of the device. Of its queues, one for each kind of batch, one
-leads: rather a full one than a lone one, rather near the end than at the beginning, the more the longer it
-waits. Everybody's pictures of that kind fill the batch, and share its cost by rows: a lone row is dear, so it
-is seldom stepped before it has company.
+A tick belongs to the tenant that has had least of the device. Of its queues, one for each batch key, one
+leads: the priority and a pressing deadline of its first picture count first, then how full a batch of that
+key would be, how far the picture is, and how long the queue has waited. Pictures of all tenants with that key
+fill the batch and share its cost by rows: a lone row is dear, so it is seldom stepped before it has company.
+
+Example: a batch takes 4 rows, a tick 1 s, and every picture 20 ticks with 2 rows each. Ann sends a1 and a2,
+whose latents are 24x24; then Bob sends b1 of 24x24 and b2 of 32x32.
+
+    ticks 1-8    b1 a1  Bob came last and so starts 20 s, one picture, ahead: he leads. His 24x24 is worth 1
+                        (6 rows for 4 seats), his 32x32 only 0.5 (2 rows). b1 takes a seat first, then a1;
+                        none is left for a2. Each tenant pays 0.5 s per tick.
+    tick 9       b2     After 8 ticks of waiting 32x32 is worth 0.5 + 8/12; 24x24, 8 steps on, 1 + 0.4 * 8/20.
+    ticks 10-20  b1 a1  b2 has just stepped. It has to wait for 11 ticks, because b1 is further by now.
+    tick 21      b2     As in tick 9.
+    tick 22      b1 a1  Their last step.
+    ticks 23-34  b2     Bob pays 1 s per tick until he has had as much as Ann: 4 s, the limit of TICKS_AHEAD.
+    ticks 35-46  a2 b2  In turn: whoever has had less leads. Then b2 is done; a2 steps alone to tick 60.
 """
 
 from bisect import bisect_left, insort
@@ -18,11 +31,11 @@ from typing import Literal, NamedTuple
 from app.engine.fairness import Share, Shares, Turns
 
 PATIENCE = 64  # ticks. With n pictures aboard, none waits for more than n + 1 times as many
-COMPANY = 12  # ticks by which a full batch goes before an empty one; 32 gain nothing and make rare sizes late
-NEARLY_DONE = 0.4  # of a batch: so much fuller a queue must be that has just begun than one about to end
-TICKS_AHEAD = 4  # that a tenant can get before those who ask for little
-PRESSING = 3.0  # a deadline is, when no more than so many times the rest of the work fits before it
-SCAN = 64  # queues, or pictures, of those that wait longest, that are looked at in a tick
+COMPANY = 12  # ticks of waiting that outweigh a full batch; 32 gain nothing and make rare sizes late
+NEARLY_DONE = 0.4  # worth of a first picture about to end over one just begun, in full batches
+TICKS_AHEAD = 4  # by which a tenant can get ahead of the least served; see `Shares.charge`
+PRESSING = 3.0  # a deadline is pressing when the time to it is at most so many times the work left
+SCAN = 64  # how many of the longest waiting queues, or pictures, are looked at in a tick
 
 Stage = Literal["prior", "decoder", "decode"]
 
@@ -30,20 +43,20 @@ Stage = Literal["prior", "decoder", "decode"]
 class BatchKey(NamedTuple):
     """What pictures must have in common to be stepped by one call of a network.
 
-    A tuple, because several dictionaries are asked for it in every tick.
+    It is a tuple because several dictionaries look it up in every tick.
     """
 
     stage: Stage
     shape: tuple[int, int]  # (h, w) of the latents
-    adapters: str = ""
+    adapters: str = ""  # other weights than those of the model, such as "fp32"
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One picture aboard, as far as its turn depends on it.
+    """One picture aboard: what its turn depends on.
 
-    While it is in the scheduler, only `cost_left` may change; for the rest it is removed before and added
-    again after.
+    While it is in the scheduler, only `cost_left` may change; to change anything else, remove it before and
+    add it again after.
     """
 
     job: str
@@ -54,25 +67,25 @@ class Entry:
     arrived: float
     key: BatchKey
     rows: int  # 2 where guided
-    cost_left: float  # seconds that the whole rest of the picture takes alone
+    cost_left: float  # seconds that the rest of the picture takes with the device to itself
     is_alone: bool  # stepped only while nothing else is in work
-    is_begun: bool = field(default=False, init=False)  # this and the next two are the scheduler's own
-    since: int = field(default=0, init=False)  # the tick from which on it waits
-    whole_cost: float = field(default=0.0, init=False)  # `cost_left` when it came
+    is_begun: bool = field(default=False, init=False)  # this and the next two are set by the scheduler
+    since: int = field(default=0, init=False)  # the tick since which it waits
+    whole_cost: float = field(default=0.0, init=False)  # the most that `cost_left` was when it was added
 
     @property
     def order(self) -> tuple[int, float, float, str, int]:
-        """Its place among its tenant's pictures of the same kind."""
+        """Sort key among its tenant's pictures of the same batch key."""
         deadline = inf if self.deadline is None else self.deadline
         return -self.priority, deadline, self.arrived, self.job, self.index
 
     @property
     def done(self) -> float:
-        """The share of it that is done."""
+        """Share of its cost that is done."""
         return 1 - self.cost_left / self.whole_cost if self.whole_cost else 0.0
 
     def is_pressing(self, now: float) -> bool:
-        """Whether its deadline can still be kept, but not if it waits for long."""
+        """Return whether its deadline can still be met, but not after a long wait."""
         return (
             self.deadline is not None and 1 <= (self.deadline - now) / max(self.cost_left, 1e-9) <= PRESSING
         )
@@ -85,11 +98,11 @@ class Batch:
     key: BatchKey
     entries: list[Entry]
     rows: int
-    has_backlog: bool  # whether rows of its key had to stay behind
+    has_backlog: bool  # whether rows of its key did not fit in
 
 
 class Scheduler:
-    """Chooses a batch when the device is free for it, and not earlier."""
+    """Chooses batches, each only when the device is free for it."""
 
     def __init__(self, caps: Callable[[BatchKey], int], weights: Mapping[str, float]) -> None:
         self._caps = caps
@@ -97,9 +110,9 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}
         self._turns: Turns[_Tenant] = Turns()
         self._groups: dict[BatchKey, _Group] = {}
-        self._queued: OrderedDict[Entry, None] = OrderedDict()  # in whatever queue, the longest waiting first
+        self._queued: OrderedDict[Entry, None] = OrderedDict()  # in any queue, the longest waiting first
         self._alone: dict[Entry, None] = {}
-        self._held: dict[Entry, None] = {}  # not begun yet when one came that must be alone
+        self._held: dict[Entry, None] = {}  # not begun when one came that must be alone
         self._tick = 0
         self._aged_at = 0  # the last tick that was for the longest waiting
 
@@ -107,7 +120,7 @@ class Scheduler:
         return len(self._queued) + len(self._alone) + len(self._held)
 
     def add(self, entry: Entry) -> None:
-        """Take a picture in. One that must be alone waits for those begun, and all others wait for it."""
+        """Add a picture. One that must be alone waits for those begun, and all others wait for it."""
         if entry.is_alone:
             self._alone[entry] = None
             for waiting in [queued for queued in self._queued if not queued.is_begun]:
@@ -119,7 +132,7 @@ class Scheduler:
             self._enter(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Let a picture go, or change. KeyError when it is not here."""
+        """Remove a picture, for good or to change it. Raises KeyError if it is not here."""
         if entry in self._held:
             del self._held[entry]
         elif not entry.is_alone:
@@ -132,7 +145,7 @@ class Scheduler:
                     self._enter(waiting)
 
     def next(self, now: float) -> Batch | None:
-        """The batch to step now; None when there is nothing to step."""
+        """Return the batch to step now; None when there is nothing to step."""
         if not self._queued:
             return self._next_alone()
         if len(self._queued) == 1:
@@ -146,7 +159,7 @@ class Scheduler:
         return self._fill(max(queues, key=lambda queue: self._worth(queue, now)).key)
 
     def stepped(self, batch: Batch, seconds: float) -> None:
-        """Charge what a batch took to those who were in it."""
+        """Charge the seconds that a batch took to the tenants in it."""
         self._tick += 1
         row_seconds = seconds / batch.rows
         for entry in batch.entries:
@@ -161,7 +174,7 @@ class Scheduler:
             self._groups[batch.key].row_seconds = row_seconds
 
     def _enter(self, entry: Entry) -> None:
-        """Into the queue of its tenant and kind."""
+        """Put a picture into the queue of its tenant and batch key."""
         entry.since = self._tick
         entry.whole_cost = max(entry.whole_cost, entry.cost_left)
         self._queued[entry] = None
@@ -174,14 +187,14 @@ class Scheduler:
         self._turns.enlist(tenant)
 
     def _arrive(self, entry: Entry) -> "_Tenant":
-        """A tenant comes in with a picture, which is its head start where others are at work."""
+        """Add a tenant. If others are at work, the cost of its first picture is its head start."""
         share = self._shares.of(entry.tenant)
         self._shares.arrive(share, entry.cost_left if self._tenants else 0.0)
         self._tenants[entry.tenant] = tenant = _Tenant(share)
         return tenant
 
     def _leave(self, entry: Entry) -> None:
-        """Out of its queue, and out of the world with whatever becomes empty by that."""
+        """Take a picture out of its queue, and delete the queue, tenant and group that become empty."""
         del self._queued[entry]
         tenant, group = self._tenants[entry.tenant], self._groups[entry.key]
         entries = tenant.queues[entry.key].entries
@@ -203,13 +216,13 @@ class Scheduler:
         return Batch(entry.key, [entry], entry.rows, has_backlog=False)
 
     def _next_lone(self) -> Batch:
-        """That of the only picture, which nobody has to be weighed against."""
+        """Return the batch of the only picture in the queues, without choosing."""
         [entry] = self._queued
         self._shares.lead(self._tenants[entry.tenant].share)
         return Batch(entry.key, [entry], entry.rows, has_backlog=False)
 
     def _oldest(self) -> list[Entry]:
-        """The pictures of one kind that wait longest, when this tick is for them."""
+        """Return the longest waiting pictures of one key if this tick is for them, else none."""
         oldest = next(iter(self._queued))
         if self._tick - max(oldest.since, self._aged_at) < PATIENCE:
             return []
@@ -217,14 +230,14 @@ class Scheduler:
         return [entry for entry in islice(self._queued, SCAN) if entry.key == oldest.key]
 
     def _worth(self, queue: "_Queue", now: float) -> tuple[int, bool, float]:
-        """What a queue has for it, against others of its tenant."""
+        """Return the worth of a queue among those of its tenant: the largest leads."""
         head = queue.entries[0]
         fill = min(1.0, self._groups[queue.key].rows / self._caps(queue.key))
         waited = (self._tick - queue.since) / COMPANY
         return head.priority, head.is_pressing(now), fill + waited + NEARLY_DONE * head.done
 
     def _fill(self, key: BatchKey, first: Iterable[Entry] = ()) -> Batch:
-        """A batch with those given `first`, and then, one by one, with pictures of who had least."""
+        """Fill a batch with the pictures `first`, then one by one with those of the least served tenant."""
         group, seats = self._groups[key], _Seats(self._caps(key))
         for oldest in first:
             seats.take(oldest)
@@ -243,7 +256,7 @@ class Scheduler:
 
 
 class _Tenant:
-    """A tenant with pictures that wait."""
+    """A tenant with waiting pictures."""
 
     __slots__ = ("queues", "share")
 
@@ -260,14 +273,14 @@ class _Tenant:
 
 
 class _Queue:
-    """A tenant's pictures of one kind, in order."""
+    """A tenant's pictures of one batch key, in order."""
 
     __slots__ = ("entries", "key", "share", "since")
 
     def __init__(self, key: BatchKey, share: Share, since: int) -> None:
         self.key = key
         self.share = share
-        self.since = since  # the tick from which on all of it waits
+        self.since = since  # the tick since which none of it was stepped
         self.entries: list[Entry] = []
 
     def __len__(self) -> int:
@@ -279,18 +292,18 @@ class _Queue:
 
 
 class _Group:
-    """Everybody's pictures of one kind."""
+    """The pictures of all tenants with one batch key."""
 
     __slots__ = ("row_seconds", "rows", "turns")
 
     def __init__(self) -> None:
         self.rows = 0
-        self.row_seconds = 1.0  # of its last batch; before that, rows go round in turn
+        self.row_seconds = 1.0  # of its last batch; 1 before that, so that tenants take turns
         self.turns: Turns[_Queue] = Turns()
 
 
 class _Seats:
-    """The rows of a batch. A picture by itself always fits: the runner steps it in parts."""
+    """The rows of a batch. A single picture always fits: beyond the cap the runner steps it in parts."""
 
     __slots__ = ("cap", "entries", "rows")
 
@@ -300,7 +313,7 @@ class _Seats:
         self.entries: dict[Entry, None] = {}
 
     def take(self, entry: Entry) -> bool:
-        """Seat a picture if there is room."""
+        """Add a picture if there is room; return whether there was."""
         if self.rows and self.rows + entry.rows > self.cap:
             return False
         self.entries[entry] = None

@@ -1,4 +1,4 @@
-"""A step of a batch, come what may: with less memory, and without the picture that is to blame."""
+"""Steps a batch in spite of errors: with less memory, and without the picture that is to blame."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from app.engine.contract import AnyRunner, Track
 from app.engine.picture import Picture
 from app.errors import DeviceGone, GenerationFailed, OutOfMemory
 
-# What CUDA and its libraries say once a context is lost: every later call fails too.
+# Messages of CUDA and its libraries for a lost context, after which every later call fails too.
 _LAST_WORDS = (
     "device-side assert",
     "illegal memory access",
@@ -30,7 +30,7 @@ _LAST_WORDS = (
 
 
 def raise_if_gone(error: Exception) -> None:
-    """Raise DeviceGone when the device will answer nothing but errors from now on."""
+    """Raise DeviceGone if the error means that every later call of the device will fail."""
     words = str(error).lower()
     if isinstance(error, DeviceGone):
         raise error
@@ -39,7 +39,7 @@ def raise_if_gone(error: Exception) -> None:
 
 
 class Stepper:
-    """Has pictures stepped by a runner, and finds out who is to blame when that fails. Raises DeviceGone."""
+    """Steps pictures with a runner, and finds the culprit when that fails. Its methods raise DeviceGone."""
 
     def __init__(self, runner: AnyRunner, events: Counter[str], make_room: Callable[[], None]) -> None:
         self._runner = runner
@@ -47,7 +47,7 @@ class Stepper:
         self._make_room = make_room
 
     def begin(self, pictures: Sequence[Picture], now: float) -> dict[Picture, Exception]:
-        """Prepare those that are to take their first step; returns those that cannot be, and why."""
+        """Prepare the pictures that take their first step; return those that failed, with the errors."""
         failed: dict[Picture, Exception] = {}
         for picture in pictures:
             if picture.began_stage_at is not None:
@@ -63,7 +63,7 @@ class Stepper:
         return failed
 
     def step(self, pictures: Sequence[Picture]) -> dict[Picture, Exception]:
-        """Advance all by one step; returns those that cannot be, and why."""
+        """Advance all pictures by one step; return those that failed, with the errors."""
         if not pictures:
             return {}
         try:
@@ -79,7 +79,7 @@ class Stepper:
         return {}
 
     def is_repeated(self, picture: Picture) -> bool:
-        """Look at what came of a stage: True when it is to be done again, in fp32. Raises if in vain."""
+        """Check the result of a stage: True if it is to be repeated in fp32. Raises if it was already."""
         try:
             self._runner.check(picture.track)
         except GenerationFailed:
@@ -113,7 +113,7 @@ class Stepper:
         return self.step(pictures[:middle]) | self.step(pictures[middle:])
 
     def _with_room(self, picture: Picture, act: Callable[[Track], None]) -> dict[Picture, Exception]:
-        """Once more, when Stage A has given back its share of the memory."""
+        """Try once more after the finisher has freed the memory of Stage A."""
         self._events["memory_waits"] += 1
         self._make_room()
         try:

@@ -15,7 +15,7 @@ HEAD_BYTES = 4
 
 
 class Transport(Generic[Received]):
-    """Sends without waiting: a thread of its own writes. One thread at a time receives."""
+    """A socket for whole messages. A writer thread sends them; one thread at a time may receive."""
 
     def __init__(self, sock: socket.socket, decode: Callable[[bytes], Received]) -> None:
         self._socket = sock
@@ -26,17 +26,17 @@ class Transport(Generic[Received]):
         self.is_closed = False  # by this end
 
     def receive(self) -> Received | None:
-        """The next message; None when the other end is gone. Raises msgspec.DecodeError for noise."""
+        """Return the next message; None when the other end is gone. Raises ValueError for anything else."""
         head = self._read(HEAD_BYTES)
         body = self._read(frame_length(head)) if head else None
         return None if body is None else self._decode(body)
 
     def send(self, message: Message) -> None:
-        """Leave a message to be written. That the other end is gone is found out by `receive`."""
+        """Queue a message for the writer. If the other end is gone, `receive` is what notices."""
         self._outbox.put(message)
 
     def close(self) -> None:
-        """Write what was left to be written, and hang up."""
+        """Write the queued messages, and hang up."""
         self.is_closed = True
         self._outbox.put(None)
         self._writer.join()
@@ -64,6 +64,6 @@ class Transport(Generic[Received]):
                 return
 
     def _hang_up(self) -> None:
-        """Wake whoever reads, here and there."""
-        with suppress(OSError):  # the other end was first
+        """Shut the socket down, which wakes the readers of both ends."""
+        with suppress(OSError):  # the other end hung up first
             self._socket.shutdown(socket.SHUT_RDWR)

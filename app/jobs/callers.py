@@ -1,4 +1,4 @@
-"""Who waits for which job. When the last one has left, nobody needs the work, if not told otherwise."""
+"""Who waits for which job. When the last one has left, the job is given up, unless it is to finish."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from app.jobs.notes import Notes
 
 
 class Callers:
-    """Counts the callers that wait; `give_up` is told of jobs that nobody waits for any more."""
+    """Counts the callers that wait, and calls `give_up` for jobs that nobody waits for any more."""
 
     def __init__(self, notes: Notes, give_up: Callable[[Job], None]) -> None:
         self._notes = notes
@@ -17,12 +17,12 @@ class Callers:
         self._waiting: Counter[str] = Counter()
 
     def num_waiting(self, job_id: str) -> int:
-        """Callers that wait now."""
+        """Return how many callers wait for a job now."""
         return self._waiting[job_id]
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
-        """Be one who waits for a job, as long as this lasts."""
+        """Count a caller as waiting for a job inside this context."""
         self._waiting[job.id] += 1
         try:
             yield

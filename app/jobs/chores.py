@@ -1,4 +1,4 @@
-"""What has to be done now and then: renew, expire, claim, look after others' jobs, count.
+"""Periodic work: renew leases, expire jobs, claim, look up the jobs of other servers, count.
 
 One task does it in rounds, and claims between them when it is told of jobs or of room.
 """
@@ -16,13 +16,13 @@ from app.jobs.job import Job, JobStatus
 from app.jobs.keeping import Means
 
 ROUND_SECONDS = 0.5
-RENEW_SECONDS = 2.0  # at least so often, because a renewal also brings what callers of other servers canceled
-OTHERS_ROUNDS = 10  # a job in nobody's hands that we know of is looked up in one round of so many
-IDLE_ROUNDS = 60  # the same, when nobody here waits for it
+RENEW_SECONDS = 2.0  # or sooner: a renewal also tells which jobs callers of other servers canceled
+OTHERS_ROUNDS = 10  # a sole server looks up an awaited job that is not in work in one round of so many
+IDLE_ROUNDS = 60  # any server looks up a job that nobody here waits for in one round of so many
 
 
 class Chores:
-    """The rounds. Whatever fails is tried again in the next one: a database that is away comes back."""
+    """Rounds of periodic work. What fails is tried again in the next: a database that is away comes back."""
 
     def __init__(
         self, fleet: Fleet, forecast: Forecast, means: Means, *, lease_seconds: float, is_sole: bool
@@ -40,12 +40,12 @@ class Chores:
         self._round = 0
 
     def wake(self, *, is_queued: bool = False) -> None:
-        """There is room now, or a job when `is_queued`."""
+        """Wake the task, because there is room, or if `is_queued` a job to claim."""
         self._may_claim |= is_queued
         self._has_news.set()
 
     def close(self) -> None:
-        """Claim no more."""
+        """Stop claiming."""
         self._is_closed = True
 
     def end(self) -> None:
@@ -61,7 +61,7 @@ class Chores:
             self._has_news.clear()
             if loop.time() >= next_round:
                 next_round = loop.time() + ROUND_SECONDS
-                self._may_claim = True  # what others put into the queue
+                self._may_claim = True  # other servers may have queued jobs
                 await self._try(self._renew, self._expire, self._claim, self._look_around, self._count)
             else:
                 await self._try(self._claim)
@@ -70,7 +70,7 @@ class Chores:
                     await self._has_news.wait()
 
     async def look_at(self, job: Job, *, is_watched: bool) -> None:
-        """Tell of a job what only the database knows."""
+        """Publish what only the database knows of a job."""
         events = self._means.events
         for image in job.images:
             events.publish(job.id, image)
@@ -88,7 +88,7 @@ class Chores:
             name = chore.__name__.strip("_")
             try:
                 await chore()
-            except StorageFull as full:  # which is in the log once, and not twice a second
+            except StorageFull as full:  # `room` logs it once, and not twice a second
                 self._means.room.lacks(name, full)
             except Exception as error:
                 self._means.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
@@ -96,7 +96,7 @@ class Chores:
                 self._means.room.suffices(name)
 
     async def _renew(self) -> None:
-        """Before anything is claimed: after a long pause of ours nobody must take our jobs for lost."""
+        """Renew our leases before anything is claimed: after a long pause our jobs must not count as lost."""
         now = asyncio.get_running_loop().time()
         if now - self._renewed_at >= min(self._lease_seconds / 3, RENEW_SECONDS):
             await self._fleet.renew(self._lease_seconds, tells=not self._is_sole)
@@ -110,7 +110,7 @@ class Chores:
     async def _claim(self) -> None:
         if not self._may_claim or self._is_closed:
             return
-        self._may_claim = False  # until there is news, unless the engines are full
+        self._may_claim = False  # until there is news, unless jobs are left because the engines are full
         try:
             self._may_claim |= await self._fleet.claim(self._lease_seconds)
         except Exception:
@@ -118,7 +118,7 @@ class Chores:
             raise
 
     async def _look_around(self) -> None:
-        """See to the jobs that are in nobody's hands here: others may have them done, or end them."""
+        """Look up jobs that are asked about but not in work here: other servers may do or end them."""
         self._round += 1
         for job_id, is_awaited, is_watched in self._means.events.unended():
             is_due = is_watched or self._round % IDLE_ROUNDS == 0

@@ -1,7 +1,7 @@
-"""Jobs in the hands of workers: taken, kept, written to and given back, each as part of one transaction.
+"""Jobs in the hands of workers: claimed, renewed, written and released, each within one transaction.
 
-A worker holds a job by its lease, and the fence tells this hold from every earlier one: what a worker writes
-is taken only while the row has the fence that it knows.
+A worker holds a job by its lease, and the fence tells this claim from every earlier one: a worker's write is
+accepted only while the row has the fence that the worker knows.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,7 +21,7 @@ TOO_MANY_CRASHES = Failure(
 )
 
 
-# Built once, as it takes longer than to carry them out. Claims never wait for rows that others have locked.
+# Built once, as that takes longer than to run them. Claims never wait for rows that others have locked.
 _NEXT = (
     select(jobs)
     .join(CLAIM_ORDER, jobs.c.number == CLAIM_ORDER.c.number)
@@ -63,7 +63,7 @@ _LEASES = (
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a worker would take."""
+    """Which jobs a worker wants to claim."""
 
     worker: str
     lease_seconds: float
@@ -72,7 +72,7 @@ class Claim:
 
 
 def claim(connection: Connection, wanted: Claim, now: float) -> list[Job]:
-    """Take the jobs that are next."""
+    """Claim the jobs that are next."""
     values = {"without": list(wanted.without), "most": wanted.limit, "now": now}
     found = rows.read(connection, _NEXT, values)
     return [rows.put(connection, job.claimed(wanted.worker, now, wanted.lease_seconds)) for job in found]
@@ -81,9 +81,9 @@ def claim(connection: Connection, wanted: Claim, now: float) -> list[Job]:
 def renew(
     connection: Connection, worker: str, lease_seconds: float, now: float, progress: Mapping[str, Progress]
 ) -> list[str]:
-    """Extend all leases of a worker, and tell of its jobs how far they are.
+    """Extend all leases of a worker, and write the progress of its jobs.
 
-    Returns those of them that somebody wants ended.
+    Returns the ids of those that somebody wants ended.
     """
     found = connection.execute(_WANTED_ENDED, {"holder": worker}).all()
     connection.execute(_RENEW, {"holder": worker, "until": now + lease_seconds})
@@ -99,9 +99,9 @@ def renew(
 def save_picture(
     connection: Connection, job: Job, index: int, columns: Mapping[str, object], ended: Job | None = None
 ) -> bool:
-    """Write what became of a picture, and of its job when that has `ended` with it.
+    """Write `columns` of a picture, and its job if that has `ended` with it.
 
-    False when the job is not held under this fence any more, or never had such a picture.
+    Returns False if the job is not held under this fence any more, or never had such a picture.
     """
     if connection.scalar(_HELD, {"held_id": job.id, "held_fence": job.fence}) is None:
         return False
@@ -114,14 +114,14 @@ def save_picture(
 
 
 def load_latents(connection: Connection, job_id: str) -> dict[int, bytes]:
-    """What is kept of the pictures that are not finished, by index."""
+    """Return the stored latents of the pictures that are not finished, by index."""
     kept = (pictures.c.job_id == job_id) & pictures.c.latents.is_not(None)
     found = connection.execute(select(pictures.c.idx, pictures.c.latents).where(kept))
     return {row.idx: row.latents for row in found}
 
 
 def move(connection: Connection, before: Job, after: Job, now: float) -> bool:
-    """Write a moved job; False when it is not what it was moved from any more, by status or fence."""
+    """Write a moved job; return False if its row no longer has the status and fence it was moved from."""
     values = {"moved_id": before.id, "held_fence": before.fence, "left_status": before.status.value}
     found = rows.read(connection, _UNMOVED, values)
     for current in found:
@@ -132,18 +132,18 @@ def move(connection: Connection, before: Job, after: Job, now: float) -> bool:
 def release(
     connection: Connection, worker: str, crashed: Collection[str], kept: Collection[str], now: float
 ) -> list[Job]:
-    """Put all jobs of a worker but those `kept` back into the queue; returns where each of them is now."""
+    """Requeue all jobs of a worker but those `kept`; return them as they are now."""
     held = [job for job in _lock_held(connection, worker) if job.id not in kept]
     return _requeue(connection, held, crashed, now)
 
 
 def leases(connection: Connection, worker: str) -> dict[str, float]:
-    """The latest lease of each other worker that holds jobs."""
+    """Return the latest lease of each other worker that holds jobs."""
     return {row[0]: row[1] for row in connection.execute(_LEASES, {"holder": worker})}
 
 
 def release_lost(connection: Connection, worker: str, lease_until: float, now: float) -> list[Job]:
-    """Put back the jobs of a worker that is silent since `lease_until`, as such that may have ended it."""
+    """Requeue the jobs of a worker silent since `lease_until`, each as one that may have crashed it."""
     held = _lock_held(connection, worker)
     if max((job.lease_until or 0.0 for job in held), default=0.0) != lease_until:
         return []
@@ -160,7 +160,7 @@ def _requeue(connection: Connection, held: Iterable[Job], crashed: Collection[st
 
 
 def _sensible(after: Job, current: Job, now: float) -> Job:
-    """`after`, or its end when queueing it again makes no sense."""
+    """Return `after`, but ended if it would be queued although it was canceled or crashed too often."""
     if after.status == JobStatus.QUEUED and current.cancel_requested:
         return after.canceled(now)
     if after.status == JobStatus.QUEUED and after.crashes >= MAX_CRASHES:

@@ -1,8 +1,8 @@
-"""The database behind the jobs, SQLite in a file or PostgreSQL, each with what makes a commit a promise.
+"""The database of the jobs, SQLite in a file or PostgreSQL, each set up so that commits are durable.
 
 A transaction is a function of a connection, the same one for both. For SQLite it runs in a thread: in the
 only one that writes, so that writers queue here and not for its lock, or in one of a few that read beside it.
-A caller who is canceled meanwhile cannot leave it half done. For PostgreSQL it runs on asyncpg.
+A caller that is canceled meanwhile cannot leave it half done. For PostgreSQL it runs on asyncpg.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ from app.jobs.faults import Faults
 from app.jobs.migrations import migrate
 from app.storage.writing import space_of
 
-BUSY_SECONDS = 30  # others hold the lock of SQLite as servers on the same file, or as tools of the operator
+BUSY_SECONDS = 30  # to wait for SQLite's lock: other servers or the operator's tools may use the file
 LOCKED_PAUSE = 0.01
-START_BYTES = 2**18  # with less, SQLite may not be able to open a database, be it an old one
+START_BYTES = 2**18  # of free space; with less, SQLite may fail to open even an existing database
 CONNECT_SECONDS = 10
 NUM_READERS = 2  # of SQLite
 NUM_CONNECTIONS = 8  # to PostgreSQL
 ANSWER_SECONDS = 30  # a connection that is silent for so long is broken
 QUEUE_LOCK, SCHEMA_LOCK = 0x63617363_01, 0x63617363_02  # advisory locks; any two numbers would do
 
-_HAS_WRITTEN = "has_written"  # whether the transaction of a connection did; idle looks pass no fault point
+_HAS_WRITTEN = "has_written"  # in Connection.info: whether the transaction did; else it hits no fault point
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -48,10 +48,10 @@ class Access(Protocol):
     """A way to run transactions."""
 
     async def run(self, transaction: Callable[[Connection], T]) -> T:
-        """Commit what `transaction` does, or nothing of it when it raises."""
+        """Run `transaction` and commit it, or roll it back if it raises."""
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
 
 
 class Database:
@@ -75,29 +75,29 @@ class Database:
         except (DBAPIError, OSError, CommandError) as error:
             await database.close()
             reason: object = error.orig if isinstance(error, DBAPIError) else error
-            if is_sqlite and _lacks_space(target):  # SQLite says "disk I/O error" of some of its files
+            if is_sqlite and _lacks_space(target):  # SQLite only says "disk I/O error" for some files
                 reason = f"there is no space left in {_path(target).parent} ({reason})"
             raise SettingsError(f"the database {target!r} cannot be used: {reason}") from error
         return database
 
     async def close(self) -> None:
-        """Let go of all connections, after the transactions that are under way."""
+        """Close all connections, after the transactions under way."""
         await self._reader.close()
         await self._writer.close()
 
     async def read(
         self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What `body` reads, all of one moment."""
+        """Return what `body` reads, all from one snapshot."""
         with _known_errors():
             return await self._reader.run(lambda connection: body(connection, *args, **kwargs))
 
     async def write(
         self, body: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Do what `body` does, whole or not at all. Raises StorageFull when there is no room.
+        """Run `body` as a transaction, whole or not at all. Raises StorageFull if there is no room.
 
-        After DatabaseAway it may have been done: the answer, too, may have been lost.
+        After DatabaseAway it may have been committed all the same: only the answer may have been lost.
         """
 
         def transaction(connection: Connection) -> tuple[T, bool]:
@@ -116,7 +116,7 @@ class Database:
 
 @contextmanager
 def _known_errors() -> Iterator[None]:
-    """What drivers say of a full disk and of a database that is away, in our words."""
+    """Turn drivers' errors into StorageFull for a full disk and DatabaseAway for a database that is away."""
     try:
         yield
     except DBAPIError as error:
@@ -131,13 +131,13 @@ def _known_errors() -> Iterator[None]:
 
 
 def lock_queue(connection: Connection) -> None:
-    """Until the transaction ends, nobody else gets past here, on any server."""
+    """Keep all other transactions that call this waiting, on any server, until this one ends."""
     if connection.dialect.name == "postgresql":  # SQLite lets one write at a time anyway
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({QUEUE_LOCK})")
 
 
 class _Threads:
-    """SQLite: as many threads as connections."""
+    """Transactions of SQLite, in as many threads as connections."""
 
     def __init__(self, engine: Engine, num_threads: int) -> None:
         self._engine = engine
@@ -156,7 +156,7 @@ class _Threads:
 
 
 class _Loop:
-    """PostgreSQL: transactions in the event loop, where each waits for its own answers."""
+    """Transactions of PostgreSQL, in the event loop, where each waits for its own answers."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -203,7 +203,7 @@ def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only:
         poolclass=QueuePool,
         pool_size=num_connections,
         max_overflow=0,
-        hide_parameters=True,  # an error is logged, and a prompt may be among them
+        hide_parameters=True,  # an error is logged, and they may include a prompt
     )
 
     @event.listens_for(engine, "connect")
@@ -221,8 +221,8 @@ def _sqlite_engine(target: URL, num_connections: int, *, begin: str, query_only:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Use a write-ahead log, and wait for locks. Others may be opening the same new file in this moment:
-    then SQLite refuses at once to change the journal, without regard to its time-out."""
+    """Use a write-ahead log, and wait for locks. If others are just opening the same new file, SQLite
+    refuses at once to change the journal, without regard to its time-out, so this tries again."""
     connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
@@ -241,7 +241,7 @@ def _open_postgresql(target: URL) -> tuple[Access, Access]:
         target,
         pool_size=NUM_CONNECTIONS,
         max_overflow=0,
-        pool_pre_ping=True,  # outlives a restart of the database
+        pool_pre_ping=True,  # survives a restart of the database
         hide_parameters=True,
         connect_args={"timeout": CONNECT_SECONDS, "command_timeout": ANSWER_SECONDS},
     )
@@ -267,7 +267,7 @@ def _lacks_space(target: URL) -> bool:
 
 
 def _make_file(target: URL) -> None:
-    """Prompts are nobody else's business."""
+    """Create the file so that only its owner can read the prompts in it."""
     path = _path(target)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.touch(mode=0o600)

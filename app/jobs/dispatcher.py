@@ -1,7 +1,20 @@
-"""The door between callers and engines: accepts jobs, has them done, tells what becomes of them.
+"""The dispatcher, between callers and engines: accepts jobs, has them done, and tells what becomes of them.
 
-Accepted is what the database has committed, and nobody is told before. One task tends to all that has to be
-done now and then; it is woken when something can be claimed.
+A job is accepted when the database has committed it, and no caller is told before. These objects cooperate:
+
+    JobStore   keeps the jobs in the database
+    Fleet      claims jobs and sends them to engines; its Keeper stores what engines send back
+    Chores     does periodic work in one task, which is woken when something can be claimed
+    EventHub   tells what happens to jobs to those who wait or watch
+    Callers    counts who waits for which job, which is given up when the last one has left
+    Notes      holds what this server knows of a job beyond its row
+    Forecast   predicts progress and waiting times
+    Room       watches the free disk space
+
+Locks are taken in this order: `_canceling` (to submit a job or give one up), `Fleet._boarding` (to claim jobs
+or put them back), `Flight.lock` (to write a job's row). A submission holds `_canceling` and takes `_boarding`
+only if that is free; a holder of `_boarding` may take `Flight.lock`, or wait for writes that do. A
+cancellation releases each lock before it takes the next.
 """
 
 import asyncio
@@ -53,7 +66,7 @@ T = TypeVar("T")
 
 
 class Dispatcher:
-    """Has jobs done. For one event loop."""
+    """Accepts jobs and has them done. For one event loop."""
 
     def __init__(
         self,
@@ -130,7 +143,7 @@ class Dispatcher:
     # Life
 
     async def start(self) -> None:
-        """Take up what was in work when this server was last killed, and start the engines."""
+        """Requeue what was in work when this server was last killed, and start the engines."""
         await self._fleet.recover()
         for engine in self.engines:
             engine.start(self._fleet)
@@ -143,13 +156,13 @@ class Dispatcher:
         self._chores.close()
         self._fleet.close()
         self._look_up()
-        if self._seat.is_sole:  # nobody will have the queued jobs done in time
+        if self._seat.is_sole:  # no other server will do the queued jobs
             for job_id, _, _ in self.events.unended():
                 if self._fleet.flight(job_id) is None:
                     self.events.forget(job_id)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Take no more work, finish what is in work, and after the grace put back the rest."""
+        """Take no more work, finish what is in work, and put back the rest after the grace period."""
         self.close()
         loop = asyncio.get_running_loop()
         end = loop.time() + grace_seconds
@@ -164,17 +177,17 @@ class Dispatcher:
         await self.stop()
 
     def abandon(self) -> None:
-        """Let go of all who wait. Their jobs stay accepted."""
+        """Release all callers that wait. Their jobs stay accepted."""
         self.close()
         self.events.close()
 
     async def stop(self) -> None:
-        """End at once: what is not done stays in the queue."""
+        """End at once: what is not done goes back to the queue."""
         self.abandon()
         self._chores.end()
         if self._watching is not None:
             self._watching.cancel()
-        if self._tasks:  # a claim that is being committed should be known, to be put back
+        if self._tasks:  # so that a claim being committed is known and put back
             await asyncio.wait(self._tasks, timeout=LEAVE_SECONDS)
         for task in self._tasks:
             task.cancel()
@@ -184,7 +197,7 @@ class Dispatcher:
 
     @property
     def model(self) -> Ready:
-        """What the first engine said that was ready. Raises ModelUnusable, ShuttingDown or ModelLoading."""
+        """The report of the first usable engine. Raises ModelUnusable, ShuttingDown or ModelLoading."""
         if self._is_closed:
             raise ShuttingDown("the server is about to stop", retry_after_seconds=LOADING_RETRY_SECONDS)
         usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
@@ -198,19 +211,19 @@ class Dispatcher:
         )
 
     async def wait_loaded(self, timeout_seconds: float) -> None:
-        """Return when it is decided whether there is a model, or after this time."""
+        """Wait until it is known whether there is a model, or until the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 await self._decided.wait()
 
     @property
     def has_room(self) -> bool:
-        """Whether another job, and its pictures, could be kept."""
+        """Whether the disks have room for another job and its pictures."""
         return not self._room.is_short
 
     @property
     def is_accepting(self) -> bool:
-        """Whether a job would be taken now, if there is room to keep it."""
+        """Whether a new job would be accepted now, if the disks have room for it."""
         has_model = any(engine.ready and engine.state is not EngineState.UNUSABLE for engine in self.engines)
         counts, limit = self._forecast.counts, self._settings.max_queue
         has_room = counts.queued < limit or limit == counts.queued + counts.running == 0
@@ -221,7 +234,7 @@ class Dispatcher:
     async def require_room(self, tenant: str) -> None:
         """Raise Overloaded or StorageFull if a new job would be refused now.
 
-        `submit` may find otherwise later.
+        `submit` may still decide otherwise.
         """
         if not self.has_room:
             raise self._out_of_room()
@@ -233,13 +246,13 @@ class Dispatcher:
             raise self._overloaded(full) from None
 
     async def submit(self, job: Job, idempotency: Idempotency | None = None) -> Submitted:
-        """Accept a job. Enter `waiting` directly after it.
+        """Accept a job. The caller must enter `waiting` directly after it.
 
         Raises Overloaded, StorageFull, KeyReused, ShuttingDown, ModelLoading and ModelUnusable.
         """
         _ = self.model
         priced = replace(job, cost_seconds=self._cost.price(job.request))
-        await self._canceling.acquire()  # or who joins could find a job that is just given up
+        await self._canceling.acquire()  # else a caller could join a job that is being given up
         try:
             _ = self.model  # we may have closed meanwhile
         except AppError:
@@ -249,23 +262,23 @@ class Dispatcher:
         try:
             return await asyncio.shield(submitting)
         finally:
-            if submitting.done():  # at once: the caller is waiting before anybody else has a turn
+            if submitting.done():  # at once: the caller enters `waiting` before any other task runs
                 self._canceling.release()
-            else:  # it is sent away, which ends no transaction
+            else:  # the caller was canceled, which ends no transaction
                 submitting.add_done_callback(lambda _: self._canceling.release())
 
     def waiting(self, job: Job) -> AbstractContextManager[None]:
-        """Wait for a job inside. When the last caller has left, it is canceled, if it is not to finish."""
+        """Count a caller as waiting. When the last one leaves, the job is canceled unless it is to finish."""
         return self._callers.waiting(job)
 
     def detach(self, job_id: str) -> None:
-        """The job finishes, whoever leaves."""
+        """Let a job finish even if all callers leave."""
         self._notes.of(job_id).is_detached = True
 
     async def wait(self, job_id: str) -> Job:
-        """The job, when it has ended.
+        """Return the job when it has ended.
 
-        Raises NotFound, ShuttingDown when we end first, StorageFull when it cannot end until there is room.
+        Raises NotFound, ShuttingDown if we end first, StorageFull if it cannot end until there is room.
         """
         if self._fleet.flight(job_id) is None:
             job = await self._get(job_id)
@@ -284,15 +297,15 @@ class Dispatcher:
     async def follow(
         self, job_id: str, last_id: int = 0, *, is_patient: bool = True
     ) -> AsyncGenerator[Event, None]:
-        """News of a job after the event `last_id`, up to its end. Raises NotFound.
+        """Yield the events of a job after `last_id`, up to its end. Raises NotFound.
 
-        Of a job that has ended at least the end is told, even to those who know it. For those who are not
-        patient StorageFull is raised when it cannot end until there is room.
+        For a job that has ended, at least the end is yielded, even if it was seen before. Unless
+        `is_patient`, StorageFull is raised if the job cannot end until there is room.
         """
         job = await self._get(job_id)
         await self._chores.look_at(job, is_watched=True)
         if self._fleet.flight(job_id) is not None:
-            self._forecast.progress(job)  # nobody was told of the steps so far
+            self._forecast.progress(job)  # publishes it: nobody was told of the steps so far
         last = None
         async for event in self.events.subscribe(job_id, last_id, is_patient=is_patient):
             last = event
@@ -306,30 +319,30 @@ class Dispatcher:
             raise self._held_up(job_id)
 
     async def cancel(self, job_id: str, tenant: str | None = None) -> Job | None:
-        """End a job, unless it has ended. None when there is no such job of the tenant."""
+        """Cancel a job, unless it has ended, and return it. None if the tenant has no such job."""
         return await asyncio.shield(self._spawn(self._cancel(job_id, tenant)))
 
     def want_previews(self, job_id: str, count: int) -> None:
-        """Have so many previews made of each picture of a job that has not ended, if it is done here."""
+        """Have `count` previews made of each picture of a job that has not ended, if it is done here."""
         self._fleet.want_previews(job_id, count)
 
     def progress(self, job: Job) -> Progress:
-        """How far a job is, as far as it is known here."""
+        """Return the progress of a job, as far as it is known here."""
         return self._forecast.progress(job)
 
     def retry_after_seconds(self) -> int:
-        """When there should be room in the queue, 1 to 59."""
+        """Return the seconds after which there should be room in the queue, 1 to 59."""
         return self._forecast.retry_after_seconds()
 
     async def eta_seconds(self, job: Job | None = None) -> float:
-        """Seconds until a job is done, or all there is."""
+        """Return the seconds until a job is done, or without one, all jobs."""
         return await self._forecast.eta_seconds(job)
 
-    # Comings and goings
+    # How jobs begin and end
 
     async def _submit(self, job: Job, idempotency: Idempotency | None) -> Submitted:
-        """Have a job accepted and, if there is room for it, claimed: in a task, as nobody may leave between
-        what the database has taken down and what is known of it here."""
+        """Have a job accepted and, if there is room for it, claimed. It runs in a task, because a canceled
+        caller must not interrupt it between the commit and what is noted here."""
         submit = partial(
             self._store.submit,
             job,
@@ -337,14 +350,14 @@ class Dispatcher:
             idempotency=idempotency,
             has_room=self.has_room,
         )
-        promised_seconds = self._forecast.promise(job)  # before it is part of what lies ahead
+        promised_seconds = self._forecast.promise(job)  # before the job is itself part of the work ahead
         try:
             submitted = await self._fleet.accept(job, submit, self._settings.lease_seconds)
         except QueueFull as full:
             raise self._overloaded(full) from None
         except StorageFull as error:
             self._metrics.refused.labels(StorageFull.code).inc()
-            if self.has_room:  # as far as was known
+            if self.has_room:  # to our knowledge
                 self._room.refused(error)
             raise
         if not submitted.is_replay:
@@ -361,7 +374,7 @@ class Dispatcher:
         return await self._store.get(job_id, tenant)
 
     async def _request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
-        """End a queued job; of a running one the database knows from now on that it is to end."""
+        """End a queued job, or note in the database that a running one is to end."""
         before = await self._store.get(job_id, tenant)
         if before is None or before.is_finished:
             return before
@@ -371,7 +384,7 @@ class Dispatcher:
         return job
 
     def _give_up(self, job: Job) -> None:
-        """Nobody waits any more. When we send them away, the job is still theirs to ask for."""
+        """Cancel a job that nobody waits for, unless callers only left because this server closes."""
         if not (self._is_closed or job.is_finished or self.events.has_ended(job.id)):
             self._spawn(self._cancel_unless_wanted(job.id))
 
@@ -381,14 +394,14 @@ class Dispatcher:
                 return
             try:
                 job = await self._request_cancel(job_id, None)  # from here on nobody can join it
-            except (StorageFull, DatabaseAway) as error:  # it is drawn for nobody
+            except (StorageFull, DatabaseAway) as error:  # it goes on in vain
                 self._logger.warning("a job that nobody wants goes on", job=job_id, reason=str(error))
                 return
         if job is not None and not job.is_finished:
             await self._fleet.cancel(job_id)
 
     def _take_leave(self, job: Job, is_ours: bool) -> None:
-        """A job ended."""
+        """Forget the notes of a job that has ended; if it ended here, record it in metrics and log."""
         promised = self._notes.take(job.id).promised_seconds
         if not is_ours:
             return
@@ -405,7 +418,7 @@ class Dispatcher:
         )
 
     def _look_up(self) -> None:
-        """There may be room, or nothing left to do, or another engine."""
+        """React to a change: there may be room, or nothing left to do, or another engine."""
         self._chores.wake()
         self._changed.set()
         usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
@@ -427,7 +440,7 @@ class Dispatcher:
         return StorageFull(NO_ROOM)
 
     def _held_up(self, job_id: str) -> StorageFull:
-        """What those are told who wait for a job that waits for room. It is done then, whoever leaves now."""
+        """Return the error for callers of a job that waits for room, and let the job finish without them."""
         self.detach(job_id)
         return StorageFull(
             f"there is no room to keep the picture now; {job_id} goes on when the operator has made some: "

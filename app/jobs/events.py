@@ -1,7 +1,7 @@
-"""What happens to jobs, for those who wait or watch.
+"""Events of jobs, for those who wait or watch.
 
-A job's log keeps the latest of each kind of news, so that a slow reader sees fewer events and costs no more
-memory than a quick one: a reader is nothing but a place in it. What was read can be read again by its number.
+A job's log keeps the latest news of each kind, so that a slow reader sees fewer events and costs no more
+memory than a quick one: a reader is only a position in the log. Events can be read again by their numbers.
 """
 
 import asyncio
@@ -15,23 +15,22 @@ from app.jobs.job import Job, Progress, StoredImage
 
 KEPT_SECONDS = 10.0  # after its end, for those who come back with the number of their last event
 MAX_ENDED = 100  # logs of ended jobs that are kept at most; the end itself is in the database
-NUMBERS_PER_CLAIM = (
-    1_000_000  # so numbers rise when another server, or this one started anew, goes on with a job
-)
+# Event numbers per claim, so that they rise when another server, or this one restarted, goes on with a job.
+NUMBERS_PER_CLAIM = 1_000_000
 
 Kind = Literal["queued", "progress", "preview", "image", "final"]
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """It waits."""
+    """The job waits in the queue."""
 
     position: int  # jobs before it
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A small picture of what is coming."""
+    """A small preview of a picture in work."""
 
     index: int
     preview: int  # counts from 0
@@ -51,30 +50,29 @@ _KINDS: dict[type[News], Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """News of a job. Numbers rise; those that nobody needs any more are missing."""
+    """News of a job. Numbers rise; those of outdated events are missing."""
 
     id: int
     news: News
 
     @property
     def kind(self) -> Kind:
-        """What the news is."""
+        """Kind of the news."""
         return _KINDS[type(self.news)]
 
 
 @dataclass(slots=True)
 class _Log:
-    events: dict[object, Event] = field(
-        default_factory=dict
-    )  # by what a newer one would replace, oldest first
+    # By what a newer one would replace, oldest first.
+    events: dict[object, Event] = field(default_factory=dict)
     last_id: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_streams: int = 0
     num_waiting: int = 0
-    is_over: bool = False  # nothing more will come, be it that the job ended or that we do
+    is_over: bool = False  # nothing more will come: the job has ended, or is forgotten
 
     def add(self, news: News) -> bool:
-        """Write down news; returns whether they are the last."""
+        """Add news; return whether they are the last."""
         self.last_id += 1
         event = Event(self.last_id, news)
         self.events.pop(_place(news), None)
@@ -84,7 +82,7 @@ class _Log:
         return self.is_over
 
     def after(self, last_id: int) -> list[Event]:
-        """Later events. A number that was never given out is of another server, which knew other ones."""
+        """Return later events; all of them if `last_id` is not of this server but of another one."""
         known = last_id if last_id <= self.last_id else 0
         return [event for event in self.events.values() if event.id > known]
 
@@ -94,7 +92,7 @@ class _Log:
 
 
 class EventHub:
-    """The logs of the jobs that somebody of this process works on or asks about. For one event loop."""
+    """The logs of the jobs that this process works on or is asked about. For one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -104,7 +102,7 @@ class EventHub:
         self._is_held_up = False
 
     def publish(self, job_id: str, news: News) -> None:
-        """Tell all who wait. After the end of a job nothing is taken any more."""
+        """Add news to the log of a job and wake its readers. After the end of a job news are ignored."""
         self._forget_old()
         log = self._logs.setdefault(job_id, _Log())
         if log.is_over or self._is_known(log, news):
@@ -113,25 +111,25 @@ class EventHub:
             self._ended.append((self._clock(), job_id))
 
     def begin_claim(self, job: Job) -> None:
-        """Continue with numbers that no earlier claim has given out, here or elsewhere."""
+        """Continue with event numbers that no earlier claim has given out, here or elsewhere."""
         log = self._logs.setdefault(job.id, _Log())
         log.last_id = max(log.last_id, job.fence * NUMBERS_PER_CLAIM)
 
     @property
     def is_held_up(self) -> bool:
-        """Whether no job can end now."""
+        """Whether no job can end now, for want of room."""
         return self._is_held_up
 
     def has_ended(self, job_id: str) -> bool:
-        """Whether the end of a job was told here, not long ago."""
+        """Return whether the end of a job was published here, not long ago."""
         return job_id in self._logs and self._logs[job_id].is_over
 
     def is_watched(self, job_id: str) -> bool:
-        """Whether somebody reads the news of a job as they come."""
+        """Return whether somebody reads the news of a job as they come."""
         return job_id in self._logs and self._logs[job_id].num_streams > 0
 
     def progress(self, job: Job) -> Progress:
-        """The furthest that was said of how far a job is, here or by another server."""
+        """Return the furthest progress of a job that was reported here or by another server."""
         event = self._logs.get(job.id, _Log()).events.get("progress")
         said = event.news if event is not None and isinstance(event.news, Progress) else Progress()
         return said if job.progress is None or job.progress.fraction < said.fraction else job.progress
@@ -139,9 +137,9 @@ class EventHub:
     async def subscribe(
         self, job_id: str, last_id: int = 0, *, is_patient: bool = True
     ) -> AsyncGenerator[Event, None]:
-        """What is kept of a job after `last_id`, then what comes, up to its end or ours.
+        """Yield the stored events of a job after `last_id`, then new ones, until it or this server ends.
 
-        Who is not patient does not wait while all jobs are held up.
+        Unless `is_patient`, it does not wait while all jobs are held up.
         """
         log = self._logs.setdefault(job_id, _Log())
         log.num_streams += 1
@@ -152,7 +150,7 @@ class EventHub:
                     last_id = event.id
                     yield event
                 if changed.is_set():
-                    continue  # by what came while the reader was busy
+                    continue  # something came while the reader was busy
                 if log.is_over or self._is_closed or (self._is_held_up and not is_patient):
                     return
                 await changed.wait()
@@ -161,7 +159,7 @@ class EventHub:
             self._forget_idle(job_id)
 
     async def final(self, job_id: str) -> Job | None:
-        """Wait for the end of a job. None when it, or we, are gone before that, or all jobs are held up."""
+        """Wait for the end of a job. None if it is forgotten, this server ends, or all jobs are held up."""
         log = self._logs.setdefault(job_id, _Log())
         log.num_waiting += 1
         try:
@@ -174,27 +172,27 @@ class EventHub:
         return event.news if event is not None and isinstance(event.news, Job) else None
 
     def unended(self) -> Iterator[tuple[str, bool, bool]]:
-        """Jobs that may still have news: id, whether anybody waits or watches, whether anybody watches."""
+        """Yield unended jobs: id, whether anybody waits or watches, whether anybody watches."""
         for job_id, log in list(self._logs.items()):
             if not log.is_over:
                 yield job_id, bool(log.num_streams or log.num_waiting), bool(log.num_streams)
 
     def forget(self, job_id: str) -> None:
-        """Nothing more will be known of this job: let go of whoever waits for it."""
+        """Forget a job of which nothing more will be known, and release those who wait for it."""
         log = self._logs.pop(job_id, None)
         if log is not None:
             log.is_over = True
             log.wake()
 
     def hold_up(self, is_held_up: bool) -> None:
-        """No job can end now: let go of those who wait for that, until it is otherwise."""
+        """Set whether no job can end now; if so, release those who wait for an end and are not patient."""
         if is_held_up and not self._is_held_up:
             for log in self._logs.values():
                 log.wake()
         self._is_held_up = is_held_up
 
     def close(self) -> None:
-        """Let go of everybody, after they have read what there is."""
+        """Release all readers, after they have read what there is."""
         self._is_closed = True
         for log in self._logs.values():
             log.wake()
@@ -209,14 +207,14 @@ class EventHub:
             del self._logs[job_id]
 
     def _forget_old(self) -> None:
-        """Whoever still reads an old log does so to its end."""
+        """Drop the old logs of ended jobs; those who still read one can do so to its end."""
         oldest = self._clock() - KEPT_SECONDS
         while self._ended and (self._ended[0][0] < oldest or len(self._ended) > MAX_ENDED):
             self._logs.pop(self._ended.popleft()[1], None)
 
 
 def _place(news: News) -> object:
-    """Newer news take the place of older ones of the same."""
+    """Return the key of news in a log, under which newer ones replace older ones."""
     match news:
         case Preview(index, preview):
             return ("preview", index, preview)

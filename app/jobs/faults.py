@@ -1,7 +1,7 @@
-"""Fault points: named places at which a test lets the process die or an error appear, at the n-th passage.
+"""Fault points: named places where a test kills the process or raises an error, at the n-th passage.
 
-Nothing is armed but by a setting. Every transaction that writes passes `before_commit` and `after_commit`, so
-counting passages reaches each write; the other points name what has been done already and what not yet.
+Only a setting arms them. Every transaction that writes passes `before_commit` and `after_commit`, so counting
+passages reaches each write; the other points are named after what is done already or not yet.
 """
 
 import itertools
@@ -30,7 +30,7 @@ POINTS: tuple[Point, ...] = get_args(Point)
 
 
 class InjectedFault(Exception):
-    """What an armed point raises: an error that nobody could expect."""
+    """The error that an armed point raises, which no code expects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Faults:
         self._faults = dict(_parse(text) for text in armed)
 
     def hit(self, point: Point) -> None:
-        """Pass a point, and perhaps do not come back from it."""
+        """Pass a point: die or raise if it is armed and this is the passage."""
         fault = self._faults.get(point)
         if fault is None or next(fault.passages) != fault.passage:
             return

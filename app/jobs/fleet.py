@@ -1,6 +1,6 @@
-"""All engines of this server and the jobs in their hands: claims them, sends them, and survives deaths.
+"""All engines of this server and the jobs in their hands: claims jobs, sends them, and survives deaths.
 
-Whatever dies, here or there, at whatever moment: what is missing is made again, and comes out the same.
+Whatever process dies, at whatever moment: what is missing is made again, and comes out the same.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
 class Fleet:
-    """Does the work of the queue, as far as there is room; what nobody should wait for it has spawned."""
+    """Has engines do the jobs of the queue, as far as there is room. `spawn` runs what nobody waits for."""
 
     def __init__(self, slots: Sequence[Slot], means: Means, spawn: Spawn) -> None:
         self.slots = slots
@@ -35,10 +35,10 @@ class Fleet:
         self._events = means.events
         self._spawn = spawn
         self._is_closed = False
-        self._boarding = asyncio.Lock()  # who holds it may claim, and settle what a death left
+        self._boarding = asyncio.Lock()  # held to claim jobs, and to put them back after a death
 
     def flight(self, job_id: str) -> Flight | None:
-        """The job, if it is in our hands."""
+        """Return the flight of a job, if it is in our hands."""
         return next((slot.flights[job_id] for slot in self.slots if job_id in slot.flights), None)
 
     @property
@@ -47,7 +47,7 @@ class Fleet:
         return [flight for slot in self.slots for flight in slot.flights.values()]
 
     def want_previews(self, job_id: str, count: int) -> None:
-        """Have so many made of each picture, be the job here already or not."""
+        """Have `count` previews made of each picture of a job, whether it is here already or not."""
         note = self._means.notes.of(job_id)
         note.num_previews = max(count, note.num_previews)
         flight = self.flight(job_id)
@@ -55,11 +55,11 @@ class Fleet:
             flight.slot.want_previews(flight, count)
 
     def close(self) -> None:
-        """Claim no more. What is claimed already is done."""
+        """Stop claiming. Jobs that were claimed before are still done."""
         self._is_closed = True
 
     async def recover(self) -> None:
-        """Take back what was in work when the last server in our seat died. No job is blamed for that."""
+        """Requeue what was in work when the last holder of our seat died. No job is blamed for that."""
         for slot in self.slots:
             for job in await self._store.release(slot.worker):
                 self._means.logger.info("a job is resumed", job=job.id, status=job.status)
@@ -69,9 +69,8 @@ class Fleet:
     ) -> Submitted:
         """Have a job accepted by `submit`, and with it claim what is next, if there is room for its tenant.
 
-        The engine is told to expect it meanwhile, if it has nothing else to do.
-        It is accepted when this returns; what was claimed boards later, as files may be slow to read and a
-        database may not answer. Raises what `submit` raises.
+        An idle engine is told to expect the job meanwhile. It is accepted when this returns; what was claimed
+        boards later, as files may be slow to read and a database may not answer. Raises what `submit` raises.
         """
         slot = None if self._is_closed else self._roomiest_for(job.tenant)
         if slot is None or not await self._may_board_at_once():
@@ -87,11 +86,11 @@ class Fleet:
         return submitted
 
     def may_take(self, tenant: str) -> bool:
-        """Whether an engine has room for a job of the tenant."""
+        """Return whether an engine has room for a job of the tenant."""
         return not self._is_closed and self._roomiest_for(tenant) is not None
 
     async def _may_board_at_once(self) -> bool:
-        """Begin to board, unless somebody does so already or waits for it."""
+        """Take the lock `_boarding` if that needs no waiting; return whether it was taken."""
         try:
             async with asyncio.timeout(0):
                 return await self._boarding.acquire()
@@ -104,7 +103,7 @@ class Fleet:
         slot.may_hold_strays = True  # until all that was claimed is known here
         try:
             return await submit(claim=Claim(slot.worker, lease_seconds, without=slot.sated))
-        except (AppError, QueueFull):  # by the transaction, of which then nothing was done
+        except (AppError, QueueFull):  # from the transaction, which was then rolled back
             slot.may_hold_strays = False
             raise
 
@@ -117,7 +116,7 @@ class Fleet:
             self._means.logger.error("a job that was claimed could not board", exc_info=error)
 
     async def claim(self, lease_seconds: float) -> bool:
-        """Fill the engines, the one with the least to do first. True when there may be more than fits."""
+        """Fill the engines with jobs, the least busy one first. True if there may be more than fits."""
         done: set[Slot] = set()
         async with self._boarding:
             await self._return_strays()
@@ -130,9 +129,9 @@ class Fleet:
         return True
 
     async def renew(self, lease_seconds: float, *, tells: bool) -> None:
-        """Stay the holder of the jobs in our hands, and end those that somebody wants ended.
+        """Renew the leases of the jobs in our hands, and end those that somebody wants ended.
 
-        A fleet that `tells` lets other servers know how far they are.
+        If `tells`, their progress is written for other servers.
         """
         for slot in self.slots:
             if slot.flights:
@@ -141,21 +140,21 @@ class Fleet:
                     await self.cancel(job_id)
 
     async def cancel(self, job_id: str) -> None:
-        """End a job that is in our hands. One that is being claimed in this moment is waited for."""
+        """Cancel a job that is in our hands, after any claim that is under way."""
         async with self._boarding:
             flight = self.flight(job_id)
         if flight is not None:
             await self.keeper.end(flight, lambda job: job.canceled(self._means.clock()))
 
     async def expire(self) -> None:
-        """End the jobs in our hands that are not done in time."""
+        """End the jobs in our hands whose deadline has passed."""
         now = asyncio.get_running_loop().time()
         for flight in self.flights:
             if flight.expires_at is not None and flight.expires_at <= now:
                 await self.keeper.end(flight, lambda job: job.expired(self._means.clock()))
 
     async def leave(self) -> None:
-        """Put back into the queue what is not done, and end the engines."""
+        """Requeue what is not done, and end the engines."""
         self.close()
         self.keeper.is_leaving = True
         try:
@@ -169,7 +168,7 @@ class Fleet:
 
     async def _put_back(self) -> None:
         if writes := self._writes(self.slots):
-            await asyncio.wait(writes, timeout=LEAVE_SECONDS / 2)  # of pictures that are made already
+            await asyncio.wait(writes, timeout=LEAVE_SECONDS / 2)  # of pictures that are made
         for write in self._writes(self.slots):
             write.cancel()
         for flight in self.flights:
@@ -177,23 +176,23 @@ class Fleet:
         for slot in self.slots:
             await self.keeper.release(slot, set())
 
-    # What supervisors tell
+    # Called by supervisors
 
     async def engine_ready(self, engine: Supervisor) -> None:
-        """Work can begin."""
+        """Learn what the engine measured, and look for work for it."""
         if engine.ready is not None:
             self._means.cost.learn_profile(engine.ready.step_seconds)
         self._means.on_change()
 
     async def engine_said(self, engine: Supervisor, message: AnyFromEngine) -> None:
-        """Something of a job. What is said of jobs that are not aboard any more is old."""
+        """Handle a message of an engine, but ignore it if its job is not aboard any more."""
         if isinstance(message, Heartbeat):
             for tick in message.ticks:
                 self._means.cost.learn(tick)
             self._means.metrics.cost_error.set(self._means.cost.error)
         elif isinstance(message, Progressed):
             flights = self._slot(engine).flights
-            for job, steps in groupby(message.steps, attrgetter("job")):  # those of a job stand together
+            for job, steps in groupby(message.steps, attrgetter("job")):  # those of a job are adjacent
                 if job in flights:
                     self.keeper.follow(flights[job], steps)
         elif isinstance(message, Previewed | Latents | Pixels | Failed):
@@ -202,7 +201,7 @@ class Fleet:
                 await self.keeper.hear(flight, message)
 
     async def engine_lost(self, engine: Supervisor) -> None:
-        """Keep what the dead engine had said, and put the rest back into the queue."""
+        """Finish writing what the dead engine had sent, and requeue the rest."""
         slot = self._slot(engine)
         async with self._boarding:
             while writes := self._writes([slot]):
@@ -226,7 +225,7 @@ class Fleet:
         return min(roomy, key=lambda slot: slot.seconds_left, default=None)
 
     async def _claim(self, slot: Slot, lease_seconds: float, sated: Collection[str]) -> bool:
-        """Board one job that is not of these tenants. The next one may be for another engine."""
+        """Claim and board one job of a tenant not in `sated`; the next one may be for another engine."""
         slot.may_hold_strays = True  # until all that was claimed is known here
         jobs = await self._store.claim(slot.worker, limit=1, lease_seconds=lease_seconds, without=sated)
         for job in jobs:
@@ -235,14 +234,14 @@ class Fleet:
         return bool(jobs)
 
     async def _return_strays(self) -> None:
-        """Jobs that a failed claim left under our name, unknown to us, go back."""
+        """Requeue jobs that a failed claim left under our name without our knowledge."""
         for slot in self.slots:
             if slot.may_hold_strays:
                 await self.keeper.release(slot, set())
                 slot.may_hold_strays = False
 
     async def _board(self, slot: Slot, job: Job) -> None:
-        """Take charge of a job that was claimed, wherever it had got to before."""
+        """Make a flight of a claimed job, which resumes from what is stored of it."""
         now = asyncio.get_running_loop().time()
         if (earlier := self.flight(job.id)) is not None:  # whose lease was lost while it wrote
             self.keeper.drop(earlier)

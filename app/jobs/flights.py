@@ -1,6 +1,6 @@
-"""Jobs in the hands of engines: which pictures are aboard, what is missing, how far all is.
+"""Flights, which are jobs in the hands of engines: their pictures aboard, those missing, their progress.
 
-Nothing here is written down. When this process dies, the database knows what there is to do.
+All of this is in memory only. When this process dies, the database knows what there is to do.
 """
 
 import asyncio
@@ -12,33 +12,33 @@ from app.engine.protocol import Cancel, Expect, Run, Stepped, WantPreviews
 from app.jobs.job import Job, Progress, StoredImage
 from app.jobs.supervisor import Supervisor
 
-ALMOST_DONE = 0.99  # what a fraction is at most before the job has ended
+ALMOST_DONE = 0.99  # largest fraction before the job has ended
 ROWS_OF_GUIDED = 2
-LEAST_PLENTY = 16  # pictures of a tenant that are aboard before it is sated, however small the batches are
-LOAD_SECONDS = 0.2  # between two sums of what is left to do
+LEAST_PLENTY = 16  # a tenant with fewer pictures here is not sated, however small the batches are
+LOAD_SECONDS = 0.2  # between two sums of the work left
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One job on its way through an engine."""
+    """One job in the hands of an engine."""
 
     job: Job  # as it is in the database
     slot: "Slot"
     latents: dict[int, bytes]  # of Stage C, from before a crash
     inputs: dict[str, bytes]  # files of the pictures that came with the request, until all is sent
-    picture_seconds: float  # of one picture alone, as predicted
+    picture_seconds: float  # of one picture with the device to itself, as predicted
     arrived_at: float  # on the clock of the event loop, as all times here
     expires_at: float | None = None
-    fraction: float = 0.0  # said last
+    fraction: float = 0.0  # the last one reported
     num_previews: int = 0  # wanted of each picture
     last_preview: dict[int, int] = field(default_factory=dict)  # shown of each picture, by its index
-    is_over: bool = False  # the job has ended, or is not ours any more
-    missing: set[int] = field(init=False)  # pictures whose pixels have not come
+    is_over: bool = False  # the job has ended, or is no longer ours
+    missing: set[int] = field(init=False)  # indices of pictures whose pixels have not come
     sent: set[int] = field(default_factory=set)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # who holds it writes to the job's row
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held to write to the job's row
     writes: set["asyncio.Task[None]"] = field(default_factory=set)
     _steps: dict[int, Stepped] = field(default_factory=dict)
-    _longest: dict[int, float] = field(default_factory=dict)  # seconds that were left of each, at the most
+    _longest: dict[int, float] = field(default_factory=dict)  # the most seconds that were left of each
 
     def __post_init__(self) -> None:
         self.missing = set(range(self.job.num_images)) - {image.index for image in self.job.images}
@@ -49,7 +49,7 @@ class Flight:
         return bool(self.sent & self.missing)
 
     def run(self, index: int, now: float) -> Run:
-        """What the engine is told of a picture."""
+        """Return the order to make a picture. Stored latents go along once, and are not kept."""
         job = self.job
         return Run(
             job=job.id,
@@ -66,7 +66,7 @@ class Flight:
         )
 
     def stepped(self, step: Stepped) -> None:
-        """Take note of where a picture stands."""
+        """Record the progress of a picture."""
         if step.index in self.missing:
             self._steps[step.index] = step
             self._longest[step.index] = max(
@@ -74,27 +74,27 @@ class Flight:
             )
 
     def job_with(self, image: StoredImage) -> Job:
-        """The job once a picture is in the database."""
+        """Return the job with a picture that is in the database now."""
         images = sorted([*self.job.images, image], key=lambda image: image.index)
         return replace(self.job, images=tuple(images))
 
     def share_left(self) -> float:
-        """Of the work, 0 to 1."""
+        """Return the share of the work that is left, 0 to 1."""
         return sum(self._share_left(index) for index in self.missing) / self.job.num_images
 
     @property
     def seconds_left(self) -> float:
-        """Of the device, with company."""
+        """Seconds of the device that are left, in full batches."""
         return self.job.cost_seconds * self.share_left()
 
     @property
     def longest_left(self) -> float:
-        """Seconds that its last picture takes at least."""
+        """Seconds that the picture with most work left takes with the device to itself."""
         left = [self._share_left(index) * self.picture_seconds for index in self.missing]
         return max(left, default=0.0)
 
     def progress(self) -> Progress:
-        """How far it is: the fraction of the whole, which never falls, and the steps of the last picture."""
+        """Return the fraction done, which never falls, and the steps of the picture with most work left."""
         self.fraction = max(self.fraction, ALMOST_DONE * (1 - self.share_left()))
         eta = self.slot.eta_seconds(self)
         if not self.missing:
@@ -112,9 +112,9 @@ class Flight:
 
 
 class Slot:
-    """One device: its engine, the jobs in its hands, and who of them may board.
+    """One device: its engine, the jobs in its hands, and which of them may board.
 
-    A job that two engines died of flies alone: if the third one dies, it is known of what.
+    A job that was aboard two engines that died flies alone: if the third one dies, too, the cause is known.
     """
 
     def __init__(self, engine: Supervisor, worker: str) -> None:
@@ -123,17 +123,17 @@ class Slot:
         self.flights: dict[str, Flight] = {}
         self.may_hold_strays = False  # a claim failed, perhaps after it was committed
         self._waiting: deque[tuple[Flight, int]] = deque()
-        self._load = 0.0  # seconds left of all its flights, when that was last summed up
+        self._load = 0.0  # seconds left of all its flights, as last summed up
         self._load_known_until = 0.0
 
     @property
     def num_aboard(self) -> int:
-        """Pictures that the engine works on."""
+        """Number of pictures that the engine works on."""
         return sum(len(flight.sent & flight.missing) for flight in self.flights.values())
 
     @property
     def room(self) -> int:
-        """Pictures that could be sent at once."""
+        """Number of pictures that could be sent now."""
         ready = self.engine.ready
         if ready is None or not self.engine.is_ready or self.may_hold_strays or self._waiting:
             return 0
@@ -145,8 +145,8 @@ class Slot:
     def sated(self) -> frozenset[str]:
         """Tenants with enough pictures here to fill the batches.
 
-        More would only wait here instead of in the queue, where they count against its bound; each would take
-        longer, and none would be done sooner.
+        More would only wait here rather than in the queue, where they count against its bound; each would
+        take longer, and none would be done sooner.
         """
         full_rows = self.engine.ready.full_rows if self.engine.ready else 0
         plenty = max(LEAST_PLENTY, full_rows // ROWS_OF_GUIDED)
@@ -157,7 +157,7 @@ class Slot:
 
     @property
     def seconds_left(self) -> float:
-        """Of work in its hands. Summed up now and then, for it is asked for with every step of every job."""
+        """Seconds of work in its hands. Cached for a moment, as every step of every job asks for it."""
         now = time.monotonic()
         if now >= self._load_known_until:
             self._load = sum(flight.seconds_left for flight in self.flights.values())
@@ -165,25 +165,25 @@ class Slot:
         return self._load
 
     def eta_seconds(self, flight: Flight) -> float:
-        """Until a flight is done, when all share the device alike and those with less to do leave earlier."""
+        """Return the seconds until a flight is done, if all share the device and shorter ones end first."""
         shared = min(self.seconds_left, flight.seconds_left * len(self.flights))
         return max(shared, flight.longest_left)
 
     def add(self, flight: Flight, now: float) -> None:
-        """Take a job: its pictures board as soon as they may."""
+        """Add a job, whose pictures board as soon as they may."""
         self.flights[flight.job.id] = flight
         self._load_known_until = 0.0
         self._waiting.extend((flight, index) for index in sorted(flight.missing))
         self.board(now)
 
     def expect(self, job: Job) -> None:
-        """Let an idle engine make ready for a job while it is being accepted."""
+        """Let an idle engine prepare for a job while it is being accepted."""
         if not self.flights and not job.request.input_names:
             self.engine.send(Expect(job.request.model_dump_json().encode()))
 
     def board(self, now: float) -> None:
-        """Send those who may go, in their order."""
-        if not self._waiting:  # as a rule, and to count who is aboard takes long with many jobs
+        """Send the waiting pictures that may board, in order."""
+        if not self._waiting:  # the usual case; counting pictures aboard takes long with many jobs
             return
         num_aboard = self.num_aboard
         while self._waiting and self._may_board(self._waiting[0][0], num_aboard):
@@ -197,7 +197,7 @@ class Slot:
                 flight.inputs = {}
 
     def remove(self, flight: Flight) -> None:
-        """Forget a job, and let the engine forget it. A later flight of the same job stays."""
+        """Forget a flight, and let the engine drop its job. A later flight of the same job stays."""
         if self.flights.get(flight.job.id) is not flight:
             return
         del self.flights[flight.job.id]
@@ -208,7 +208,7 @@ class Slot:
             self.engine.send(Cancel(flight.job.id))
 
     def want_previews(self, flight: Flight, count: int) -> None:
-        """Have so many previews made of each picture, if not more are wanted already."""
+        """Have `count` previews made of each picture, unless more are wanted already."""
         if count > flight.num_previews:
             flight.num_previews = count
             if flight.is_aboard:

@@ -1,4 +1,4 @@
-"""How far jobs are, and when they will be done: from the steps that are left and what lies before them."""
+"""Progress of jobs and when they will be done, from their steps that are left and the work ahead of them."""
 
 import time
 from dataclasses import replace
@@ -15,7 +15,7 @@ STALE_SECONDS = 10.0
 
 
 class Forecast:
-    """Looks ahead. `counts` is how the queue was when it was last counted, not long ago."""
+    """Predicts progress and waiting times. `counts` is the queue when it was last counted, not long ago."""
 
     def __init__(self, store: JobStore, fleet: Fleet, events: EventHub, cost: CostModel) -> None:
         self.counts = QueueCounts(0, 0, 0.0, None)
@@ -27,11 +27,11 @@ class Forecast:
 
     @property
     def is_current(self) -> bool:
-        """Whether the queue could be counted of late; else the database is away."""
+        """Whether the queue could be counted recently; else the database is away."""
         return time.monotonic() - self.counted_at < STALE_SECONDS
 
     def progress(self, job: Job) -> Progress:
-        """How far a job is, as far as it is known here."""
+        """Return the progress of a job, as far as it is known here."""
         if job.is_finished and job.status != JobStatus.SUCCEEDED:
             return replace(self._events.progress(job), stage="done", eta_seconds=0.0)
         if job.is_finished:
@@ -41,20 +41,20 @@ class Forecast:
         if flight is None:
             return self._events.progress(job)
         progress = flight.progress()
-        self._events.publish(job.id, progress)  # remembered: when another claim goes on, it falls not below
+        self._events.publish(job.id, progress)  # remembered, so that it does not fall with another claim
         return progress
 
     def retry_after_seconds(self) -> int:
-        """When there should be room, 1 to 59."""
+        """Return the seconds after which there should be room, 1 to 59."""
         ahead = self.counts.queued_cost_seconds + self._aboard_seconds
         return retry_after_seconds(ahead, self._num_devices)
 
     def promise(self, job: Job) -> float:
-        """Seconds until a job is done that comes last now."""
+        """Return the seconds until a job is done that would now be last in the queue."""
         return self._eta_seconds(job, self.counts.queued_cost_seconds)
 
     async def eta_seconds(self, job: Job | None) -> float:
-        """Seconds until a job is done, or all there is."""
+        """Return the seconds until a job is done, or without one, all jobs."""
         if job is None:
             counts = await self._store.counts()
             return (self._aboard_seconds + counts.queued_cost_seconds) / self._num_devices

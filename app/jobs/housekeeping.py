@@ -1,4 +1,4 @@
-"""What a server throws away now and then: old jobs, the pictures made and given, and what crashes left."""
+"""Housekeeping: removes old jobs, the pictures made for them and given with them, and what crashes left."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ async def keep_house(
     logger: Logger,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Tidy up, again and again. What fails, because disk or database are away, is done in the next round."""
+    """Tidy up periodically. What fails, because disk or database are away, is done in the next round."""
     loop = asyncio.get_running_loop()
     while True:
         try:

@@ -1,8 +1,8 @@
 """A job: one accepted request on its way to pictures, as the database keeps it.
 
-Jobs are values. Only their own methods move them: from queued over running to succeeded, failed, canceled or
-expired. A store writes the moved job only if the row still is what it was moved from. The fence counts
-claims: a worker that lost its lease holds an old one, and nothing it writes is taken.
+Jobs are immutable. Only their own methods move them: from queued through running to succeeded, failed,
+canceled or expired. The store writes a moved job only if its row still has the status and fence that it was
+moved from. The fence counts claims: a worker that lost its lease has an old one, so its writes are refused.
 """
 
 import secrets
@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 from app.errors import AppError
 from app.schemas import GenerationRequest
 
-MAX_CRASHES = 3  # a job that was aboard so many engines that died is taken to be the reason
+MAX_CRASHES = 3  # a job aboard so many engines that died is taken to be the cause
 
 OnDisconnect = Literal["cancel", "finish"]
 
 
 class JobStatus(StrEnum):
-    """Where a job stands. The last four are final."""
+    """The status of a job. The last four are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -31,12 +31,12 @@ class JobStatus(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing follows."""
+        """Whether no other status can follow."""
         return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
 class IllegalMove(Exception):
-    """A job was moved from where it cannot go from: a mistake of ours, never of a caller."""
+    """A move that the status of the job does not allow: a bug of ours, never a mistake of a caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a job has no pictures, as every waiter is told."""
+    """Why a job has no pictures, as every caller is told."""
 
     status: int  # of HTTP
     code: str
@@ -60,7 +60,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: AppError) -> Self:
-        """The failure that an error of ours stands for."""
+        """Convert one of our errors to a failure."""
         return cls(error.status, error.code, error.message)
 
 
@@ -70,7 +70,7 @@ class StoredImage:
 
     index: int
     seed: int
-    name: str  # of the file, as "7c....png"
+    name: str  # of the file, such as "7c....png"
     width: int
     height: int
     mime_type: str
@@ -83,34 +83,34 @@ class StoredImage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the seconds of a job went, by the picture done last: together they are the whole time."""
+    """How the seconds of a job were spent, by the picture done last; they add up to the whole time."""
 
-    queued: float = 0.0  # until its first step, in the queue and aboard; also what a crash undid
+    queued: float = 0.0  # until its first step, in the queue and aboard; also work lost in a crash
     prior: float = 0.0
     decoder: float = 0.0
     encode: float = 0.0
 
     def within(self, seconds: float) -> "Timings":
-        """With all of `seconds` that no stage took as time in the queue."""
+        """Return a copy that counts all of `seconds` that no stage took as time in the queue."""
         return replace(self, queued=max(0.0, seconds - self.prior - self.decoder - self.encode))
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Whom to tell when a job has reached one of some statuses."""
+    """The receiver to be told when a job has reached one of `statuses`."""
 
     url: str
     statuses: tuple[JobStatus, ...]
-    base: str  # of the URLs that are told, as "https://host"
+    base: str  # of the URLs in messages to it, such as "https://host"
 
     @property
     def receiver(self) -> str:
-        """The host that is told."""
+        """Host of the receiver."""
         return urlsplit(self.url).hostname or ""
 
 
 def new_job_id() -> str:
-    """A random name: nobody can guess another one's."""
+    """Return a random id, which nobody can guess."""
     return f"job_{secrets.token_hex(10)}"
 
 
@@ -136,12 +136,12 @@ class Job:
     worker: str | None = None  # who holds the lease
     lease_until: float | None = None
     crashes: int = 0  # engines that died with it aboard
-    cancel_requested: bool = False  # told to whichever server runs it
+    cancel_requested: bool = False  # read by whichever server runs it
 
     images: tuple[StoredImage, ...] = ()  # in order of index; grows while it runs
     failure: Failure | None = None
     timings: Timings = Timings()
-    progress: Progress | None = None  # as its worker last told other servers, where there are any
+    progress: Progress | None = None  # as its worker last wrote it for other servers, where there are any
 
     @property
     def is_finished(self) -> bool:
@@ -150,9 +150,9 @@ class Job:
 
     @property
     def is_news(self) -> bool:
-        """Whether its webhook wants to know of the status that it has just reached.
+        """Whether its webhook is to be told of the status that it has just reached.
 
-        That it is running is told once, however often it has to be begun again.
+        That it is running is told only once, however often it has to be begun again.
         """
         if self.webhook is None or self.status not in self.webhook.statuses:
             return False
@@ -160,7 +160,7 @@ class Job:
 
     @property
     def num_images(self) -> int:
-        """Pictures asked for."""
+        """Number of pictures asked for."""
         return self.request.num_images
 
     @property
@@ -169,7 +169,7 @@ class Job:
         return self.crashes >= MAX_CRASHES - 1
 
     def claimed(self, worker: str, now: float, lease_seconds: float) -> "Job":
-        """Queued to running, in the hands of `worker` for a while."""
+        """Move from queued to running, leased to `worker`."""
         self._require(JobStatus.QUEUED)
         return replace(
             self,
@@ -182,7 +182,7 @@ class Job:
         )
 
     def as_started(self) -> "Job":
-        """How it was when it was claimed, whatever became of it."""
+        """Return the job as it was when it was claimed, whatever became of it."""
         return replace(
             self,
             status=JobStatus.RUNNING,
@@ -193,7 +193,7 @@ class Job:
         )
 
     def released(self, *, crashed: bool = False) -> "Job":
-        """Running back to queued, to be begun again from what is stored of it."""
+        """Move from running back to queued, to be resumed from what is stored of it."""
         self._require(JobStatus.RUNNING)
         return replace(
             self,
@@ -204,7 +204,7 @@ class Job:
         )
 
     def succeeded(self, now: float, timings: Timings | None = None) -> "Job":
-        """Running to succeeded; every picture is stored already. `timings` are those of the last one."""
+        """Move from running to succeeded, with every picture stored. `timings` are those of the last one."""
         self._require(JobStatus.RUNNING)
         if len(self.images) != self.num_images:
             raise IllegalMove(f"{self.id} has {len(self.images)} of {self.num_images} pictures")
@@ -212,17 +212,17 @@ class Job:
         return self._ended(JobStatus.SUCCEEDED, now, timings=timings)
 
     def failed(self, failure: Failure, now: float) -> "Job":
-        """Ended by an error."""
+        """End the job by an error."""
         self._require(JobStatus.QUEUED, JobStatus.RUNNING)
         return self._ended(JobStatus.FAILED, now, failure=failure)
 
     def canceled(self, now: float) -> "Job":
-        """Ended because nobody wants it any more."""
+        """End the job because nobody wants it any more."""
         self._require(JobStatus.QUEUED, JobStatus.RUNNING)
         return self._ended(JobStatus.CANCELED, now)
 
     def expired(self, now: float) -> "Job":
-        """Ended because its deadline passed."""
+        """End the job because its deadline has passed."""
         self._require(JobStatus.QUEUED, JobStatus.RUNNING)
         return self._ended(JobStatus.EXPIRED, now)
 

@@ -1,7 +1,7 @@
-"""What engines say becomes files, rows and events, in this order; if it does not, it is said again.
+"""Turns the messages of engines into files, rows and events, in this order, and retries what fails.
 
-The database decides. What is known here of a job may be late, so every write names the fence that it was
-claimed with, and one that is not taken means: not ours any more, whoever it belongs to now.
+The database decides. What is known here of a job may be out of date, so every write names the fence that it
+was claimed with; if a write is refused, the job is not ours any more, whoever holds it now.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from app.metrics import Metrics
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 
-MAX_PIXELS_WAITING = 8  # finished pictures that wait to be encoded, or for room, before engines have to
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # between two tries to write
+MAX_PIXELS_WAITING = 8  # finished pictures that may wait for encoding or disk space before engines have to
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries to write
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What it takes to have jobs done, beside engines."""
+    """The dependencies of those who have jobs done, except engines."""
 
     store: JobStore
     images: ImageStore
@@ -57,7 +57,7 @@ class Means:
 
 
 class Keeper:
-    """Keeps what comes of the jobs in our hands."""
+    """Stores the results of the jobs in our hands."""
 
     def __init__(self, means: Means) -> None:
         self.is_leaving = False  # what cannot be written at once is left to the next holder of our seat
@@ -68,14 +68,14 @@ class Keeper:
         self._pixels = asyncio.Semaphore(MAX_PIXELS_WAITING)
 
     def follow(self, flight: Flight, steps: Iterable[Stepped]) -> None:
-        """Take note of steps, and tell once of all if somebody watches; who asks later is told then."""
+        """Record steps of a job, and publish its progress once if somebody watches it already."""
         for step in steps:
             flight.stepped(step)
         if self._events.is_watched(flight.job.id):
             self._events.publish(flight.job.id, flight.progress())
 
     async def hear(self, flight: Flight, message: Previewed | Latents | Pixels | Failed) -> None:
-        """Deal with what an engine says of a job. Returns late when much waits to be encoded."""
+        """Handle a message of an engine about a job. Waits while too many pictures wait to be encoded."""
         match message:
             case Previewed():
                 self._spawn(flight, self._show(flight, message))
@@ -90,18 +90,18 @@ class Keeper:
                 self._spawn(flight, self.end(flight, partial(self._failed, _blame(message))))
 
     def finish(self, flight: Flight) -> None:
-        """All pictures are there already: the last server died when only the end was to be written."""
+        """End a job that has all its pictures: the last server died before it had written the end."""
         self._spawn(flight, self.end(flight, lambda job: job.succeeded(self._means.clock())))
 
     async def end(self, flight: Flight, moved: Callable[[Job], Job]) -> None:
-        """End a job, unless it just ended otherwise."""
+        """End a job, unless it has just ended otherwise."""
         async with flight.lock:
             if not flight.is_over:
-                self._events.publish(flight.job.id, flight.progress())  # which is how far it will have been
+                self._events.publish(flight.job.id, flight.progress())  # the last one, which stays
                 await self._end(flight, moved(flight.job))
 
     async def read_inputs(self, job: Job) -> dict[str, bytes]:
-        """The pictures that came with a job. Raises AppError and OSError when one is not there."""
+        """Read the pictures that came with a job. Raises AppError or OSError if one cannot be read."""
         read = self._means.inputs.read
         loop = asyncio.get_running_loop()
         return {
@@ -110,13 +110,13 @@ class Keeper:
         }
 
     async def fail(self, flight: Flight, error: AppError | OSError) -> None:
-        """End a job whose pictures cannot be read."""
+        """Fail a job because a picture that came with it cannot be read."""
         self._logger.error("a picture that came cannot be read", job=flight.job.id, exc_info=error)
         message = "a picture that came with the request cannot be read; the server's log says why"
         await self.end(flight, partial(self._failed, Failure(500, "internal_error", message)))
 
     def drop(self, flight: Flight) -> None:
-        """Have a job out of our hands."""
+        """Remove a job from our hands, which makes room for others."""
         flight.is_over = True
         flight.slot.remove(flight)
         self._make_room(flight.slot)
@@ -126,7 +126,7 @@ class Keeper:
         self._means.on_change()
 
     async def release(self, slot: Slot, crashed: set[str]) -> None:
-        """Put back all jobs of a slot but its flights; those `crashed` were aboard when its engine died."""
+        """Requeue the jobs of a slot except its flights; those `crashed` were aboard when its engine died."""
         release = partial(
             self._store.release, slot.worker, crashed_jobs=crashed, kept_jobs=frozenset(slot.flights)
         )
@@ -138,7 +138,7 @@ class Keeper:
             self.tell(job, is_ours=True)
 
     def tell(self, job: Job, *, is_ours: bool) -> None:
-        """Tell those who wait where a job is now; `is_ours` when we brought it there."""
+        """Publish where a job is now; `is_ours` if we moved it there."""
         if job.is_finished:
             self._means.on_end(job, is_ours)
             self._events.publish(job.id, job)
@@ -146,9 +146,9 @@ class Keeper:
             self._means.on_queued()
 
     async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Do it until it is done. Everything that is tried twice comes out as if it were done once.
+        """Repeat a write, which must be safe to repeat, until it succeeds or, when we leave, fails.
 
-        A database that is away comes back, and a full disk is emptied; until then nobody is told of an end.
+        A database that is away comes back, and a full disk is emptied; until then no end is published.
         """
         pauses = _pauses()
         try:
@@ -173,7 +173,7 @@ class Keeper:
         write.add_done_callback(flight.writes.discard)
 
     async def _guard(self, flight: Flight, work: Coroutine[Any, Any, None]) -> None:
-        """Whatever goes wrong, the job is not forgotten: it goes back, and fails if that happens again."""
+        """Do work on a job. After an unexpected error, requeue the job as if it had crashed an engine."""
         try:
             await work
         except Exception as error:
@@ -201,7 +201,7 @@ class Keeper:
                 await self._let_go(flight)
 
     async def _keep_picture(self, flight: Flight, message: Pixels) -> None:
-        """File, row, event, in this order: whoever is told of a picture can fetch it, for ever after."""
+        """Write file, row and event, in this order, so that whoever is told of a picture can fetch it."""
         began = time.monotonic()
         try:
             image = await self._to_store(flight, message)
@@ -222,7 +222,7 @@ class Keeper:
                 await self._add_picture(flight, image, timings)
 
     async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
-        """The picture in its file, as soon as there is room for one; None when nobody wants it any more."""
+        """Store a picture in a file, as soon as there is room. None if nobody wants it any more."""
         keep = partial(keep_picture, message, flight.job, self._means.images, self._means.model_name)
         pauses = _pauses()
         try:
@@ -253,10 +253,10 @@ class Keeper:
     def _failed(self, failure: Failure, job: Job) -> Job:
         return job.failed(failure, self._means.clock())
 
-    # Endings. Whoever calls these holds the lock of the flight.
+    # Endings. The caller of these holds the lock of the flight.
 
     async def _end(self, flight: Flight, after: Job) -> None:
-        """Write the end of a flight, then tell of it. If the job moved on without us, tell where it is."""
+        """Write the end of a job, then publish it. If the job moved on without us, publish where it is."""
         is_ours = await self.persist(partial(self._store.move, flight.job, after))
         if is_ours and after.is_finished:
             self._tell_end(flight, after)
@@ -269,7 +269,7 @@ class Keeper:
         self.tell(ended, is_ours=True)
 
     async def _let_go(self, flight: Flight, *, is_ours: bool = False) -> None:
-        """The job is not in our hands any more."""
+        """Drop a job that is not in our hands any more, and publish where it is."""
         now = await self.persist(partial(self._store.get, flight.job.id, None))
         self.drop(flight)
         if now is None:
@@ -279,7 +279,7 @@ class Keeper:
 
 
 def _pauses() -> Iterator[float]:
-    """Seconds between tries."""
+    """Yield the seconds between tries."""
     pause = FIRST_PAUSE
     while True:
         yield pause
@@ -287,7 +287,7 @@ def _pauses() -> Iterator[float]:
 
 
 def _blame(message: Failed) -> Failure:
-    """What an engine said, with the status that its code has."""
+    """Convert an engine's message to a failure, with the HTTP status of its code."""
     return Failure(_STATUSES.get(message.code, 500), message.code, message.message)
 
 
@@ -297,5 +297,5 @@ def _failure(error: AppError | OSError) -> Failure:
     return Failure(500, "internal_error", "the picture could not be kept; the server's log says why")
 
 
-# What engines blame on the request; all else they say is our failure.
+# Errors of engines that are the request's mistake; all others are our failure.
 _STATUSES = {kind.code: kind.status for kind in (InvalidRequest, UnsupportedParameter)}

@@ -1,4 +1,4 @@
-"""Idempotency keys: which job came with which key of a tenant, for a while."""
+"""Idempotency keys: which job was submitted with which key of a tenant, kept for a while."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DAY_SECONDS = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """What makes a second submission of a tenant known as such."""
+    """What identifies a repeated submission of a tenant."""
 
     key: str
     fingerprint: str  # of the request
@@ -24,10 +24,10 @@ class Idempotency:
 
 
 def replayed(connection: Connection, tenant: str, given: Idempotency, now: float) -> Job | None:
-    """The job that came with this key before. Raises KeyReused when its request was another one.
+    """Return the job submitted with this key before. Raises KeyReused if its request was another one.
 
-    A job that failed, expired or was canceled, or is about to be, is as if it had never been: who asks again
-    wants pictures.
+    A job that failed, expired or was canceled, or is about to be, is ignored: a caller that asks again wants
+    pictures.
     """
     query = select(idempotency).filter_by(tenant=tenant, key=given.key)
     row = connection.execute(query.where(idempotency.c.expires_at > now)).one_or_none()
@@ -42,7 +42,7 @@ def replayed(connection: Connection, tenant: str, given: Idempotency, now: float
 
 
 def remember(connection: Connection, job: Job, given: Idempotency, now: float) -> None:
-    """Let the key stand for `job` from now on."""
+    """Let the key refer to `job` from now on."""
     mine: Mapping[str, Any] = {"tenant": job.tenant, "key": given.key}
     connection.execute(delete(idempotency).filter_by(**mine))
     expires_at = now + given.ttl_seconds
@@ -51,5 +51,5 @@ def remember(connection: Connection, job: Job, given: Idempotency, now: float) -
 
 
 def forget_old(connection: Connection, now: float) -> None:
-    """Drop the keys whose time is over."""
+    """Delete the keys that have expired."""
     connection.execute(delete(idempotency).where(idempotency.c.expires_at <= now))

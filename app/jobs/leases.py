@@ -1,15 +1,15 @@
-"""Who still lives among the workers that hold jobs.
+"""Which of the workers that hold jobs are still alive.
 
-A lease is a time on a wall clock, and wall clocks jump and differ between machines. So nobody compares a
-lease with a clock: it is out when its holder has not renewed it for so long while we watched.
+A lease is a time on a wall clock, and wall clocks jump and differ between machines. So a lease is never
+compared with a clock: it is over when its holder has not renewed it for its length while we watched.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
-LOOKS = 3  # a worker must have been found silent so many times
-LOOK_SECONDS = 0.25  # from one look to the next; a claim in between does not wait for one
+LOOKS = 3  # a worker must be found silent at least so many times
+LOOK_SECONDS = 0.25  # between two looks; claims in between do not look
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class _Holder:
 
 
 class LeaseWatch:
-    """Remembers what leases looked like. `clock` never jumps."""
+    """Compares leases with those of earlier looks. `clock` must never jump."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -33,10 +33,10 @@ class LeaseWatch:
         return self._clock() - self._looked_at >= LOOK_SECONDS
 
     def silent(self, leases: Mapping[str, float], lease_seconds: float) -> set[str]:
-        """The workers among those that hold `leases` now which gave no sign of life for a lease's length.
+        """Return the holders of `leases` that have not renewed theirs for `lease_seconds`.
 
-        The time between two looks counts only up to a part of the lease: when the database was away for
-        minutes, nobody could renew, and we did not see anybody fail to.
+        The time between two looks counts only up to a part of the lease: while the database was away,
+        nobody could renew, so nobody failed to.
         """
         now = self._looked_at = self._clock()
         holders = {worker: self._look(worker, lease, now, lease_seconds) for worker, lease in leases.items()}

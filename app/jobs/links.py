@@ -1,4 +1,4 @@
-"""Starting engines, and the line to each: one end of a socket pair, whose other end the engine inherits."""
+"""Starts engines, and the link to each: one end of a socket pair, whose other end the engine inherits."""
 
 import asyncio
 import contextlib
@@ -21,26 +21,26 @@ ENGINE = "app.engine.process"
 
 
 class Link(Protocol):
-    """An engine that was started, as its supervisor sees it."""
+    """The connection to an engine that was started, for its supervisor."""
 
     def send(self, message: ToEngine) -> None:
-        """Leave a message to be sent. To a dead engine, it is lost."""
+        """Queue a message to be sent. If the engine is dead, it is lost."""
 
     async def receive(self) -> AnyFromEngine | None:
-        """The next message; None when no more will come. Raises ValueError for noise."""
+        """Return the next message; None when no more will come. Raises ValueError for anything else."""
 
     def kill(self) -> None:
-        """End the engine, whatever it does."""
+        """Kill the engine, whatever it does."""
 
     async def ended(self) -> int:
-        """Wait for its end; returns the exit status, negative for a signal."""
+        """Wait for the engine's end; return the exit status, negative for a signal."""
 
 
 Launch = Callable[[], Awaitable[Link]]
 
 
 class SocketLink:
-    """A line over a stream socket."""
+    """A link over a stream socket."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class SocketLink:
         self._ended = ended
 
     def send(self, message: ToEngine) -> None:
-        """Leave a message to be sent."""
+        """Queue a message to be sent."""
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
     async def receive(self) -> AnyFromEngine | None:
-        """The next message; None when the engine has hung up. Raises ValueError for noise."""
+        """Return the next message; None when the engine has hung up. Raises ValueError for anything else."""
         try:
             head = await self._reader.readexactly(HEAD_BYTES)
             return from_engine(await self._reader.readexactly(frame_length(head)))
@@ -71,19 +71,19 @@ class SocketLink:
             return None
 
     def kill(self) -> None:
-        """End the engine, and hang up."""
+        """Kill the engine, and hang up."""
         self._kill()
         self._writer.close()
 
     async def ended(self) -> int:
-        """Wait for the engine's end; returns its exit status."""
+        """Wait for the engine's end; return its exit status."""
         return await self._ended()
 
 
 class ProcessLauncher:
     """Starts engine processes. They write their logs to our standard error.
 
-    `-P`: whatever lies in the folder where the server was started is no part of it.
+    `-P` keeps them from importing files of the folder where the server was started.
     """
 
     def __init__(self, settings: Settings, *, program: Sequence[str] = ("-P", "-m", ENGINE)) -> None:
@@ -91,7 +91,7 @@ class ProcessLauncher:
         self._words = [*program, "--log-level", settings.log_level, "--log-format", settings.log_format]
 
     async def __call__(self) -> SocketLink:
-        """Start one. Raises OSError."""
+        """Start an engine. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -101,7 +101,7 @@ class ProcessLauncher:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
                     env=engine_environment(),
-                    start_new_session=True,  # Ctrl-C is for us, who then drain it
+                    start_new_session=True,  # Ctrl-C then reaches only us, and we drain the engine
                 )
             except BaseException:
                 ours.close()
@@ -122,13 +122,13 @@ class ThreadLauncher:
         self._logger = logger
 
     async def __call__(self) -> SocketLink:
-        """Start one."""
+        """Start an engine."""
         ours, theirs = socket.socketpair()
         served = serve_in_thread(theirs, self._runner, logger=self._logger)
         killed = asyncio.Event()
 
         async def ended() -> int:
-            """A thread in a long step cannot be ended, only left alone."""
+            """Wait for the thread or `kill`: a thread in a long step cannot be ended, only left alone."""
             thread = asyncio.ensure_future(asyncio.wrap_future(served))
             death = asyncio.ensure_future(killed.wait())
             await asyncio.wait((thread, death), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""What webhooks have still to be told: rows written with what they tell of, and deleted when that was taken.
+"""What webhooks have still to be told: rows written with what they tell of, and deleted when that is settled.
 
-An attempt is counted before it is made, and its number is its fence: what a late one says of its outcome is
-not taken when another has been begun.
+An attempt is counted before it is made, and its number is its fence: the outcome of a late one is ignored
+when another has been begun.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from app.jobs import rows
 from app.jobs.job import Job, JobStatus
 from app.jobs.tables import deliveries, jobs
 
-LONGEST_PAUSE = 3 * 3600.0  # between two attempts; whatever is due later was written before a clock jumped
+LONGEST_PAUSE = 3 * 3600.0  # between two attempts; what is due later was written before a clock jumped
 
 _IS_DUE = (deliveries.c.due_at <= bindparam("now")) | (deliveries.c.due_at > bindparam("now") + LONGEST_PAUSE)
 _ANY_DUE = select(deliveries.c.job_id).where(_IS_DUE).limit(1)
@@ -49,27 +49,27 @@ class Delivery:
 
     @property
     def id(self) -> str:
-        """The same for every attempt."""
+        """Id of the message, the same for every attempt."""
         return f"msg_{self.job.id.removeprefix('job_')}_{self.status}"
 
 
 def any_due(connection: Connection, now: float) -> bool:
-    """Whether somebody is to be told something."""
+    """Return whether any delivery is due."""
     return connection.execute(_ANY_DUE, {"now": now}).first() is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Whom to leave alone for now."""
+    """Tenants and receivers to leave alone for now."""
 
     tenants: Collection[str] = ()
-    receivers: Collection[tuple[str, str]] = ()  # of a tenant
+    receivers: Collection[tuple[str, str]] = ()  # each with its tenant first
 
 
 def claim(
     connection: Connection, limit: int, busy: Busy, now: float, hold_seconds: float
 ) -> Sequence[Delivery]:
-    """Begin up to `limit` attempts for those who are not `busy`; nobody else does for a while."""
+    """Begin up to `limit` attempts for those not `busy`; for `hold_seconds` nobody else begins them."""
     without = {"without_tenants": list(busy.tenants), "without": list(busy.receivers)}
     found = connection.execute(_NEXT, {"now": now, "most": limit, **without}).all()
     if not found:
@@ -82,7 +82,7 @@ def claim(
 
 
 def settle(connection: Connection, delivery: Delivery, again_at: float | None) -> None:
-    """Write what came of an attempt: another one later, or none ever again."""
+    """Write the outcome of an attempt: another one at `again_at`, or None for no more."""
     values = {"of_job": delivery.job.id, "of_status": delivery.status.value, "attempt": delivery.attempt}
     if again_at is None:
         connection.execute(_FORGET, values)

@@ -21,7 +21,7 @@ def page(
     after: ColumnElement[_Place] | None,
     status: JobStatus | None,
 ) -> tuple[list[Job], str | None]:
-    """Up to `limit` jobs, and the cursor that continues; None when these were the last."""
+    """Return up to `limit` jobs, and the cursor that continues; None if these were the last."""
     query = select(jobs).where(jobs.c.tenant == tenant)
     if status is not None:
         query = query.where(jobs.c.status == status)
@@ -33,7 +33,7 @@ def page(
 
 
 def from_cursor(cursor: str) -> ColumnElement[_Place]:
-    """The place in the list that a cursor stands for. Raises InvalidRequest for what is none."""
+    """Return the place in the list that a cursor stands for. Raises InvalidRequest if it is no cursor."""
     try:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         created_at, job_id = msgspec.json.decode(text, type=_Place)

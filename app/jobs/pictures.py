@@ -1,4 +1,4 @@
-"""From the pixels of an engine to files. For threads: encoding takes tens of milliseconds."""
+"""Turns an engine's pixels into files. To be called in threads: encoding takes tens of milliseconds."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ PREVIEW_QUALITY = 80
 
 
 def keep_picture(made: Pixels, job: Job, images: ImageStore, model: str) -> StoredImage:
-    """Encode and mark a picture as its request wants it, and put it into the store. Raises StorageFull."""
+    """Encode and mark a picture as its request asks, and put it into the store. Raises StorageFull."""
     request, seed = job.request, job.request.seeds[made.index]
     text = parameters_text(request, seed, model) if request.embed_metadata else None
     image = Image.frombytes("RGB", (made.width, made.height), made.pixels)
@@ -34,6 +34,6 @@ def keep_picture(made: Pixels, job: Job, images: ImageStore, model: str) -> Stor
 
 
 def encode_preview(made: Previewed) -> bytes:
-    """A preview in WebP, with the mark."""
+    """Encode a preview as WebP, with the mark."""
     image = Image.frombytes("RGB", (made.width, made.height), made.pixels)
     return encode(image, "webp", PREVIEW_QUALITY)

@@ -1,7 +1,7 @@
-"""The jobs that wait: how many, in which order they are taken, and whether there is room for one more.
+"""The queue of jobs that wait: their number, their order, and whether there is room for one more.
 
-The order is fair: of each tenant the oldest job of the highest priority comes next, and among tenants the one
-that has fewest jobs in work or before it. So who queues a thousand jobs delays nobody else by them.
+The order is fair: of each tenant the oldest job of the highest priority comes next, and among these the one
+whose tenant has fewest jobs in work or before it. So a tenant that queues a thousand jobs delays nobody else.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class QueueCounts:
 
 
 def count(connection: Connection) -> QueueCounts:
-    """How much there is to do now."""
+    """Count how much there is to do now."""
     return QueueCounts(*connection.execute(_COUNT).one())
 
 
 def require_room(connection: Connection, max_queue: int) -> None:
-    """Raises QueueFull when `max_queue` jobs wait; of 0, when there is anything to do at all."""
+    """Raise QueueFull if `max_queue` jobs wait; for a bound of 0, if there is anything to do at all."""
     counts = count(connection)
     is_idle = counts.queued == counts.running == 0
     if counts.queued >= max_queue and not (max_queue == 0 and is_idle):
@@ -40,14 +40,14 @@ def require_room(connection: Connection, max_queue: int) -> None:
 
 
 def require_bound(connection: Connection, max_queue: int) -> None:
-    """Raises QueueFull when more than `max_queue` jobs wait, the one that came last among them."""
+    """Raise QueueFull if more than `max_queue` jobs wait, including the one that came last."""
     queued = count(connection).queued
     if queued > max_queue:
         raise QueueFull(queued - 1)
 
 
 def position(connection: Connection, job_id: str, now: float) -> int | None:
-    """How many jobs are to be taken before this one; None when it is not to be taken."""
+    """Return how many jobs will be claimed before this one; None if it will not be claimed."""
     return connection.scalar(_POSITION, {"job_id": job_id, "now": now})
 
 
@@ -71,7 +71,7 @@ def _claim_order() -> Subquery:
     )
 
 
-# Built once: to build a query takes longer than SQLite needs to answer it.
+# Built once: building a query takes longer than SQLite needs to answer it.
 _COUNT = select(
     func.count().filter(IS_QUEUED),
     func.count().filter(IS_RUNNING),

@@ -1,7 +1,7 @@
-"""Whether there is room to keep jobs and pictures, be they on one disk or not.
+"""Whether there is disk space for jobs and pictures, on one disk or on several.
 
-New jobs are refused before the disk is full, so that those in work find room. What finds none all the same
-waits for it and is not lost; whoever waits for that is told so soon.
+New jobs are refused before a disk is full, so that those in work find room. A write that finds none all the
+same waits for it and is not lost; callers that wait for such a job are soon told so.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from app.storage.writing import space_of
 
 NO_ROOM = "there is no room to keep another job; the operator has to make some"
 LOOK_SECONDS = 0.5
-PATIENCE_SECONDS = 2.0  # for which room may be wanting before those who wait are told
+PATIENCE_SECONDS = 2.0  # without room before waiting callers are told
 RESERVE_BYTES = 16 * 2**20  # more than the largest picture; with less, nothing new is accepted
 RESERVE_SHARE = 0.05  # of a small disk
 LEAST_BYTES = 64 * 2**10  # with less, hardly a picture can be kept
 
 
 class Room:
-    """What is known of the disks. For one event loop."""
+    """What is known of the space on the disks. For one event loop."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Room:
         logger: Logger,
     ) -> None:
         self._folders = folders
-        self._try_job = try_job  # raises as if a job had been submitted
+        self._try_job = try_job  # raises what submitting a job would
         self._on_held_up = on_held_up
         self._metrics = metrics
         self._logger = logger
@@ -50,23 +50,23 @@ class Room:
         return self._is_low or self._is_refused or bool(self._lacking)
 
     def refused(self, error: StorageFull) -> None:
-        """The database took no job; it is asked now and then whether it would."""
+        """Note that the database had no room for a job. From then on it is asked whether it has some."""
         self._is_refused = True
         self._judge(str(error))
 
     def lacks(self, what: object, error: StorageFull) -> None:
-        """Something finds no room, and will be tried again."""
+        """Note that a write, identified by `what`, finds no room and will be tried again."""
         self._lacking.add(what)
         self._judge(str(error))
 
     def suffices(self, what: object) -> None:
-        """It found room, or is not wanted any more."""
+        """Note that it found room, or is not wanted any more."""
         if what in self._lacking:
             self._lacking.remove(what)
             self._judge()
 
     async def watch(self) -> None:
-        """Look at the disks now and then, until canceled."""
+        """Look at the disks periodically, until canceled."""
         while True:
             self._is_low, self._is_out = await asyncio.to_thread(self._look)
             if self._is_refused:
@@ -84,13 +84,13 @@ class Room:
             await self._try_job()
         except StorageFull:
             return
-        except Exception as error:  # it is away, and may be full when it is back
+        except Exception as error:  # the database is away, and may be full when it is back
             self._logger.debug("it is not known whether there is room again", reason=str(error))
             return
         self._is_refused = False
 
     def _judge(self, reason: str = "the disk of the data folder is nearly full") -> None:
-        """Tell when things have changed."""
+        """Report whether jobs are held up and, if that has changed, whether there is room."""
         now = asyncio.get_running_loop().time()
         if not (self._lacking or self._is_out):
             self._held_up_since = None

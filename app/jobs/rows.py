@@ -1,4 +1,4 @@
-"""Between a `Job` and its rows: how one is written, and how many are read or locked at once."""
+"""Converts between a `Job` and its rows: writes one job, and reads or locks many at once."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from app.schemas import GenerationRequest
 
 
 def locking(query: Select[Any]) -> Select[Any]:
-    """`query` for whole rows of `jobs`, which nobody else changes before the transaction ends.
+    """Return `query`, for whole rows of `jobs`, so that it locks them until the transaction ends.
 
-    Whoever locks many jobs takes them in one order, that of `number` for all but claims, which never wait.
+    Whoever locks many jobs does so in the order of `number`, except for claims, which never wait.
     """
     return query.with_for_update(of=jobs)
 
 
-AT_ONCE = 0.0  # whatever a clock says
+AT_ONCE = 0.0  # due, whatever a clock says
 
-# Built once: to build a statement takes longer than SQLite needs to carry it out.
+# Built once: building a statement takes longer than SQLite needs to run it.
 _ADD_JOB = insert(jobs)
 _ADD_PICTURES = insert(pictures)
 _FIND = select(jobs).where(jobs.c.id == bindparam("job_id"))
@@ -42,7 +42,7 @@ _IMAGES = (
 
 
 def add(connection: Connection, job: Job) -> None:
-    """Write a new job, a row for each of its pictures, and one for each picture that it came with."""
+    """Write a new job, a row for each of its pictures, and one for each picture that came with it."""
     connection.execute(_ADD_JOB, _columns(job))
     rows = [{"job_id": job.id, "idx": index, "seed": seed} for index, seed in enumerate(job.request.seeds)]
     connection.execute(_ADD_PICTURES, rows)
@@ -51,17 +51,17 @@ def add(connection: Connection, job: Job) -> None:
 
 
 def read(connection: Connection, query: Select[Any], values: Mapping[str, object] | None = None) -> list[Job]:
-    """The jobs of a query for whole rows of `jobs`, in its order, each with its finished pictures.
+    """Return the jobs of a query for whole rows of `jobs`, in its order, with their finished pictures.
 
-    `values` are those of its parameters.
+    `values` are the parameters of the query.
     """
     rows = connection.execute(query, values).all()
-    images = _images(connection, [row.id for row in rows if row.fence])  # else nobody ever claimed it
+    images = _images(connection, [row.id for row in rows if row.fence])  # others were never claimed
     return [_job(row, images[row.id]) for row in rows]
 
 
 def find(connection: Connection, job_id: str, tenant: str | None, *, is_locked: bool = False) -> Job | None:
-    """The job of that id, if it belongs to `tenant`; None stands for all of them."""
+    """Return the job of that id if it belongs to `tenant`; None stands for all tenants."""
     if not may_be_id(job_id):
         return None
     found = read(connection, _LOCK if is_locked else _FIND, {"job_id": job_id})
@@ -69,14 +69,14 @@ def find(connection: Connection, job_id: str, tenant: str | None, *, is_locked: 
 
 
 def may_be_id(text: str) -> bool:
-    """Whether an id can look like this. Others may hold what no text in a database can."""
+    """Return whether a text can be an id. Others may hold characters that no database takes."""
     return text.isascii() and text.isprintable()
 
 
 def put(connection: Connection, job: Job) -> Job:
-    """Write a job that was moved and return it; its row is locked. An ended one needs no latents any more.
+    """Write a moved job, whose row is locked, and return it. Latents of an ended one are deleted.
 
-    What a webhook is to be told of it is written in the same moment.
+    What its webhook is to be told is written in the same transaction.
     """
     connection.execute(_MOVE, {"moved_id": job.id, **_moved(job)})
     if job.is_finished:
@@ -114,9 +114,9 @@ def _columns(job: Job) -> dict[str, object]:
 
 
 def _moved(job: Job) -> dict[str, object]:
-    """What the moves of a job change.
+    """Return the columns that moves of a job change.
 
-    Not `cancel_requested`, which others write: a move made from an older copy of the job must not undo it.
+    `cancel_requested` is none, because others write it: a move of an older copy must not undo it.
     """
     return {
         "status": job.status.value,
@@ -159,5 +159,5 @@ def _job(row: Row[Any], images: tuple[StoredImage, ...]) -> Job:
 
 
 def to_json(value: object) -> str:
-    """Text of a dictionary or dataclass that msgspec reads back."""
+    """Encode a dictionary or dataclass as JSON that msgspec reads back."""
     return msgspec.json.encode(value).decode()

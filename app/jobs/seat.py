@@ -1,7 +1,7 @@
-"""Which server of a data folder this process is. A seat has a name that outlives the process, and one holder.
+"""Seats: which server of a data folder this process is. A seat has one holder, and a name that outlives it.
 
-The kernel frees the lock of a dead holder. So whoever sits down knows that nobody works under its name any
-more, and takes back at once what was in work when the last holder was killed.
+The kernel frees the lock of a dead holder. So a new holder knows that nobody works under the name of the seat
+any more, and takes back at once what was in work when the last holder was killed.
 """
 
 import fcntl
@@ -16,20 +16,20 @@ NUM_SEATS = 64  # servers that share a folder
 
 
 class Seat:
-    """The name of a server, ours until we leave or die."""
+    """The name of a server, which is ours until we leave or die."""
 
     def __init__(self, name: str, file: TextIOWrapper, *, is_sole: bool) -> None:
         self.name = name
-        self.is_sole = is_sole  # nobody else works on the same jobs
+        self.is_sole = is_sole  # no other server works on the same jobs
         self._file = file
 
     def leave(self) -> None:
-        """Let another process have it."""
+        """Free the seat for another process."""
         self._file.close()
 
 
 def take_seat(folder: Path, *, is_sole: bool) -> Seat:
-    """The first free seat of the folder; of a server that must be the only one there is one seat.
+    """Take the first free seat of the folder, which has only one if the server must be the sole one.
 
     Raises SettingsError when none is free.
     """
@@ -47,7 +47,7 @@ def take_seat(folder: Path, *, is_sole: bool) -> Seat:
 
 
 def _name(file: TextIOWrapper) -> str:
-    """What the file says, or a new name when it was made just now, or torn."""
+    """Return the name in the file; if the file is new or torn, write a new name."""
     file.seek(0)
     name = file.read()
     if len(name) == 16 and name.isalnum():

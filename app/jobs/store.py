@@ -1,6 +1,6 @@
-"""Jobs in a database: what was accepted is there after any crash, and nobody overwrites what is not his.
+"""The store of jobs: accepted jobs survive any crash, and no worker overwrites a job that it does not hold.
 
-Each method of the store is one transaction, committed when it returns.
+What a method of the store writes is committed when it returns.
 """
 
 import time
@@ -33,13 +33,13 @@ __all__ = [
     "JobStore",
     "QueueCounts",
     "Submitted",
-]  # all that others need of the database
+]  # all that other modules need of the database
 
 NOBODY = Busy()
 NOTHING: Mapping[str, Progress] = MappingProxyType({})
-PRUNED_AT_ONCE = 200  # others write between two such transactions
+PRUNED_AT_ONCE = 200  # jobs per transaction, so that others can write in between
 
-# Built once, like all that is asked often.
+# Built once, like all frequent queries.
 _LATE = rows.locking(
     select(jobs).where(IS_QUEUED, jobs.c.deadline_at <= bindparam("now")).order_by(jobs.c.number)
 )
@@ -53,25 +53,25 @@ _LONG_ENDED = rows.locking(
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that is in the database."""
+    """A job that was submitted, and is in the database."""
 
     job: Job  # as it was accepted
     is_replay: bool  # it was there before, submitted with the same idempotency key
-    claimed: Sequence[Job] = ()  # what was taken in the same moment: this job, or one whose turn was first
+    claimed: Sequence[Job] = ()  # in the same transaction: this job, or one that was next
 
     @property
     def is_claimed(self) -> bool:
-        """Whether this job was taken."""
+        """Whether this job was claimed."""
         return self.now is not self.job
 
     @property
     def now(self) -> Job:
-        """The job as it stood after that moment."""
+        """The job as it was after that transaction."""
         return next((job for job in self.claimed if job.id == self.job.id), self.job)
 
 
 class JobStore:
-    """All jobs of all servers that share the database."""
+    """The jobs of all servers that share the database."""
 
     def __init__(
         self, database: Database, clock: Callable[[], float], steady: Callable[[], float], faults: Faults
@@ -97,7 +97,7 @@ class JobStore:
         return cls(await Database.open(url, faults), clock, steady, faults)
 
     async def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         await self._database.close()
 
     # What callers do
@@ -113,7 +113,7 @@ class JobStore:
     ) -> Submitted:
         """Accept a job, or find the one that came with the same idempotency key.
 
-        A worker with nothing better to do may `claim` in the same transaction: one commit less to wait for.
+        A worker with room may `claim` in the same transaction, which saves a commit.
         Raises KeyReused for another request with that key, StorageFull for a new job when there is no room,
         and QueueFull when over `max_queue` jobs would wait; with a `max_queue` of 0 a job is accepted only
         when there is nothing else to do.
@@ -127,13 +127,13 @@ class JobStore:
         return submitted
 
     async def get(self, job_id: str, tenant: str | None) -> Job | None:
-        """The job, if it belongs to `tenant`; None stands for all of them."""
+        """Return the job if it belongs to `tenant`; None stands for all tenants."""
         return await self._database.read(rows.find, job_id, tenant)
 
     async def list(
         self, tenant: str, *, limit: int, cursor: str | None = None, status: JobStatus | None = None
     ) -> tuple[Sequence[Job], str | None]:
-        """Up to `limit` jobs, newest first, and the cursor that continues; None when these were the last.
+        """Return up to `limit` jobs, newest first, and the cursor that continues; None after the last.
 
         Raises InvalidRequest for a cursor that was not given out.
         """
@@ -141,31 +141,31 @@ class JobStore:
         return await self._database.read(pages.page, tenant, limit, after, status)
 
     async def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
-        """End a queued job at once and tell the worker of a running one; an ended one stays as it is."""
+        """End a queued job, or mark a running one for its worker to end; an ended one stays as it is."""
         return await self._database.write(_request_cancel, job_id, tenant, self._clock())
 
     async def delete(self, job_id: str, tenant: str | None) -> Job | None:
-        """Forget an ended job; its files are the caller's to remove. Raises Conflict for one that goes on."""
+        """Delete an ended job; the caller removes its files. Raises Conflict if it has not ended."""
         return await self._database.write(_delete, job_id, tenant)
 
     async def has_input(self, sha256: str, tenant: str) -> bool:
-        """Whether a job of `tenant` came with this picture."""
+        """Return whether a job of `tenant` came with this picture."""
         return await self._database.read(_has_input, sha256, tenant)
 
     async def counts(self) -> QueueCounts:
-        """How much there is to do."""
+        """Count how much there is to do."""
         return await self._database.read(queue.count)
 
     async def require_room(self, max_queue: int) -> None:
-        """Raises QueueFull when a job that is new would not be accepted now."""
+        """Raise QueueFull if a new job would not be accepted now."""
         await self._database.read(queue.require_room, max_queue)
 
     async def position(self, job: Job) -> int | None:
-        """How many queued jobs are to be claimed before this one; None when it is not queued."""
+        """Return how many queued jobs will be claimed before this one; None if it is not queued."""
         return await self._database.read(queue.position, job.id, self._clock())
 
     async def try_to_submit(self) -> None:
-        """Raises StorageFull when there is no room for a job, and leaves nothing when there is."""
+        """Raise StorageFull if there is no room for a job; write nothing that stays if there is."""
         await self._database.write(_submit_and_forget, self._clock())
 
     # What workers do
@@ -173,9 +173,9 @@ class JobStore:
     async def claim(
         self, worker: str, *, limit: int, lease_seconds: float, without: Collection[str] = ()
     ) -> Sequence[Job]:
-        """Take up to `limit` queued jobs whose deadline is not over, also those that lost their worker.
+        """Claim up to `limit` queued jobs whose deadline has not passed, including those of dead workers.
 
-        Those of the tenants `without` are left where they are.
+        Jobs of the tenants `without` are left where they are.
         """
         if self._watch.is_due:
             await self._release_lost(worker, lease_seconds)
@@ -196,27 +196,27 @@ class JobStore:
     async def renew(
         self, worker: str, lease_seconds: float, progress: Mapping[str, Progress] = NOTHING
     ) -> Sequence[str]:
-        """Extend all leases of a worker, and tell other servers the progress of its jobs, by their ids.
+        """Extend all leases of a worker, and write the progress of its jobs, by id, for other servers.
 
-        Returns those of its jobs that somebody wants ended.
+        Returns the ids of its jobs that somebody wants ended.
         """
         return await self._database.write(claims.renew, worker, lease_seconds, self._clock(), progress)
 
     async def save_latents(self, job: Job, index: int, latents: bytes) -> bool:
-        """Keep what Stage C made of a picture; False when the job is not held under this fence any more."""
+        """Store Stage C's result for a picture; False if the job is not held under this fence any more."""
         is_saved = await self._database.write(claims.save_picture, job, index, {"latents": latents})
         if is_saved:
             self._faults.hit("after_latents")
         return is_saved
 
     async def load_latents(self, job_id: str) -> dict[int, bytes]:
-        """What is kept of the pictures that are not finished, by index."""
+        """Return the stored latents of the pictures that are not finished, by index."""
         return await self._database.read(claims.load_latents, job_id)
 
     async def save_image(self, job: Job, image: StoredImage, ended: Job | None = None) -> bool:
-        """Keep a finished picture; False when the job is not held under this fence any more.
+        """Store a finished picture; False if the job is not held under this fence any more.
 
-        With the last one the job has ended, too: `ended` is written in the same moment.
+        With the last picture the job ends, too: `ended` is written in the same transaction.
         """
         self._faults.hit("after_image_before_commit")
         columns = {"image": rows.to_json(image), "latents": None}
@@ -226,51 +226,51 @@ class JobStore:
         return is_saved
 
     async def move(self, before: Job, after: Job) -> bool:
-        """Write a moved job; False when it is not what it was moved from any more, by status or fence.
+        """Write a moved job; False if its row no longer has the status and fence that it was moved from.
 
-        One that would be queued again although somebody wants it ended, or that crashed too often, is ended.
+        A job that would be queued again is ended if somebody wants it ended or if it crashed too often.
         """
         return await self._database.write(claims.move, before, after, self._clock())
 
     async def release(
         self, worker: str, *, crashed_jobs: Collection[str] = (), kept_jobs: Collection[str] = ()
     ) -> Sequence[Job]:
-        """Put all jobs of a worker but those kept back into the queue; returns where each of them is now.
+        """Requeue all jobs of a worker but `kept_jobs`; return them as they are now.
 
-        Those that were aboard an engine when it died are counted so, and fail when that was too often.
+        `crashed_jobs` were aboard an engine when it died, which is counted; after too many they fail.
         """
         return await self._database.write(claims.release, worker, crashed_jobs, kept_jobs, self._clock())
 
     # What webhooks are told
 
     async def has_due_deliveries(self) -> bool:
-        """Whether somebody is to be told something now."""
+        """Return whether any delivery is due."""
         return await self._database.read(outbox.any_due, self._clock())
 
     async def claim_deliveries(
         self, *, limit: int, hold_seconds: float, without: Busy = NOBODY
     ) -> Sequence[Delivery]:
-        """Begin up to `limit` attempts, none of them for those `without`.
+        """Begin up to `limit` attempts, none of them for tenants or receivers `without`.
 
-        Those of which nothing is heard for `hold_seconds` are begun again, here or by another server.
+        Attempts without an outcome for `hold_seconds` are begun again, here or by another server.
         """
         return await self._database.write(outbox.claim, limit, without, self._clock(), hold_seconds)
 
     async def settle_delivery(self, delivery: Delivery, *, again_after: float | None) -> None:
-        """Write what came of an attempt: another one after so many seconds, or None for no more."""
+        """Write the outcome of an attempt: another one after so many seconds, or None for no more."""
         again_at = None if again_after is None else self._clock() + again_after
         await self._database.write(outbox.settle, delivery, again_at)
 
-    # What keeps the house
+    # Housekeeping
 
     async def expire(self, now: float) -> Sequence[Job]:
-        """End the queued jobs whose deadline is over."""
+        """End the queued jobs whose deadline has passed."""
         return await self._database.write(_expire, now)
 
     async def prune(self, ended_before: float) -> Sequence[str]:
-        """Forget the jobs that ended before a time; returns the names of their files, to be removed.
+        """Delete the jobs that ended before a time; return the names of their files, to be removed.
 
-        Those of which a webhook is still to be told stay.
+        Jobs of which a webhook is still to be told stay. Old idempotency keys are deleted, too.
         """
         await self._database.write(keys.forget_old, self._clock())
         pruned = [await self._database.write(_prune_some, ended_before)]
@@ -279,7 +279,7 @@ class JobStore:
         return [image.name for some in pruned for job in some for image in job.images]
 
     async def unused_inputs(self, names: Collection[str]) -> Sequence[str]:
-        """Those of the pictures that came with requests that no job refers to any more."""
+        """Return those of the names of input pictures that no job refers to any more."""
         used: set[str] = set()
         names = list(names)
         for start in range(0, len(names), PRUNED_AT_ONCE):
@@ -311,7 +311,7 @@ def _submit(
         keys.remember(connection, job, idempotency, now)
     claimed = () if claim is None else claims.claim(connection, claim, now)
     submitted = Submitted(job, is_replay=False, claimed=claimed)
-    if claim is not None and not submitted.is_claimed:  # what is in work at once needs no room
+    if claim is not None and not submitted.is_claimed:  # a job in work at once needs no room in the queue
         queue.require_bound(connection, max_queue)
     return submitted
 

@@ -1,7 +1,7 @@
-"""Keeps one device in work: starts its engine, watches it, ends it when it hangs, starts it again.
+"""Keeps the engine of one device running: starts it, watches it, kills it when it hangs, starts it again.
 
-Time is counted in looks at the clock, each worth two periods at most: when this process itself was held up,
-no engine is blamed for it.
+Time is summed up between looks at the clock, each counting for two periods at most: when this process itself
+was held up, no engine is blamed for it.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from app.jobs.links import Launch, Link
 from app.logs import Logger
 from app.metrics import Metrics
 
-UNUSABLE_STATUS = 2  # of an engine process that need not be started again
+UNUSABLE_STATUS = 2  # exit status of an engine that need not be started again
 
 
 class EngineState(StrEnum):
-    """What is known of an engine."""
+    """The state of an engine, as far as it is known."""
 
     STARTING = "starting"
     READY = "ready"
@@ -49,29 +49,29 @@ class Patience:
     look: float = 0.5  # between two looks
     first_words: float = 300.0  # until a new process says anything: it may read gigabytes of libraries
     silence: float = 15.0  # without a heartbeat, which comes every second
-    step: float = 30.0  # of a step, if it was not predicted to take long
-    step_factor: float = 5.0  # of a step, against its prediction
-    last_words: float = 0.5  # for what a dead engine left in the socket
+    step: float = 30.0  # for a step that was not predicted to take long
+    step_factor: float = 5.0  # for other steps, times the prediction
+    last_words: float = 0.5  # to read what a dead engine left in the socket
     first_pause: float = 0.2  # before it is started again; doubles
     longest_pause: float = 30.0
-    health: float = 60.0  # after which earlier deaths are forgotten; work done makes forget them, too
+    health: float = 60.0  # after which earlier deaths are forgotten, as they are when it does work
 
 
 class Crew(Protocol):
-    """Whoever has work for engines. While a call lasts, its engine is neither heard nor started again."""
+    """The receiver of an engine's news. During a call the engine is neither heard nor started again."""
 
     async def engine_ready(self, engine: "Supervisor") -> None:
-        """It can be given work."""
+        """The engine can be given work."""
 
     async def engine_said(self, engine: "Supervisor", message: AnyFromEngine) -> None:
-        """It tells of its work."""
+        """The engine has sent a message about its work."""
 
     async def engine_lost(self, engine: "Supervisor") -> None:
-        """It is gone, and all that was aboard."""
+        """The engine is gone, with all that was aboard."""
 
 
 class Supervisor:
-    """The engine of one device, over all its lives."""
+    """The engine of one device, across its restarts."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Supervisor:
     ) -> None:
         self.device = configure.device
         self.state = EngineState.DEAD
-        self.ready: Ready | None = None  # what it said when it was ready last, in whichever life
+        self.ready: Ready | None = None  # its last message of this kind, kept across restarts
         self.reason = ""  # why it is unusable
         self.num_deaths = 0
         self._launch = launch
@@ -103,16 +103,16 @@ class Supervisor:
         return self.state is EngineState.READY
 
     def start(self, crew: Crew) -> None:
-        """Begin to keep an engine alive."""
+        """Start the engine, and keep it alive from now on."""
         self._life = asyncio.create_task(self._live(crew), name=f"engine {self.device}")
 
     def send(self, message: ToEngine) -> None:
-        """Tell the engine. One that has died, unnoticed yet, hears nothing."""
+        """Send a message to the engine. If it has died, the message is lost."""
         if self._link is not None:
             self._link.send(message)
 
     async def stop(self, seconds: float) -> None:
-        """Let the engine end what it has aboard for so long, then end the engine."""
+        """Let the engine finish what it has aboard for at most so long, then end it."""
         self._stopping.set()
         if self._life is None:
             return
@@ -124,7 +124,7 @@ class Supervisor:
         await self._life
 
     async def _live(self, crew: Crew) -> None:
-        """One life after the other."""
+        """Run the engine again and again."""
         while not self._stopping.is_set():
             cause = await self._live_once(crew)
             if self.state is EngineState.UNUSABLE or self._stopping.is_set():
@@ -139,7 +139,7 @@ class Supervisor:
                     await self._stopping.wait()
 
     async def _live_once(self, crew: Crew) -> str:
-        """Start the engine and stay until its end; returns the cause in a word."""
+        """Start the engine and wait for its end; return the cause in a word."""
         self.state = EngineState.STARTING
         try:
             link = await self._launch()
@@ -170,23 +170,23 @@ class Supervisor:
     async def _mourn(self, crew: Crew) -> None:
         try:
             await crew.engine_lost(self)
-        except Exception as error:  # whatever is wrong with the crew, the device goes on
+        except Exception as error:  # the device goes on, whatever is wrong with the crew
             self._logger.error("the death of the engine was not dealt with", exc_info=error)
 
     def came_up(self, ready: Ready) -> None:
-        """It has loaded the model."""
+        """Note that the engine has loaded the model."""
         self.ready = ready
         self.state = EngineState.READY
         self._metrics.engine_up.labels(self.device).set(1)
         self._logger.info("the engine is ready", dtype=ready.dtype, max_samples=ready.max_samples)
 
     def proved_well(self) -> None:
-        """It works: earlier deaths say nothing about the next."""
+        """Forget earlier deaths, because the engine works."""
         self._num_failures = 0
 
 
 class _Conversation:
-    """One life of an engine: what it says, what it does not say, and how it ends."""
+    """One run of an engine process: its messages, its silence and its end."""
 
     def __init__(
         self,
@@ -207,13 +207,13 @@ class _Conversation:
         self._logger = logger
         self._cause = "exit"
         self._silence = 0.0
-        self._age = 0.0  # since it was ready
+        self._age = 0.0  # seconds since it was ready
         self._has_spoken = False
-        self._is_heard = True  # False while the crew is busy with what it said
+        self._is_heard = True  # False while a message is being handled
         self._num_overdue = 0  # heartbeats in a row that tell of a step that takes too long
 
     async def until_the_end(self) -> str:
-        """Listen and watch until the engine is gone, by itself or by us; returns the cause."""
+        """Listen and watch until the engine has ended, by itself or by us; return the cause."""
         listening = asyncio.create_task(self._listen())
         watching = asyncio.create_task(self._watch())
         ending = asyncio.create_task(self._end())
@@ -242,10 +242,10 @@ class _Conversation:
                 self._is_heard = False
                 await self._hear(message)
                 self._is_heard = True
-                await asyncio.sleep(0)  # a burst of words must not keep everybody else waiting
-        except ValueError as error:  # and what msgspec raises, which is one
+                await asyncio.sleep(0)  # a burst of messages must not hold up other tasks
+        except ValueError as error:  # msgspec's errors are ValueErrors, too
             self._logger.error("the engine says what cannot be understood", reason=str(error))
-        except Exception as error:  # a mistake of ours costs a life of the engine, and is seen
+        except Exception as error:  # a bug of ours ends the engine, so that it is seen
             self._logger.error("what the engine said was not dealt with", exc_info=error)
 
     async def _hear(self, message: AnyFromEngine) -> None:
@@ -268,7 +268,7 @@ class _Conversation:
         await self._crew.engine_said(self._engine, message)
 
     def _feel(self, beat: Heartbeat) -> None:
-        """The figures of a heartbeat. A step is late when two in a row say so: the first after a pause of the
+        """Take in a heartbeat. A step is overdue when two in a row say so: the first after a pause of the
         whole machine does not count."""
         limit = max(self._patience.step, self._patience.step_factor * beat.predicted_seconds)
         self._num_overdue = self._num_overdue + 1 if beat.busy_seconds > limit else 0
@@ -284,7 +284,7 @@ class _Conversation:
             self._metrics.happened(event, times)
 
     async def _watch(self) -> None:
-        """Returns when the engine hangs."""
+        """Return when the engine hangs."""
         loop, look = asyncio.get_running_loop(), self._patience.look
         seen = loop.time()
         while not self._is_hung():

@@ -1,6 +1,6 @@
 """The tables, one schema for SQLite and PostgreSQL. Columns exist for what queries need; the rest is JSON.
 
-`migrations` holds the way here from every earlier schema; a test compares the two.
+`migrations` leads to this schema from every earlier one; a test compares the two.
 """
 
 from sqlalchemy import (
@@ -28,7 +28,7 @@ metadata = MetaData(
 jobs = Table(
     "jobs",
     metadata,
-    # The order of arrival. Clocks jump, and a job must not wait for an hour that comes twice.
+    # The order of arrival. Times would not do: clocks jump, and no job may wait longer for that.
     Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("id", Text, nullable=False, unique=True),
     Column("tenant", Text, nullable=False),
@@ -50,11 +50,11 @@ jobs = Table(
     Column("webhook", Text),  # Webhook
     Column("timings", Text, nullable=False),  # Timings
     Column("failure", Text),  # Failure
-    Column("progress", Text),  # Progress, where other servers are asked, too
+    Column("progress", Text),  # Progress, where there are other servers to be told
     Index("ix_jobs_status_number", "status", "number"),
     Index("ix_jobs_tenant_created_at", "tenant", "created_at", "id"),
     Index("ix_jobs_completed_at", "completed_at"),
-    sqlite_autoincrement=True,  # the number of a deleted job is not given again
+    sqlite_autoincrement=True,  # the number of a deleted job is not used again
 )
 
 pictures = Table(
@@ -91,9 +91,9 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
-    Column("status", Text, primary_key=True),  # which the job has reached
+    Column("status", Text, primary_key=True),  # that the job has reached
     Column("tenant", Text, nullable=False),
-    Column("receiver", Text, nullable=False),  # the host that is to be told
+    Column("receiver", Text, nullable=False),  # host of the webhook's URL
     Column("attempts", Integer, nullable=False),  # begun so far
     Column("due_at", Double, nullable=False),
     Index("ix_deliveries_due_at", "due_at"),

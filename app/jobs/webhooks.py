@@ -1,8 +1,8 @@
 """Webhooks: a receiver is told what became of a job, at least once (https://www.standardwebhooks.com).
 
-The database says what is still to be told, so neither a crash of ours nor hours of theirs lose anything. A
-slow or dead receiver has a few of our attempts waiting for it, and a tenant of many such receivers at most
-half of them all: nobody else is kept from being told.
+The database says what is still to be told, so neither a crash of ours nor hours without the receiver lose
+anything. A slow or dead receiver occupies only a few of our attempts, and a tenant with many such receivers
+at most half of them all, so that they delay nobody else.
 """
 
 import asyncio
@@ -23,29 +23,29 @@ from app.outbound import Unreachable
 
 ROUND_SECONDS = 0.5
 ATTEMPT_SECONDS = 15.0  # in which a receiver must have answered
-HOLD_SECONDS = ATTEMPT_SECONDS + 5  # an attempt of which nobody has heard for so long died with its server
-PAUSES = (1.0, 5.0, 30.0, 300.0, 1800.0, 7200.0)  # seconds after each attempt, about
+HOLD_SECONDS = ATTEMPT_SECONDS + 5  # an attempt without an outcome for so long died with its server
+PAUSES = (1.0, 5.0, 30.0, 300.0, 1800.0, 7200.0)  # seconds after each attempt, before jitter
 JITTER = 0.2
 MAX_AT_ONCE = 64  # attempts
 MAX_OF_ONE_TENANT = 32
-MAX_AT_ONE_RECEIVER = 8  # of a tenant
+MAX_AT_ONE_RECEIVER = 8  # of one tenant
 LEAVE_SECONDS = 1.0  # for the attempts under way, when the server ends
-GONE = 410  # says that a receiver wants no more
+GONE = 410  # status of a receiver that wants no more
 AGENT = "stable-cascade-server"
 
 Body = Callable[[Delivery, Webhook], Awaitable[bytes]]
-Secret = Callable[[str], str]  # of a tenant
+Secret = Callable[[str], str]  # from the name of a tenant to its secret
 
 
 class Post(Protocol):
-    """A way to call somebody."""
+    """A function that sends a POST request."""
 
     async def __call__(self, url: str, headers: Mapping[str, str], body: bytes, *, seconds: float) -> int:
-        """The status of the answer. Raises Unreachable."""
+        """Send a body and return the status of the answer. Raises Unreachable."""
 
 
 class Courier:
-    """Tells webhooks what is due. For one event loop."""
+    """Calls webhooks when a delivery is due. For one event loop."""
 
     def __init__(
         self,
@@ -67,13 +67,12 @@ class Courier:
         self._logger = logger
         self._clock = clock
         self._faults = faults
-        self._attempts: dict[
-            asyncio.Task[None], tuple[str, str]
-        ] = {}  # under way: of whom, at which receiver
+        # Attempts under way, each with its tenant and receiver.
+        self._attempts: dict[asyncio.Task[None], tuple[str, str]] = {}
         self._is_away = False  # the database
 
     async def run(self) -> None:
-        """Tell, until canceled; attempts under way may then come to their end, if that is soon."""
+        """Deliver until canceled; attempts under way then have a short time to end."""
         try:
             while True:
                 try:
@@ -92,7 +91,7 @@ class Courier:
                 await asyncio.gather(*late, return_exceptions=True)
 
     async def _begin_due(self) -> None:
-        """Begin what is due, as much as there is room for."""
+        """Begin the attempts that are due, as many as there is room for."""
         while await self._store.has_due_deliveries():
             room = min(MAX_AT_ONCE - len(self._attempts), MAX_AT_ONE_RECEIVER)
             if room == 0:
@@ -110,7 +109,7 @@ class Courier:
 
     @property
     def _busy(self) -> Busy:
-        """Those who have as many attempts under way as may be theirs."""
+        """The tenants and receivers that have as many attempts under way as they may."""
         at_receivers = Counter(self._attempts.values())
         of_tenants = Counter(tenant for tenant, _ in self._attempts.values())
         return Busy(
@@ -124,11 +123,11 @@ class Courier:
             self._logger.error("an attempt to call a webhook is made again", exc_info=error)
 
     async def _deliver(self, delivery: Delivery, webhook: Webhook) -> None:
-        """One attempt, and what follows from it."""
+        """Make an attempt, and record its outcome."""
         self._faults.hit("before_delivery")
         try:
             status, answer = await self._call(delivery, webhook)
-        except asyncio.CancelledError:  # the server ends; its next life need not wait
+        except asyncio.CancelledError:  # the server ends; the next one need not wait
             await self._store.settle_delivery(delivery, again_after=0.0)
             raise
         self._faults.hit("after_delivery")
@@ -148,14 +147,14 @@ class Courier:
         await self._store.settle_delivery(delivery, again_after=pause)
 
     async def _call(self, delivery: Delivery, webhook: Webhook) -> tuple[int, str]:
-        """The status of the receiver's answer, 0 when there is none, and what to say of it."""
+        """Return the status of the receiver's answer, 0 if there is none, and a text for the log."""
         try:
             body = await self._body(delivery, webhook)
             headers = self._headers(delivery, body)
             status = await self._post(webhook.url, headers, body, seconds=ATTEMPT_SECONDS)
         except Unreachable as error:
             return 0, str(error)
-        except Exception as error:  # a mistake of ours; and none is made for ever
+        except Exception as error:  # a bug of ours, which counts as a failed attempt, too
             self._logger.error("a webhook could not be called", job=delivery.job.id, exc_info=error)
             return 0, type(error).__name__
         return status, f"status {status}"
@@ -173,7 +172,7 @@ class Courier:
 
 
 def _outcome(status: int, attempt: int) -> tuple[WebhookOutcome, float | None]:
-    """What an attempt has come to, and seconds until the next one, if there is to be one."""
+    """Return the outcome of an attempt, and the seconds until the next one, None if there is none."""
     if 200 <= status < 300:
         return "delivered", None
     if status == GONE:
@@ -183,7 +182,7 @@ def _outcome(status: int, attempt: int) -> tuple[WebhookOutcome, float | None]:
 
 
 def pause_after(attempt: int) -> float | None:
-    """Seconds until the next attempt, not the same for all who wait; None after the last."""
+    """Return the seconds until the next attempt, with jitter; None after the last."""
     if attempt > len(PAUSES):
         return None
     return PAUSES[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # nothing secret

@@ -1,7 +1,7 @@
-"""Brings a database to the schema of this version, from an empty one or from that of any earlier version.
+"""Upgrades a database to the schema of this version, from an empty one or from any earlier version.
 
-`versions` holds one Alembic script per change, numbered; they only go forwards, because the way back would
-lose accepted jobs.
+`versions` holds one Alembic script per change, numbered. There are no downgrades, because they would lose
+accepted jobs.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 
 def migrate(connection: Connection) -> None:
-    """Apply what is missing, in the transaction that `connection` is in."""
+    """Apply the missing migrations, in the transaction of `connection`."""
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
