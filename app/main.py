@@ -43,12 +43,12 @@ from app.engine.protocol import Configure
 from app.errors import ModelUnusable, Overloaded, SettingsError, StorageFull
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.faults import Faults
-from app.jobs.housekeeping import keep_house
+from app.jobs.housekeeping import prune_periodically
 from app.jobs.links import Launch, ProcessLauncher, ThreadLauncher
-from app.jobs.seat import take_seat
+from app.jobs.server_lock import lock_server
 from app.jobs.store import JobStore
 from app.jobs.supervisor import Supervisor
-from app.jobs.webhooks import Courier
+from app.jobs.webhooks import WebhookSender
 from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
 from app.outbound import Outbound
@@ -177,15 +177,15 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     settings = parts.settings
     faults = Faults(settings.faults)
     stack.callback(parts.tracing.close)
-    seat = take_seat(settings.data_dir, is_sole=settings.database_url is None)
-    stack.callback(seat.leave)
+    server_lock = lock_server(settings.data_dir, is_sole=settings.database_url is None)
+    stack.callback(server_lock.leave)
     store = await JobStore.open(settings.jobs_url, clock=parts.clock, faults=faults)
     stack.push_async_callback(store.close)
     encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
     dispatcher = Dispatcher(
         store,
         _supervisors(parts),
-        seat=seat,
+        server_lock=server_lock,
         images=parts.images,
         inputs=parts.inputs,
         encoders=encoders,
@@ -219,14 +219,14 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         version=version(DISTRIBUTION),
         clock=parts.clock,
     )
-    for work in (_tidy(services), _courier(services, faults).run()):
+    for work in (_tidy(services), _webhook_sender(services, faults).run()):
         stack.push_async_callback(_cancel, asyncio.create_task(work))
     return services
 
 
 def _tidy(services: Services) -> Coroutine[None, None, None]:
     """Return the work of removing, now and then, what is too old."""
-    return keep_house(
+    return prune_periodically(
         services.store,
         services.images,
         services.inputs,
@@ -237,9 +237,9 @@ def _tidy(services: Services) -> Coroutine[None, None, None]:
     )
 
 
-def _courier(services: Services, faults: Faults) -> Courier:
+def _webhook_sender(services: Services, faults: Faults) -> WebhookSender:
     """Build the sender of webhooks."""
-    return Courier(
+    return WebhookSender(
         services.store,
         body=partial(message_body, services),
         secret=services.signer.webhook_secret,

@@ -21,11 +21,11 @@ APP_LAYERS = (
     ("app.cli", "app.cli_*"),
     ("app.main",),
     ("app.api",),
-    # Of the rooms of jobs, those that talk to engines stand above them, and those that keep jobs below.
+    # Modules of jobs that talk to engines stand above them, those that keep jobs below.
     tuple(
-        f"app.jobs.{room}"
-        for room in (
-            *("dispatcher", "chores", "fleet", "flights", "forecast", "keeping"),
+        f"app.jobs.{module}"
+        for module in (
+            *("dispatcher", "maintenance", "fleet", "flights", "forecast", "results"),
             *("links", "pictures", "supervisor"),
         )
     ),

@@ -40,7 +40,7 @@ ANSWER_SECONDS = 2  # of the grace period, for answers to callers whose work was
 AFTER_SECONDS = ANSWER_SECONDS + LAST_SECONDS + LEAVE_SECONDS + webhooks.LEAVE_SECONDS  # of grace, in all
 
 
-class HastyProtocol(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """HTTP/1.1 that closes a connection whose request head does not arrive in time.
 
     The same holds for the rest of a body after its answer. Answers must be read at a minimum rate.
@@ -165,7 +165,7 @@ def protocol(
     rest_seconds: float = REST_SECONDS,
     reading_seconds: float = READING_SECONDS,
     max_connections: int = sys.maxsize,
-) -> type[HastyProtocol]:
+) -> type[TimeoutProtocol]:
     """Return a protocol class with these limits: uvicorn takes a class, not an instance."""
     patience = {
         "header_seconds": header_seconds,
@@ -173,7 +173,7 @@ def protocol(
         "reading_seconds": reading_seconds,
         "max_connections": max_connections,
     }
-    return type("Protocol", (HastyProtocol,), patience)
+    return type("Protocol", (TimeoutProtocol,), patience)
 
 
 class DrainingServer(uvicorn.Server):

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Depends, Response
 from app.api.deps import TheServices, authenticate
 from app.api.description import NEEDS_KEY, problems
 from app.errors import ROOM_SECONDS, Overloaded
-from app.jobs.room import NO_ROOM
+from app.jobs.disk_space import NO_ROOM
 
 router = APIRouter(tags=["Health"])
 

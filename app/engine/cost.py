@@ -93,8 +93,8 @@ class CostModel:
 
     def eta_seconds(self, request: GenerationRequest, *, ahead_seconds: float, num_devices: int) -> float:
         """Return the seconds until the last picture of a request, with `ahead_seconds` of work before it."""
-        in_company = (ahead_seconds + self.price(request)) / max(num_devices, 1)
-        return max(in_company, self.alone(work_of(request, self.drawn)))
+        together = (ahead_seconds + self.price(request)) / max(num_devices, 1)
+        return max(together, self.alone(work_of(request, self.drawn)))
 
     def learn(self, tick: Observation) -> None:
         """Learn from a tick."""

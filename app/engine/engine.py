@@ -7,7 +7,7 @@ finisher. `contract` defines what a runner does, `scheduler` decides which pictu
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from app.engine.aboard import Aboard
+from app.engine.active_pictures import ActivePictures
 from app.engine.contract import AnyRunner
 from app.engine.cost import CostModel
 from app.engine.finisher import Finished, Finisher
@@ -37,8 +37,8 @@ class HungUp:
     """In the inbox: the other end of the socket is gone."""
 
 
-Letter = AnyToEngine | Finished | Observation | Exception | HungUp
-Inbox = SimpleQueue[Letter]
+InboxMessage = AnyToEngine | Finished | Observation | Exception | HungUp
+Inbox = SimpleQueue[InboxMessage]
 
 
 class Engine:
@@ -68,7 +68,7 @@ class Engine:
         self._logger = logger
         self._finisher = Finisher(runner, send, inbox.put, pulse, clock, logger)
         self._stepper = Stepper(runner, pulse.events, make_room=self._finisher.wait_until_idle)
-        self._aboard = Aboard()
+        self._active = ActivePictures()
         self._is_idle = True
         self._is_draining = False
         self._is_over = False
@@ -93,16 +93,16 @@ class Engine:
     def _listen(self) -> bool:
         """Handle the inbox, waiting for it while there is nothing to step. False when all is done."""
         while not self._is_over:
-            is_done = self._is_draining and not self._aboard
+            is_done = self._is_draining and not self._active
             try:
                 message = self._inbox.get(block=self._is_idle and not is_done)
             except Empty:
                 return not is_done
-            self._heed(message)
+            self._handle(message)
             self._is_idle = False
         return False
 
-    def _heed(self, message: Letter) -> None:
+    def _handle(self, message: InboxMessage) -> None:
         match message:
             case Run():
                 self._admit(message)
@@ -111,7 +111,7 @@ class Engine:
             case Cancel(job):
                 self._drop(job)
             case WantPreviews(job, count):
-                self._aboard.want_previews(job, count)
+                self._active.want_previews(job, count)
             case Drain():
                 self._is_draining = True
             case Observation():
@@ -127,7 +127,7 @@ class Engine:
 
     def _expect(self, request: bytes) -> None:
         """Use idle time to prepare for a request that may come. Its errors are reported when it does."""
-        if self._aboard:
+        if self._active:
             return
         with self._pulse.busy(0.0):
             try:
@@ -137,7 +137,7 @@ class Engine:
 
     def _admit(self, run: Run) -> None:
         """Take a picture aboard and give it to the scheduler."""
-        if run in self._aboard:
+        if run in self._active:
             return
         try:
             track = self._runner.start(run)
@@ -147,13 +147,13 @@ class Engine:
             return
         picture = Picture.aboard(run, track, self._clock())
         picture.follow(self._cost.alone(picture.track.work))
-        self._aboard.add(picture)
-        self._pulse.num_samples = len(self._aboard)
+        self._active.add(picture)
+        self._pulse.num_samples = len(self._active)
         self._scheduler.add(picture.entry)
 
     def _step(self, batch: Batch) -> list[Picture]:
         """Advance a batch by one step; return its pictures that are still wanted."""
-        pictures = [self._aboard.at(entry.job, entry.index) for entry in batch.entries]
+        pictures = [self._active.at(entry.job, entry.index) for entry in batch.entries]
         if any(picture.run.is_alone for picture in pictures):
             self._finisher.wait_until_idle()
         self._faults.hit("engine_before_step")
@@ -223,10 +223,10 @@ class Engine:
 
     def _publish(self, pictures: list[Picture]) -> None:
         """Send the progress of the pictures, not too often, and order the previews that are due."""
-        due = self._aboard.to_tell(pictures, self._clock())
+        due = self._active.to_tell(pictures, self._clock())
         if due:
             self._send(Progressed(tuple(picture.progress() for picture in due)))
-        for picture in self._aboard.to_show(pictures):
+        for picture in self._active.to_show(pictures):
             self._finisher.preview(picture, picture.num_previews - 1)
 
     def _fail(self, run: Run, error: Exception) -> None:
@@ -244,7 +244,7 @@ class Engine:
 
     def _drop(self, job: str) -> None:
         """Drop a job, wherever its pictures are."""
-        for picture in self._aboard.of(job):
+        for picture in self._active.of(job):
             self._finisher.drop(picture)
             if picture.is_in_queue:
                 self._scheduler.remove(picture.entry)
@@ -252,5 +252,5 @@ class Engine:
             self._let_go(picture)
 
     def _let_go(self, picture: Picture) -> None:
-        self._aboard.remove(picture)
-        self._pulse.num_samples = len(self._aboard)
+        self._active.remove(picture)
+        self._pulse.num_samples = len(self._active)

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from app.jobs.job import Job
-from app.jobs.notes import Notes
+from app.jobs.job_notes import JobNotes
 
 
 class Callers:
     """Counts the callers that wait, and calls `give_up` for jobs that nobody waits for any more."""
 
-    def __init__(self, notes: Notes, give_up: Callable[[Job], None]) -> None:
+    def __init__(self, notes: JobNotes, give_up: Callable[[Job], None]) -> None:
         self._notes = notes
         self._give_up = give_up
         self._waiting: Counter[str] = Counter()

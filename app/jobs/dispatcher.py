@@ -3,11 +3,11 @@
 A job is accepted when the database has committed it, and no caller is told before. These objects cooperate:
 
     JobStore   keeps the jobs in the database
-    Fleet      claims jobs and sends them to engines; its Keeper stores what engines send back
-    Chores     does periodic work in one task, which is woken when something can be claimed
+    Fleet      claims jobs and sends them to engines; its ResultWriter stores what engines send back
+    Maintenance     does periodic work in one task, which is woken when something can be claimed
     EventHub   tells what happens to jobs to those who wait or watch
     Callers    counts who waits for which job, which is given up when the last one has left
-    Notes      holds what this server knows of a job beyond its row
+    JobNotes      holds what this server knows of a job beyond its row
     Forecast   predicts progress and waiting times
     Room       watches the free disk space
 
@@ -39,19 +39,19 @@ from app.errors import (
     StorageFull,
 )
 from app.jobs.callers import Callers
-from app.jobs.chores import Chores
 from app.jobs.database import DatabaseAway
+from app.jobs.disk_space import NO_ROOM, DiskSpace
 from app.jobs.events import Event, EventHub
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.fleet import LEAVE_SECONDS, Fleet
 from app.jobs.flights import Slot
 from app.jobs.forecast import Forecast
 from app.jobs.job import Job, JobStatus, Progress
-from app.jobs.keeping import Means
+from app.jobs.job_notes import JobNotes
 from app.jobs.keys import Idempotency
-from app.jobs.notes import Notes
-from app.jobs.room import NO_ROOM, Room
-from app.jobs.seat import Seat
+from app.jobs.maintenance import Maintenance
+from app.jobs.results import Resources
+from app.jobs.server_lock import ServerLock
 from app.jobs.store import JobStore, Submitted
 from app.jobs.supervisor import EngineState, Supervisor
 from app.logs import Logger
@@ -73,7 +73,7 @@ class Dispatcher:
         store: JobStore,
         engines: Sequence[Supervisor],
         *,
-        seat: Seat,
+        server_lock: ServerLock,
         images: ImageStore,
         inputs: InputStore,
         encoders: Executor,
@@ -87,19 +87,19 @@ class Dispatcher:
         self.events = EventHub()
         self.engines = engines
         self._store = store
-        self._seat = seat
+        self._server_lock = server_lock
         self._cost = cost
         self._settings = settings
         self._metrics = metrics
         self._logger = logger
-        room = Room(
+        disk_space = DiskSpace(
             [settings.data_dir / "files", settings.data_dir],  # the pictures may be on a disk of their own
             try_job=store.try_to_submit,
             on_held_up=self.events.hold_up,
             metrics=metrics,
             logger=logger,
         )
-        means = Means(
+        resources = Resources(
             store=store,
             images=images,
             inputs=inputs,
@@ -109,29 +109,29 @@ class Dispatcher:
             metrics=metrics,
             logger=logger,
             faults=faults,
-            notes=Notes(),
-            room=room,
+            notes=JobNotes(),
+            disk_space=disk_space,
             model_name=settings.model_name,
             clock=clock,
-            on_change=self._look_up,
-            on_queued=lambda: self._chores.wake(is_queued=True),
+            on_change=self._wake_all,
+            on_queued=lambda: self._maintenance.wake(is_queued=True),
             on_end=self._take_leave,
         )
-        self._notes = means.notes
-        self._room = room
-        self._callers = Callers(means.notes, self._give_up)
+        self._notes = resources.notes
+        self._disk_space = disk_space
+        self._callers = Callers(resources.notes, self._give_up)
         self._fleet = Fleet(
-            [Slot(engine, f"{seat.name}/{number}") for number, engine in enumerate(engines)],
-            means,
+            [Slot(engine, f"{server_lock.name}/{number}") for number, engine in enumerate(engines)],
+            resources,
             self._spawn,
         )
         self._forecast = Forecast(store, self._fleet, self.events, cost)
-        self._chores = Chores(
+        self._maintenance = Maintenance(
             self._fleet,
             self._forecast,
-            means,
+            resources,
             lease_seconds=settings.lease_seconds,
-            is_sole=seat.is_sole,
+            is_sole=server_lock.is_sole,
         )
         self._changed = asyncio.Event()
         self._decided = asyncio.Event()  # the model is loaded, or never will be
@@ -147,16 +147,16 @@ class Dispatcher:
         await self._fleet.recover()
         for engine in self.engines:
             engine.start(self._fleet)
-        self._spawn(self._chores.run())
-        self._watching = self._spawn(self._room.watch())
+        self._spawn(self._maintenance.run())
+        self._watching = self._spawn(self._disk_space.watch())
 
     def close(self) -> None:
         """Take no more work, from callers or from the queue."""
         self._is_closed = True
-        self._chores.close()
+        self._maintenance.close()
         self._fleet.close()
-        self._look_up()
-        if self._seat.is_sole:  # no other server will do the queued jobs
+        self._wake_all()
+        if self._server_lock.is_sole:  # no other server will do the queued jobs
             for job_id, _, _ in self.events.unended():
                 if self._fleet.flight(job_id) is None:
                     self.events.forget(job_id)
@@ -184,7 +184,7 @@ class Dispatcher:
     async def stop(self) -> None:
         """End at once: what is not done goes back to the queue."""
         self.abandon()
-        self._chores.end()
+        self._maintenance.end()
         if self._watching is not None:
             self._watching.cancel()
         if self._tasks:  # so that a claim being committed is known and put back
@@ -219,7 +219,7 @@ class Dispatcher:
     @property
     def has_room(self) -> bool:
         """Whether the disks have room for another job and its pictures."""
-        return not self._room.is_short
+        return not self._disk_space.is_short
 
     @property
     def is_accepting(self) -> bool:
@@ -284,7 +284,7 @@ class Dispatcher:
             job = await self._get(job_id)
             if job.is_finished:
                 return job
-            if self._seat.is_sole and self._is_closed and self._fleet.flight(job_id) is None:
+            if self._server_lock.is_sole and self._is_closed and self._fleet.flight(job_id) is None:
                 raise self._leaving()
         ended = await self.events.final(job_id)
         if ended is not None:
@@ -303,7 +303,7 @@ class Dispatcher:
         `is_patient`, StorageFull is raised if the job cannot end until there is room.
         """
         job = await self._get(job_id)
-        await self._chores.look_at(job, is_watched=True)
+        await self._maintenance.look_at(job, is_watched=True)
         if self._fleet.flight(job_id) is not None:
             self._forecast.progress(job)  # publishes it: nobody was told of the steps so far
         last = None
@@ -358,12 +358,12 @@ class Dispatcher:
         except StorageFull as error:
             self._metrics.refused.labels(StorageFull.code).inc()
             if self.has_room:  # to our knowledge
-                self._room.refused(error)
+                self._disk_space.refused(error)
             raise
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds
             if not submitted.is_claimed:
-                self._chores.wake(is_queued=True)
+                self._maintenance.wake(is_queued=True)
         return submitted
 
     async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
@@ -380,7 +380,7 @@ class Dispatcher:
             return before
         job = await self._store.request_cancel(job_id, tenant)
         if job is not None and job.is_finished:
-            self._fleet.keeper.tell(job, is_ours=True)
+            self._fleet.results.tell(job, is_ours=True)
         return job
 
     def _give_up(self, job: Job) -> None:
@@ -417,9 +417,9 @@ class Dispatcher:
             "job ended", job=job.id, status=job.status.value, reason=reason, seconds=round(seconds, 3)
         )
 
-    def _look_up(self) -> None:
+    def _wake_all(self) -> None:
         """React to a change: there may be room, or nothing left to do, or another engine."""
-        self._chores.wake()
+        self._maintenance.wake()
         self._changed.set()
         usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
         if self._is_closed or not usable or any(engine.ready for engine in usable):

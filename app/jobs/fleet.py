@@ -15,7 +15,7 @@ from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixel
 from app.errors import AppError, QueueFull
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
-from app.jobs.keeping import Keeper, Means
+from app.jobs.results import Resources, ResultWriter
 from app.jobs.store import Claim, Submitted
 from app.jobs.supervisor import Supervisor
 
@@ -27,12 +27,12 @@ Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 class Fleet:
     """Has engines do the jobs of the queue, as far as there is room. `spawn` runs what nobody waits for."""
 
-    def __init__(self, slots: Sequence[Slot], means: Means, spawn: Spawn) -> None:
+    def __init__(self, slots: Sequence[Slot], resources: Resources, spawn: Spawn) -> None:
         self.slots = slots
-        self.keeper = Keeper(means)
-        self._means = means
-        self._store = means.store
-        self._events = means.events
+        self.results = ResultWriter(resources)
+        self._resources = resources
+        self._store = resources.store
+        self._events = resources.events
         self._spawn = spawn
         self._is_closed = False
         self._boarding = asyncio.Lock()  # held to claim jobs, and to put them back after a death
@@ -48,7 +48,7 @@ class Fleet:
 
     def want_previews(self, job_id: str, count: int) -> None:
         """Have `count` previews made of each picture of a job, whether it is here already or not."""
-        note = self._means.notes.of(job_id)
+        note = self._resources.notes.of(job_id)
         note.num_previews = max(count, note.num_previews)
         flight = self.flight(job_id)
         if flight is not None:
@@ -59,10 +59,10 @@ class Fleet:
         self._is_closed = True
 
     async def recover(self) -> None:
-        """Requeue what was in work when the last holder of our seat died. No job is blamed for that."""
+        """Requeue what was in work when the last holder of our lock died. No job is blamed for that."""
         for slot in self.slots:
             for job in await self._store.release(slot.worker):
-                self._means.logger.info("a job is resumed", job=job.id, status=job.status)
+                self._resources.logger.info("a job is resumed", job=job.id, status=job.status)
 
     async def accept(
         self, job: Job, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float
@@ -113,7 +113,7 @@ class Fleet:
                 await self._board(slot, job)
             slot.may_hold_strays = False
         except Exception as error:
-            self._means.logger.error("a job that was claimed could not board", exc_info=error)
+            self._resources.logger.error("a job that was claimed could not board", exc_info=error)
 
     async def claim(self, lease_seconds: float) -> bool:
         """Fill the engines with jobs, the least busy one first. True if there may be more than fits."""
@@ -144,26 +144,26 @@ class Fleet:
         async with self._boarding:
             flight = self.flight(job_id)
         if flight is not None:
-            await self.keeper.end(flight, lambda job: job.canceled(self._means.clock()))
+            await self.results.end(flight, lambda job: job.canceled(self._resources.clock()))
 
     async def expire(self) -> None:
         """End the jobs in our hands whose deadline has passed."""
         now = asyncio.get_running_loop().time()
         for flight in self.flights:
             if flight.expires_at is not None and flight.expires_at <= now:
-                await self.keeper.end(flight, lambda job: job.expired(self._means.clock()))
+                await self.results.end(flight, lambda job: job.expired(self._resources.clock()))
 
     async def leave(self) -> None:
         """Requeue what is not done, and end the engines."""
         self.close()
-        self.keeper.is_leaving = True
+        self.results.is_leaving = True
         try:
             async with asyncio.timeout(LEAVE_SECONDS), self._boarding:
                 await self._put_back()
-        except Exception as error:  # then the next holder of our seat does it
-            self._means.logger.error("jobs could not be put back", exc_info=error)
+        except Exception as error:  # then the next holder of our lock does it
+            self._resources.logger.error("jobs could not be put back", exc_info=error)
         for flight in self.flights:
-            self.keeper.drop(flight)
+            self.results.drop(flight)
         await asyncio.gather(*(slot.engine.stop(LEAVE_SECONDS) for slot in self.slots))
 
     async def _put_back(self) -> None:
@@ -172,33 +172,33 @@ class Fleet:
         for write in self._writes(self.slots):
             write.cancel()
         for flight in self.flights:
-            self.keeper.drop(flight)
+            self.results.drop(flight)
         for slot in self.slots:
-            await self.keeper.release(slot, set())
+            await self.results.release(slot, set())
 
     # Called by supervisors
 
     async def engine_ready(self, engine: Supervisor) -> None:
         """Learn what the engine measured, and look for work for it."""
         if engine.ready is not None:
-            self._means.cost.learn_profile(engine.ready.step_seconds)
-        self._means.on_change()
+            self._resources.cost.learn_profile(engine.ready.step_seconds)
+        self._resources.on_change()
 
     async def engine_said(self, engine: Supervisor, message: AnyFromEngine) -> None:
         """Handle a message of an engine, but ignore it if its job is not aboard any more."""
         if isinstance(message, Heartbeat):
             for tick in message.ticks:
-                self._means.cost.learn(tick)
-            self._means.metrics.cost_error.set(self._means.cost.error)
+                self._resources.cost.learn(tick)
+            self._resources.metrics.cost_error.set(self._resources.cost.error)
         elif isinstance(message, Progressed):
             flights = self._slot(engine).flights
             for job, steps in groupby(message.steps, attrgetter("job")):  # those of a job are adjacent
                 if job in flights:
-                    self.keeper.follow(flights[job], steps)
+                    self.results.follow(flights[job], steps)
         elif isinstance(message, Previewed | Latents | Pixels | Failed):
             flight = self._slot(engine).flights.get(message.job)
             if flight is not None:
-                await self.keeper.hear(flight, message)
+                await self.results.hear(flight, message)
 
     async def engine_lost(self, engine: Supervisor) -> None:
         """Finish writing what the dead engine had sent, and requeue the rest."""
@@ -208,9 +208,9 @@ class Fleet:
                 await asyncio.wait(writes)
             aboard = {flight.job.id for flight in slot.flights.values() if flight.is_aboard}
             for flight in list(slot.flights.values()):
-                self.keeper.drop(flight)
-            await self.keeper.release(slot, aboard)
-        self._means.on_change()
+                self.results.drop(flight)
+            await self.results.release(slot, aboard)
+        self._resources.on_change()
 
     # Boarding
 
@@ -237,45 +237,45 @@ class Fleet:
         """Requeue jobs that a failed claim left under our name without our knowledge."""
         for slot in self.slots:
             if slot.may_hold_strays:
-                await self.keeper.release(slot, set())
+                await self.results.release(slot, set())
                 slot.may_hold_strays = False
 
     async def _board(self, slot: Slot, job: Job) -> None:
         """Make a flight of a claimed job, which resumes from what is stored of it."""
         now = asyncio.get_running_loop().time()
         if (earlier := self.flight(job.id)) is not None:  # whose lease was lost while it wrote
-            self.keeper.drop(earlier)
+            self.results.drop(earlier)
         is_replay = job.fence > 1
-        latents = await self.keeper.persist(partial(self._store.load_latents, job.id)) if is_replay else {}
+        latents = await self.results.persist(partial(self._store.load_latents, job.id)) if is_replay else {}
         inputs, flaw = {}, None
         try:
-            inputs = await self.keeper.read_inputs(job)
+            inputs = await self.results.read_inputs(job)
         except (AppError, OSError) as error:
             flaw = error
-        age = self._means.clock() - job.created_at
+        age = self._resources.clock() - job.created_at
         flight = Flight(
             job,
             slot,
             latents,
             inputs,
-            picture_seconds=self._means.cost.alone(work_of(job.request, self._means.cost.drawn)),
+            picture_seconds=self._resources.cost.alone(work_of(job.request, self._resources.cost.drawn)),
             arrived_at=now - max(age, 0.0),
-            num_previews=self._means.notes.of(job.id).num_previews,
-            expires_at=None if job.deadline_at is None else now + job.deadline_at - self._means.clock(),
+            num_previews=self._resources.notes.of(job.id).num_previews,
+            expires_at=None if job.deadline_at is None else now + job.deadline_at - self._resources.clock(),
         )
         if is_replay:
-            self._means.metrics.replays.labels("decoder" if latents else "prior").inc()
+            self._resources.metrics.replays.labels("decoder" if latents else "prior").inc()
         self._events.begin_claim(job)
         flight.fraction = self._events.progress(job).fraction
         for image in job.images:
             self._events.publish(job.id, image)
         if flaw is not None:
-            await self.keeper.fail(flight, flaw)
+            await self.results.fail(flight, flaw)
             return
         slot.add(flight, now)
         self._events.publish(job.id, flight.progress())
         if not flight.missing:
-            self.keeper.finish(flight)
+            self.results.finish(flight)
 
     def _writes(self, slots: Sequence[Slot]) -> list["asyncio.Task[None]"]:
         return [write for slot in slots for flight in slot.flights.values() for write in flight.writes]

@@ -14,7 +14,7 @@ from app.storage.inputs import InputStore
 ROUND_SECONDS = 60.0
 
 
-async def keep_house(
+async def prune_periodically(
     store: JobStore,
     images: ImageStore,
     inputs: InputStore,

@@ -15,13 +15,13 @@ from app.errors import Conflict, StorageFull
 from app.jobs import claims, keys, outbox, pages, queue, rows
 from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
+from app.jobs.disk_space import NO_ROOM
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Job, JobStatus, Progress, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
 from app.jobs.outbox import Busy, Delivery
 from app.jobs.queue import IS_QUEUED, QueueCounts
-from app.jobs.room import NO_ROOM
 from app.jobs.tables import deliveries, inputs, jobs
 from app.schemas import GenerationRequest
 

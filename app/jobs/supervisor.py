@@ -57,7 +57,7 @@ class Patience:
     health: float = 60.0  # after which earlier deaths are forgotten, as they are when it does work
 
 
-class Crew(Protocol):
+class EngineListener(Protocol):
     """The receiver of an engine's news. During a call the engine is neither heard nor started again."""
 
     async def engine_ready(self, engine: "Supervisor") -> None:
@@ -102,9 +102,9 @@ class Supervisor:
         """Whether work can be given to it."""
         return self.state is EngineState.READY
 
-    def start(self, crew: Crew) -> None:
+    def start(self, listener: EngineListener) -> None:
         """Start the engine, and keep it alive from now on."""
-        self._life = asyncio.create_task(self._live(crew), name=f"engine {self.device}")
+        self._life = asyncio.create_task(self._live(listener), name=f"engine {self.device}")
 
     def send(self, message: ToEngine) -> None:
         """Send a message to the engine. If it has died, the message is lost."""
@@ -123,10 +123,10 @@ class Supervisor:
             self._link.kill()
         await self._life
 
-    async def _live(self, crew: Crew) -> None:
+    async def _live(self, listener: EngineListener) -> None:
         """Run the engine again and again."""
         while not self._stopping.is_set():
-            cause = await self._live_once(crew)
+            cause = await self._live_once(listener)
             if self.state is EngineState.UNUSABLE or self._stopping.is_set():
                 return
             self.num_deaths += 1
@@ -138,7 +138,7 @@ class Supervisor:
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
 
-    async def _live_once(self, crew: Crew) -> str:
+    async def _live_once(self, listener: EngineListener) -> str:
         """Start the engine and wait for its end; return the cause in a word."""
         self.state = EngineState.STARTING
         try:
@@ -151,7 +151,7 @@ class Supervisor:
         link.send(self._configure)
         if self._stopping.is_set():
             link.kill()
-        talk = _Conversation(self, link, crew, self._patience, self._metrics, self._logger)
+        talk = _Conversation(self, link, listener, self._patience, self._metrics, self._logger)
         try:
             cause = await talk.until_the_end()
         finally:
@@ -164,13 +164,13 @@ class Supervisor:
             self._logger.error("the model cannot be used", reason=self.reason)
         else:
             self.state = EngineState.DEAD
-        await self._mourn(crew)
+        await self._report_death(listener)
         return cause
 
-    async def _mourn(self, crew: Crew) -> None:
+    async def _report_death(self, listener: EngineListener) -> None:
         try:
-            await crew.engine_lost(self)
-        except Exception as error:  # the device goes on, whatever is wrong with the crew
+            await listener.engine_lost(self)
+        except Exception as error:  # the device goes on, whatever is wrong with the listener
             self._logger.error("the death of the engine was not dealt with", exc_info=error)
 
     def came_up(self, ready: Ready) -> None:
@@ -192,7 +192,7 @@ class _Conversation:
         self,
         engine: Supervisor,
         link: Link,
-        crew: Crew,
+        listener: EngineListener,
         patience: Patience,
         metrics: Metrics,
         logger: Logger,
@@ -201,7 +201,7 @@ class _Conversation:
         self.reason = ""
         self._engine = engine
         self._link = link
-        self._crew = crew
+        self._crew = listener
         self._patience = patience
         self._metrics = metrics
         self._logger = logger

@@ -44,7 +44,7 @@ class Post(Protocol):
         """Send a body and return the status of the answer. Raises Unreachable."""
 
 
-class Courier:
+class WebhookSender:
     """Calls webhooks when a delivery is due. For one event loop."""
 
     def __init__(

@@ -12,7 +12,7 @@ import httpx2
 
 from app.engine.contract import Decoded
 from app.errors import SettingsError
-from app.jobs import keeping, room
+from app.jobs import disk_space, results
 from app.main import create_app
 from app.settings import Settings
 from tests.app import fakes
@@ -115,7 +115,7 @@ def say(line: str) -> None:
 
 async def main(folder: Path) -> None:
     """The whole story."""
-    room.LOOK_SECONDS, room.PATIENCE_SECONDS, keeping.LONGEST_PAUSE = 0.05, 0.3, 0.1
+    disk_space.LOOK_SECONDS, disk_space.PATIENCE_SECONDS, results.LONGEST_PAUSE = 0.05, 0.3, 0.1
     disk, runner = Disk(folder), NoisyRunner()
     settings = Settings(data_dir=folder / "data", log_format="json", sync_timeout=60)
     app = create_app(settings, runner=runner)

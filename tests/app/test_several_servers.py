@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import httpx2
 import pytest
 
-from app.jobs import chores
+from app.jobs import maintenance
 from tests.app.api.sse import told
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, closed, until
@@ -20,8 +20,8 @@ Servers = tuple[httpx2.AsyncClient, httpx2.AsyncClient]
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 0.05)
-    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(maintenance, "RENEW_SECONDS", 0.2)
 
 
 @pytest.fixture

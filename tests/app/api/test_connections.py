@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.api import connections
-from app.api.connections import HastyProtocol, configure, protocol
+from app.api.connections import TimeoutProtocol, configure, protocol
 from app.api.gateway import CROWDED
 from app.settings import Settings
 
@@ -47,7 +47,7 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def served(kind: type[HastyProtocol], app: Any = hello) -> AsyncIterator[uvicorn.Server]:
+async def served(kind: type[TimeoutProtocol], app: Any = hello) -> AsyncIterator[uvicorn.Server]:
     config = uvicorn.Config(app, http=kind, lifespan="off", log_config=None, port=0)
     server = uvicorn.Server(config)
     config.load()
@@ -268,5 +268,5 @@ def test_some_descriptors_are_kept_for_the_work(monkeypatch: pytest.MonkeyPatch)
 def room(settings: Settings) -> int:
     kind = configure(FastAPI(), settings).http
     assert isinstance(kind, type)
-    assert issubclass(kind, HastyProtocol)
+    assert issubclass(kind, TimeoutProtocol)
     return kind.max_connections

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.jobs import keeping, room
+from app.jobs import disk_space, results
 from tests.app.api.sse import Watcher, told
 from tests.app.conftest import eventually, inside
 from tests.app.pictures import file, sample
@@ -35,9 +35,9 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    monkeypatch.setattr(room, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(keeping, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(disk_space, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(disk_space, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(results, "LONGEST_PAUSE", 0.1)
     disk = Disk(monkeypatch)
     yield disk
     disk.is_full = False

@@ -112,7 +112,7 @@ async def test_who_follows_a_job_sees_the_previews_it_asked_for(
         time.sleep(0.12 if is_late and made.preview == 0 else 0)
         return encode_preview(made)
 
-    monkeypatch.setattr("app.jobs.keeping.encode_preview", encode)
+    monkeypatch.setattr("app.jobs.results.encode_preview", encode)
     runner = FakeRunner(steps=8)
     runner.on_step = lambda tracks: time.sleep(0.02)  # a picture that is finished before needs no preview
     async with serve(use=runner) as client:

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from app.jobs import chores
+from app.jobs import maintenance
 from tests.app.api.sse import Watcher
 from tests.app.conftest import Serve, inside
 from tests.app.fakes import FakeRunner, closed, until
@@ -106,10 +106,10 @@ async def test_raw_bytes_cannot_hold_two(client: httpx2.AsyncClient, runner: Fak
 async def test_async_is_answered_at_once_and_finishes(
     serve: Serve, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 60.0)  # none that would be claiming just then
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 60.0)  # none that would be claiming just then
     async with serve() as client:
         dispatcher = inside(client).dispatcher
-        await until(lambda: not (dispatcher._chores._may_claim or dispatcher._fleet._boarding.locked()))
+        await until(lambda: not (dispatcher._maintenance._may_claim or dispatcher._fleet._boarding.locked()))
         with closed(runner.gate):
             answer = await post(client, {"prefer": "respond-async"}, num_images_per_prompt=2)
             job = answer.json()

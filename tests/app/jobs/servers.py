@@ -28,7 +28,7 @@ from app.jobs.events import Event
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Job
 from app.jobs.links import Launch, Link
-from app.jobs.seat import take_seat
+from app.jobs.server_lock import lock_server
 from app.jobs.store import JobStore
 from app.jobs.supervisor import Patience, Supervisor
 from app.logs import make_logger
@@ -123,7 +123,7 @@ class Server:
         self.images = ImageStore(self.files, 1000)
         (folder / "inputs").mkdir(exist_ok=True)
         self.inputs = InputStore(folder / "inputs", self.settings.max_pixels)
-        self.seat = take_seat(folder, is_sole=is_sole)
+        self.server_lock = lock_server(folder, is_sole=is_sole)
         self.engines: list[list[Engine]] = [[] for _ in range(devices)]
         self.encoders = ThreadPoolExecutor(2)
         logger = make_logger(self.settings, self.log)
@@ -147,7 +147,7 @@ class Server:
                 )
                 for device in range(devices)
             ],
-            seat=self.seat,
+            server_lock=self.server_lock,
             images=self.images,
             inputs=self.inputs,
             encoders=self.encoders,
@@ -179,10 +179,10 @@ class Server:
 
     def leave(self) -> None:
         self.encoders.shutdown()
-        self.seat.leave()
+        self.server_lock.leave()
 
     async def crash(self) -> None:
-        """As if by SIGKILL: nothing is written or told any more, and the seat is free."""
+        """As if by SIGKILL: nothing is written or told any more, and the lock is free."""
         for task in [*self.dispatcher._tasks, *(supervisor._life for supervisor in self.dispatcher.engines)]:
             if task is not None:
                 task.cancel()
@@ -210,7 +210,7 @@ class Server:
 
     async def at_rest(self) -> None:
         """Until the engine is ready, and nothing is being claimed or about to be."""
-        chores, fleet = self.dispatcher._chores, self.dispatcher._fleet
+        chores, fleet = self.dispatcher._maintenance, self.dispatcher._fleet
         await until(lambda: self.engine.sent and not (chores._may_claim or fleet._boarding.locked()))
 
     async def replace_engine(self) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from app.errors import StorageFull
-from app.jobs.housekeeping import keep_house
+from app.jobs.housekeeping import prune_periodically
 from app.jobs.store import JobStore
 from app.logs import make_logger
 from app.settings import Settings
@@ -72,7 +72,7 @@ async def test_old_jobs_go_with_their_pictures_and_errors_are_for_the_next_round
     settings = Settings(job_ttl=0.01, log_format="json")
     with ThreadPoolExecutor(1) as encoders:
         tidying = asyncio.create_task(
-            keep_house(
+            prune_periodically(
                 cast(JobStore, things),
                 cast(ImageStore, things),
                 cast(InputStore, inputs),

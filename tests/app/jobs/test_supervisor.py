@@ -45,7 +45,7 @@ def anyio_backend() -> object:
 
 
 class Scene:
-    """A supervisor, the engines that it started, and what its crew was told, with the time."""
+    """A supervisor, the engines that it started, and what its listener was told, with the time."""
 
     def __init__(self) -> None:
         self.links: list[FakeLink] = []
@@ -53,7 +53,7 @@ class Scene:
         self.launches: list[float] = []
         self.refusals: list[OSError] = []
         self.is_starting_slowly = False
-        self.slow: asyncio.Event | None = None  # holds the crew up
+        self.slow: asyncio.Event | None = None  # holds the listener up
         self.surprise: Exception | None = None
         self.metrics = Metrics()
         logger = make_logger(usual_settings(), io.StringIO())

@@ -22,7 +22,7 @@ from app.jobs.webhooks import (
     MAX_AT_ONE_RECEIVER,
     MAX_OF_ONE_TENANT,
     PAUSES,
-    Courier,
+    WebhookSender,
     pause_after,
 )
 from app.logs import make_logger
@@ -75,7 +75,7 @@ async def body(delivery: Delivery, webhook: Webhook) -> bytes:
 
 
 @pytest.fixture
-async def courier(store: JobStore, receivers: Receivers, metrics: Metrics, clock: Clock) -> Courier:
+async def courier(store: JobStore, receivers: Receivers, metrics: Metrics, clock: Clock) -> WebhookSender:
     return new_courier(store, receivers, metrics, clock)
 
 
@@ -86,8 +86,8 @@ def new_courier(
     clock: Clock,
     faults: Faults | None = None,
     log_level: Any = "error",
-) -> Courier:
-    return Courier(
+) -> WebhookSender:
+    return WebhookSender(
         store,
         body=body,
         secret=secret,
@@ -107,7 +107,7 @@ async def end(store: JobStore, clock: Clock, host: str = "one.example", **fields
     return job.id
 
 
-async def round_of(courier: Courier) -> None:
+async def round_of(courier: WebhookSender) -> None:
     """Begin what is due and wait for what comes of it."""
     await courier._begin_due()
     if courier._attempts:
@@ -125,7 +125,7 @@ def outcomes(metrics: Metrics) -> dict[str, float]:
 
 
 async def test_what_is_told_is_signed_as_the_standard_has_it(
-    store: JobStore, courier: Courier, receivers: Receivers, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     clock.now = time.time()
     job_id = await end(store, clock, tenant="bob", created_at=clock.now)
@@ -143,7 +143,7 @@ async def test_what_is_told_is_signed_as_the_standard_has_it(
 
 
 async def test_what_was_taken_is_not_told_again(
-    store: JobStore, courier: Courier, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     await end(store, clock)
     for _ in range(3):
@@ -155,7 +155,7 @@ async def test_what_was_taken_is_not_told_again(
 
 @pytest.mark.parametrize("status", [199, 302, 400, 404, 500, Unreachable("refused"), KeyError("ours")])
 async def test_a_receiver_that_fails_is_told_again_and_again_but_not_for_ever(
-    store: JobStore, courier: Courier, receivers: Receivers, metrics: Metrics, clock: Clock, status: Any
+    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock, status: Any
 ) -> None:
     receivers.status = lambda url: status
     await end(store, clock)
@@ -177,7 +177,7 @@ async def test_a_receiver_that_fails_is_told_again_and_again_but_not_for_ever(
 
 
 async def test_a_receiver_that_wants_no_more_is_left_alone(
-    store: JobStore, courier: Courier, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     receivers.status = lambda url: 410
     await end(store, clock)
@@ -213,7 +213,7 @@ async def test_whatever_dies_on_the_way_it_is_told(
 
 
 async def test_a_slow_receiver_keeps_nobody_else_waiting(
-    store: JobStore, courier: Courier, receivers: Receivers, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for _ in range(3 * MAX_AT_ONE_RECEIVER):
@@ -234,7 +234,7 @@ async def test_a_slow_receiver_keeps_nobody_else_waiting(
 
 
 async def test_a_tenant_with_many_slow_receivers_keeps_no_other_waiting(
-    store: JobStore, courier: Courier, receivers: Receivers, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for number in range(MAX_AT_ONCE):
@@ -251,7 +251,7 @@ async def test_a_tenant_with_many_slow_receivers_keeps_no_other_waiting(
 
 
 async def test_attempts_at_once_are_bounded(
-    store: JobStore, courier: Courier, receivers: Receivers, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for number in range(MAX_AT_ONCE + 5):
@@ -267,7 +267,7 @@ async def test_attempts_at_once_are_bounded(
 
 async def test_it_lives_on_when_the_database_is_away(
     store: JobStore,
-    courier: Courier,
+    courier: WebhookSender,
     receivers: Receivers,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
@@ -290,7 +290,7 @@ async def test_it_lives_on_when_the_database_is_away(
 
 
 async def test_who_leaves_lets_an_attempt_come_to_its_end(
-    store: JobStore, courier: Courier, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     receivers.gate.clear()
     await end(store, clock)
@@ -307,7 +307,7 @@ async def test_who_leaves_lets_an_attempt_come_to_its_end(
 
 async def test_who_leaves_does_not_wait_for_ever(
     store: JobStore,
-    courier: Courier,
+    courier: WebhookSender,
     receivers: Receivers,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.jobs import chores, keeping
+from app.jobs import maintenance, results
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.fleet import Fleet
@@ -22,8 +22,8 @@ Serve = Callable[..., Awaitable[Server]]
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 0.01)
-    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 0.01)
+    monkeypatch.setattr(results, "FIRST_PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def claims_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is claimed from the queue but at the start and when there is news."""
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 60.0)
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 60.0)
 
 
 @pytest.fixture

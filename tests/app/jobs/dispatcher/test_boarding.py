@@ -117,11 +117,11 @@ async def test_a_job_that_cannot_board_goes_back(
 
     fleet = server.dispatcher._fleet
     with monkeypatch.context() as patch:
-        patch.setattr(fleet.keeper, "read_inputs", broken)
+        patch.setattr(fleet.results, "read_inputs", broken)
         accepted = await server.submit(1)
         await until(lambda: not fleet._boarding.locked())
     assert "could not board" in server.log.getvalue()
-    server.dispatcher._chores.wake(is_queued=True)
+    server.dispatcher._maintenance.wake(is_queued=True)
     await finish_all(server, accepted)
 
 
@@ -143,7 +143,7 @@ async def test_a_failed_claim_takes_no_room_from_a_busy_engine(
         patch.setattr(store, "submit", failing)
         with pytest.raises(TimeoutError):
             await server.dispatcher.submit(second)
-    server.dispatcher._chores.wake(is_queued=True)  # as the next round does
+    server.dispatcher._maintenance.wake(is_queued=True)  # as the next round does
     await until(lambda: server.dispatcher._fleet.slots[0].room)
     await server.at_rest()
     jobs = [first, *([second] if is_committed else []), await server.submit(3)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.engine.protocol import AnyFromEngine, Failed, Latents, Ready, Run
-from app.jobs import chores, keeping
+from app.jobs import maintenance, results
 from app.jobs.database import Database
 from app.jobs.faults import Faults, InjectedFault
 from app.jobs.fleet import Fleet
@@ -81,8 +81,8 @@ async def test_an_error_at_any_point_loses_nothing(
     database: Database, serve: Serve, monkeypatch: pytest.MonkeyPatch, point: str, passage: int
 ) -> None:
     """The server lives on. Whoever waits gets one result, and every picture is there."""
-    monkeypatch.setattr(chores, "OTHERS_ROUNDS", 10**9)  # nobody is told late of what happened here
-    monkeypatch.setattr(chores, "IDLE_ROUNDS", 10**9)
+    monkeypatch.setattr(maintenance, "OTHERS_ROUNDS", 10**9)  # nobody is told late of what happened here
+    monkeypatch.setattr(maintenance, "IDLE_ROUNDS", 10**9)
     faults = Faults()
     store = store_of(database, faults)
     server = await serve(store=store, faults=faults)
@@ -113,8 +113,8 @@ async def test_an_error_at_any_point_loses_nothing(
 async def test_an_end_that_was_committed_without_our_knowledge_is_told(
     serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "OTHERS_ROUNDS", 10**9)
-    monkeypatch.setattr(chores, "IDLE_ROUNDS", 10**9)
+    monkeypatch.setattr(maintenance, "OTHERS_ROUNDS", 10**9)
+    monkeypatch.setattr(maintenance, "IDLE_ROUNDS", 10**9)
     server = await serve()
     accepted = await server.submit(5)
     waiting = asyncio.create_task(server.ended(accepted))
@@ -160,7 +160,7 @@ async def test_a_killed_server_resumes_where_it_was(
     monkeypatch.undo()
 
     second = await serve()
-    assert second.seat.name == first.seat.name
+    assert second.server_lock.name == first.server_lock.name
     left = {"one picture": 1, "all but the end": 0}.get(moment, 2)
     again = await second.runs(left)
     kept = latents_of(5) if moment in ("latents", "one picture") else None
@@ -217,7 +217,7 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
     server = await serve()
     accepted, other = await server.submit(1), await server.submit(2)
     [early, _] = await server.runs(2)
-    monkeypatch.setattr(keeping, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(results, "FIRST_PAUSE", 0.005)
     save, is_away = store.save_latents, True
 
     async def save_later(*args: Any) -> bool:
@@ -244,7 +244,7 @@ async def test_a_write_of_an_earlier_claim_leaves_the_later_one_alone(
 async def test_what_another_server_ends_is_told_here(
     folder: Path, database: Database, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(maintenance, "RENEW_SECONDS", 0.02)
     here = Server(folder, store_of(database), is_sole=False, max_samples=0)
     here.dispatcher.engines[0].ready = Ready("cpu", "float32", 64, 64, 1, {})  # and not any more
     await here.dispatcher.start()

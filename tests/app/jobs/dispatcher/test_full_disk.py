@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.errors import StorageFull
-from app.jobs import keeping, room
+from app.jobs import disk_space, results
 from app.jobs.job import JobStatus
 from app.jobs.store import Idempotency, JobStore
 from app.storage.writing import Space
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def no_long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LOOK_SECONDS", 0.005)
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.02)
-    monkeypatch.setattr(keeping, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(disk_space, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(disk_space, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(results, "LONGEST_PAUSE", 0.01)
 
 
 class Disk:
@@ -211,10 +211,10 @@ async def test_a_server_that_stops_leaves_what_waits_for_room_to_the_next(
 async def test_many_pictures_that_wait_hold_up_the_engine_and_none_is_lost(serve: Serve, disk: Disk) -> None:
     server = await serve()
     disk.pictures(server)
-    seeds = range(keeping.MAX_PIXELS_WAITING + 4)
+    seeds = range(results.MAX_PIXELS_WAITING + 4)
     jobs = [await server.submit(seed) for seed in seeds]
     server.engine.finish(*await server.runs(len(jobs)))
-    await until(server.dispatcher._fleet.keeper._pixels.locked)
+    await until(server.dispatcher._fleet.results._pixels.locked)
     assert not server.dispatcher.has_room
     disk.is_full = False
     await until(lambda: server.dispatcher.has_room)
@@ -227,7 +227,9 @@ async def test_new_jobs_are_refused_while_those_in_work_still_find_room(
 ) -> None:
     server = await serve()
     accepted = await server.submit(5)
-    monkeypatch.setattr(room, "space_of", lambda _: Space(free=room.RESERVE_BYTES - 1, total=2**40))
+    monkeypatch.setattr(
+        disk_space, "space_of", lambda _: Space(free=disk_space.RESERVE_BYTES - 1, total=2**40)
+    )
     await until(lambda: not server.dispatcher.has_room)
     with pytest.raises(StorageFull):
         await server.submit(6)
@@ -243,7 +245,7 @@ async def test_a_disk_that_others_cannot_write_to_is_seen_by_those_who_wait(
 ) -> None:
     server = await serve(is_sole=False)
     accepted = await server.submit(5)
-    monkeypatch.setattr(room, "space_of", lambda _: Space(free=0, total=2**40))
+    monkeypatch.setattr(disk_space, "space_of", lambda _: Space(free=0, total=2**40))
     with pytest.raises(StorageFull, match=accepted.id):
         await server.ended(accepted)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.engine.protocol import Ready
-from app.jobs import chores
+from app.jobs import maintenance
 from app.jobs.database import Database
 from app.jobs.job import JobStatus, Progress
 from app.jobs.store import JobStore
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chores, "RENEW_SECONDS", 0.005)
+    monkeypatch.setattr(maintenance, "RENEW_SECONDS", 0.005)
 
 
 async def idle_server(folder: Path, store: JobStore) -> Server:

@@ -19,7 +19,7 @@ from app.engine.protocol import (
     WantPreviews,
 )
 from app.errors import Overloaded
-from app.jobs import chores
+from app.jobs import maintenance
 from app.jobs.events import News, Preview
 from app.jobs.faults import Point
 from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY
@@ -102,7 +102,7 @@ async def test_its_events_tell_the_story(serve: Serve) -> None:
 async def test_a_job_is_begun_when_it_comes_and_not_in_the_next_round(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chores, "ROUND_SECONDS", 1000.0)
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 1000.0)
     server = await serve()
     for count in (1, 2, 3):
         accepted = await server.submit(count)

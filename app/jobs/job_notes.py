@@ -14,7 +14,7 @@ class Note:
     is_detached: bool = False  # it is to finish even if all callers leave
 
 
-class Notes:
+class JobNotes:
     """The notes of the jobs that have not ended."""
 
     def __init__(self) -> None:

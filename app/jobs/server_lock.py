@@ -1,6 +1,6 @@
-"""Seats: which server of a data folder this process is. A seat has one holder, and a name that outlives it.
+"""The lock of a server on its data folder. A lock has one holder, and a name that outlives the holder.
 
-The kernel frees the lock of a dead holder. So a new holder knows that nobody works under the name of the seat
+The kernel frees the lock of a dead holder. So a new holder knows that nobody works under the name of the lock
 any more, and takes back at once what was in work when the last holder was killed.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from app.errors import SettingsError
 
-NUM_SEATS = 64  # servers that share a folder
+NUM_LOCKS = 64  # servers that share a folder
 
 
-class Seat:
+class ServerLock:
     """The name of a server, which is ours until we leave or die."""
 
     def __init__(self, name: str, file: TextIOWrapper, *, is_sole: bool) -> None:
@@ -24,23 +24,23 @@ class Seat:
         self._file = file
 
     def leave(self) -> None:
-        """Free the seat for another process."""
+        """Free the lock for another process."""
         self._file.close()
 
 
-def take_seat(folder: Path, *, is_sole: bool) -> Seat:
-    """Take the first free seat of the folder, which has only one if the server must be the sole one.
+def lock_server(folder: Path, *, is_sole: bool) -> ServerLock:
+    """Take the first free lock of the folder, which has only one if the server must be the sole one.
 
     Raises SettingsError when none is free.
     """
-    for number in range(1 if is_sole else NUM_SEATS):
+    for number in range(1 if is_sole else NUM_LOCKS):
         file = (folder / f"server-{number}.lock").open("a+", encoding="ascii")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
         else:
-            return Seat(_name(file), file, is_sole=is_sole)
+            return ServerLock(_name(file), file, is_sole=is_sole)
     raise SettingsError(
         f"another server works in {folder}; give this one a folder of its own with --data-dir"
     )

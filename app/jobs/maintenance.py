@@ -13,7 +13,7 @@ from app.jobs.events import Queued
 from app.jobs.fleet import Fleet
 from app.jobs.forecast import Forecast
 from app.jobs.job import Job, JobStatus
-from app.jobs.keeping import Means
+from app.jobs.results import Resources
 
 ROUND_SECONDS = 0.5
 RENEW_SECONDS = 2.0  # or sooner: a renewal also tells which jobs callers of other servers canceled
@@ -21,16 +21,16 @@ OTHERS_ROUNDS = 10  # a sole server looks up an awaited job that is not in work 
 IDLE_ROUNDS = 60  # any server looks up a job that nobody here waits for in one round of so many
 
 
-class Chores:
+class Maintenance:
     """Rounds of periodic work. What fails is tried again in the next: a database that is away comes back."""
 
     def __init__(
-        self, fleet: Fleet, forecast: Forecast, means: Means, *, lease_seconds: float, is_sole: bool
+        self, fleet: Fleet, forecast: Forecast, resources: Resources, *, lease_seconds: float, is_sole: bool
     ) -> None:
         self._has_news = asyncio.Event()
         self._fleet = fleet
         self._forecast = forecast
-        self._means = means
+        self._resources = resources
         self._lease_seconds = lease_seconds
         self._is_sole = is_sole
         self._may_claim = True  # the queue may hold jobs
@@ -71,13 +71,13 @@ class Chores:
 
     async def look_at(self, job: Job, *, is_watched: bool) -> None:
         """Publish what only the database knows of a job."""
-        events = self._means.events
+        events = self._resources.events
         for image in job.images:
             events.publish(job.id, image)
         if job.is_finished:
-            self._fleet.keeper.tell(job, is_ours=False)
+            self._fleet.results.tell(job, is_ours=False)
         elif is_watched and job.status == JobStatus.QUEUED:
-            position = await self._means.store.position(job)
+            position = await self._resources.store.position(job)
             if position is not None:
                 events.publish(job.id, Queued(position))
         elif is_watched and job.progress is not None and self._fleet.flight(job.id) is None:
@@ -89,11 +89,11 @@ class Chores:
             try:
                 await chore()
             except StorageFull as full:  # `room` logs it once, and not twice a second
-                self._means.room.lacks(name, full)
+                self._resources.disk_space.lacks(name, full)
             except Exception as error:
-                self._means.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
+                self._resources.logger.error("a chore failed and is tried again", chore=name, exc_info=error)
             else:
-                self._means.room.suffices(name)
+                self._resources.disk_space.suffices(name)
 
     async def _renew(self) -> None:
         """Renew our leases before anything is claimed: after a long pause our jobs must not count as lost."""
@@ -104,8 +104,8 @@ class Chores:
 
     async def _expire(self) -> None:
         await self._fleet.expire()
-        for job in await self._means.store.expire(self._means.clock()):
-            self._fleet.keeper.tell(job, is_ours=True)
+        for job in await self._resources.store.expire(self._resources.clock()):
+            self._fleet.results.tell(job, is_ours=True)
 
     async def _claim(self) -> None:
         if not self._may_claim or self._is_closed:
@@ -120,23 +120,23 @@ class Chores:
     async def _look_around(self) -> None:
         """Look up jobs that are asked about but not in work here: other servers may do or end them."""
         self._round += 1
-        for job_id, is_awaited, is_watched in self._means.events.unended():
+        for job_id, is_awaited, is_watched in self._resources.events.unended():
             is_due = is_watched or self._round % IDLE_ROUNDS == 0
             is_due |= is_awaited and (not self._is_sole or self._round % OTHERS_ROUNDS == 0)
             if not is_due or self._fleet.flight(job_id) is not None:
                 continue
-            job = await self._means.store.get(job_id, None)
+            job = await self._resources.store.get(job_id, None)
             if job is None:
-                self._means.events.forget(job_id)
+                self._resources.events.forget(job_id)
             elif self._fleet.flight(job_id) is None:
                 await self.look_at(job, is_watched=is_watched)
 
     async def _count(self) -> None:
-        counts = self._forecast.counts = await self._means.store.counts()
+        counts = self._forecast.counts = await self._resources.store.counts()
         self._forecast.counted_at = time.monotonic()
-        metrics, oldest = self._means.metrics, counts.oldest_created_at
+        metrics, oldest = self._resources.metrics, counts.oldest_created_at
         metrics.queue_jobs.set(counts.queued)
         metrics.running_jobs.set(len(self._fleet.flights))
         metrics.queue_cost_seconds.set(counts.queued_cost_seconds)
-        metrics.queue_age_seconds.set(0 if oldest is None else max(self._means.clock() - oldest, 0))
+        metrics.queue_age_seconds.set(0 if oldest is None else max(self._resources.clock() - oldest, 0))
         metrics.model_loaded.set(any(slot.engine.is_ready for slot in self._fleet.slots))

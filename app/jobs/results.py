@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 from app.engine.cost import CostModel
 from app.engine.protocol import Failed, Latents, Pixels, Previewed, Stepped
 from app.errors import AppError, InvalidRequest, StorageFull, UnsupportedParameter
+from app.jobs.disk_space import DiskSpace
 from app.jobs.events import EventHub, Preview
 from app.jobs.faults import Faults
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
-from app.jobs.notes import Notes
+from app.jobs.job_notes import JobNotes
 from app.jobs.pictures import encode_preview, keep_picture
-from app.jobs.room import Room
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class Resources:
     """The dependencies of those who have jobs done, except engines."""
 
     store: JobStore
@@ -47,8 +47,8 @@ class Means:
     metrics: Metrics
     logger: Logger
     faults: Faults
-    notes: Notes
-    room: Room
+    notes: JobNotes
+    disk_space: DiskSpace
     model_name: str
     clock: Callable[[], float]  # time of day
     on_change: Callable[[], None]  # room, or an engine, came or went
@@ -56,15 +56,15 @@ class Means:
     on_end: Callable[[Job, bool], None]  # a job ended; True when we ended it
 
 
-class Keeper:
+class ResultWriter:
     """Stores the results of the jobs in our hands."""
 
-    def __init__(self, means: Means) -> None:
-        self.is_leaving = False  # what cannot be written at once is left to the next holder of our seat
-        self._means = means
-        self._store = means.store
-        self._events = means.events
-        self._logger = means.logger
+    def __init__(self, resources: Resources) -> None:
+        self.is_leaving = False  # what cannot be written at once is left to the next holder of our lock
+        self._resources = resources
+        self._store = resources.store
+        self._events = resources.events
+        self._logger = resources.logger
         self._pixels = asyncio.Semaphore(MAX_PIXELS_WAITING)
 
     def follow(self, flight: Flight, steps: Iterable[Stepped]) -> None:
@@ -91,7 +91,7 @@ class Keeper:
 
     def finish(self, flight: Flight) -> None:
         """End a job that has all its pictures: the last server died before it had written the end."""
-        self._spawn(flight, self.end(flight, lambda job: job.succeeded(self._means.clock())))
+        self._spawn(flight, self.end(flight, lambda job: job.succeeded(self._resources.clock())))
 
     async def end(self, flight: Flight, moved: Callable[[Job], Job]) -> None:
         """End a job, unless it has just ended otherwise."""
@@ -102,10 +102,10 @@ class Keeper:
 
     async def read_inputs(self, job: Job) -> dict[str, bytes]:
         """Read the pictures that came with a job. Raises AppError or OSError if one cannot be read."""
-        read = self._means.inputs.read
+        read = self._resources.inputs.read
         loop = asyncio.get_running_loop()
         return {
-            name: await loop.run_in_executor(self._means.encoders, read, name)
+            name: await loop.run_in_executor(self._resources.encoders, read, name)
             for name in sorted(job.request.input_names)
         }
 
@@ -123,7 +123,7 @@ class Keeper:
 
     def _make_room(self, slot: Slot) -> None:
         slot.board(asyncio.get_running_loop().time())
-        self._means.on_change()
+        self._resources.on_change()
 
     async def release(self, slot: Slot, crashed: set[str]) -> None:
         """Requeue the jobs of a slot except its flights; those `crashed` were aboard when its engine died."""
@@ -140,10 +140,10 @@ class Keeper:
     def tell(self, job: Job, *, is_ours: bool) -> None:
         """Publish where a job is now; `is_ours` if we moved it there."""
         if job.is_finished:
-            self._means.on_end(job, is_ours)
+            self._resources.on_end(job, is_ours)
             self._events.publish(job.id, job)
         elif job.status == JobStatus.QUEUED:
-            self._means.on_queued()
+            self._resources.on_queued()
 
     async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
         """Repeat a write, which must be safe to repeat, until it succeeds or, when we leave, fails.
@@ -160,12 +160,12 @@ class Keeper:
                     if self.is_leaving:
                         raise
                     if isinstance(error, StorageFull):
-                        self._means.room.lacks(write, error)
+                        self._resources.disk_space.lacks(write, error)
                     else:
                         self._logger.error("the database does not answer", seconds=pause, exc_info=error)
                 await asyncio.sleep(pause)
         finally:
-            self._means.room.suffices(write)
+            self._resources.disk_space.suffices(write)
 
     def _spawn(self, flight: Flight, work: Coroutine[Any, Any, None]) -> None:
         write = asyncio.create_task(self._guard(flight, work))
@@ -183,7 +183,7 @@ class Keeper:
     async def _show(self, flight: Flight, message: Previewed) -> None:
         loop = asyncio.get_running_loop()
         try:
-            content = await loop.run_in_executor(self._means.encoders, encode_preview, message)
+            content = await loop.run_in_executor(self._resources.encoders, encode_preview, message)
         except (OSError, ValueError) as error:
             self._logger.warning("a preview could not be encoded", job=flight.job.id, exc_info=error)
             return
@@ -216,42 +216,42 @@ class Keeper:
         encode = message.decode_seconds + time.monotonic() - began
         timings = Timings(prior=message.prior_seconds, decoder=message.decoder_seconds, encode=encode)
         if image.resampled_from is not None:
-            self._means.cost.drawn = image.resampled_from
+            self._resources.cost.drawn = image.resampled_from
         async with flight.lock:
             if not flight.is_over:
                 await self._add_picture(flight, image, timings)
 
     async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
         """Store a picture in a file, as soon as there is room. None if nobody wants it any more."""
-        keep = partial(keep_picture, message, flight.job, self._means.images, self._means.model_name)
+        keep = partial(keep_picture, message, flight.job, self._resources.images, self._resources.model_name)
         pauses = _pauses()
         try:
             while not flight.is_over:
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(self._means.encoders, keep)
+                    return await asyncio.get_running_loop().run_in_executor(self._resources.encoders, keep)
                 except StorageFull as error:
-                    self._means.room.lacks(keep, error)
+                    self._resources.disk_space.lacks(keep, error)
                 await asyncio.sleep(next(pauses))
             return None
         finally:
-            self._means.room.suffices(keep)
+            self._resources.disk_space.suffices(keep)
 
     async def _add_picture(self, flight: Flight, image: StoredImage, timings: Timings) -> None:
         job = flight.job_with(image)
         is_last = len(job.images) == job.num_images
-        ended = job.succeeded(self._means.clock(), timings) if is_last else None
+        ended = job.succeeded(self._resources.clock(), timings) if is_last else None
         if not await self.persist(partial(self._store.save_image, flight.job, image, ended)):
             await self._let_go(flight)
             return
         flight.job = job
-        self._means.metrics.pictures.inc()
+        self._resources.metrics.pictures.inc()
         self._events.publish(job.id, image)
         self._events.publish(job.id, flight.progress())
         if ended is not None:
             self._tell_end(flight, ended)
 
     def _failed(self, failure: Failure, job: Job) -> Job:
-        return job.failed(failure, self._means.clock())
+        return job.failed(failure, self._resources.clock())
 
     # Endings. The caller of these holds the lock of the flight.
 
@@ -264,7 +264,7 @@ class Keeper:
             await self._let_go(flight, is_ours=is_ours)
 
     def _tell_end(self, flight: Flight, ended: Job) -> None:
-        self._means.faults.hit("after_commit_before_event")
+        self._resources.faults.hit("after_commit_before_event")
         self.drop(flight)
         self.tell(ended, is_ours=True)
 

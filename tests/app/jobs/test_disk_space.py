@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.errors import StorageFull
-from app.jobs import room
-from app.jobs.room import Room
+from app.jobs import disk_space
+from app.jobs.disk_space import DiskSpace
 from app.logs import make_logger
 from app.metrics import Metrics
 from app.storage.writing import Space
@@ -28,15 +28,15 @@ class Scene:
         self.num_looks = self.num_tries = 0
         self.held_up: list[bool] = []
         self.log = io.StringIO()
-        self.room = Room(
+        self.room = DiskSpace(
             [Path("pictures")],
             try_job=self._try_job,
             on_held_up=self.held_up.append,
             metrics=Metrics(),
             logger=make_logger(usual_settings(), self.log),
         )
-        patch.setattr(room, "space_of", self._look)
-        patch.setattr(room, "LOOK_SECONDS", 0.001)
+        patch.setattr(disk_space, "space_of", self._look)
+        patch.setattr(disk_space, "LOOK_SECONDS", 0.001)
 
     def _look(self, _: Path) -> Space | None:
         self.num_looks += 1
@@ -63,8 +63,8 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
 @pytest.mark.parametrize(
     ("space", "is_short"),
     [
-        (Space(free=room.RESERVE_BYTES, total=2**40), False),
-        (Space(free=room.RESERVE_BYTES - 1, total=2**40), True),
+        (Space(free=disk_space.RESERVE_BYTES, total=2**40), False),
+        (Space(free=disk_space.RESERVE_BYTES - 1, total=2**40), True),
         (Space(free=2**20, total=6 * 2**20), False),  # a small one, of which a twentieth is kept back
         (Space(free=2**18, total=6 * 2**20), True),
         (Space(free=0, total=2**40), True),
@@ -80,11 +80,11 @@ async def test_how_much_is_enough(scene: Scene, space: Space | None, is_short: b
 async def test_who_waits_is_told_after_a_while_and_not_before(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(disk_space, "PATIENCE_SECONDS", 60)
     scene.space = Space(free=0, total=2**40)
     await scene.look_on()
     assert not any(scene.held_up)
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(disk_space, "PATIENCE_SECONDS", 0)
     await scene.look_on()
     assert scene.held_up[-1:] == [True]
     scene.space = PLENTY

@@ -9,50 +9,50 @@ from pathlib import Path
 import pytest
 
 from app.errors import SettingsError
-from app.jobs.seat import take_seat
+from app.jobs.server_lock import lock_server
 
 
 def test_whoever_comes_after_has_the_same_name(tmp_path: Path) -> None:
-    first = take_seat(tmp_path, is_sole=True)
+    first = lock_server(tmp_path, is_sole=True)
     first.leave()
-    second = take_seat(tmp_path, is_sole=True)
+    second = lock_server(tmp_path, is_sole=True)
     assert second.name == first.name
     assert len(second.name) == 16
     second.leave()
 
 
 def test_a_sole_server_refuses_company(tmp_path: Path) -> None:
-    seat = take_seat(tmp_path, is_sole=True)
+    lock = lock_server(tmp_path, is_sole=True)
     with pytest.raises(SettingsError, match="another server works in"):
-        take_seat(tmp_path, is_sole=True)
-    seat.leave()
+        lock_server(tmp_path, is_sole=True)
+    lock.leave()
 
 
 def test_servers_that_share_a_folder_have_names_of_their_own(tmp_path: Path) -> None:
-    seats = [take_seat(tmp_path, is_sole=False) for _ in range(3)]
-    assert len({seat.name for seat in seats}) == 3
-    seats[1].leave()
-    again = take_seat(tmp_path, is_sole=False)
-    assert again.name == seats[1].name
-    for seat in (seats[0], seats[2], again):
-        seat.leave()
+    locks = [lock_server(tmp_path, is_sole=False) for _ in range(3)]
+    assert len({lock.name for lock in locks}) == 3
+    locks[1].leave()
+    again = lock_server(tmp_path, is_sole=False)
+    assert again.name == locks[1].name
+    for lock in (locks[0], locks[2], again):
+        lock.leave()
 
 
 @pytest.mark.parametrize("torn", ["", "abc", "0123456789abcde\n"])
 def test_a_torn_name_is_replaced(tmp_path: Path, torn: str) -> None:
     (tmp_path / "server-0.lock").write_text(torn)
-    seat = take_seat(tmp_path, is_sole=True)
-    assert len(seat.name) == 16
-    assert (tmp_path / "server-0.lock").read_text() == seat.name
-    seat.leave()
+    lock = lock_server(tmp_path, is_sole=True)
+    assert len(lock.name) == 16
+    assert (tmp_path / "server-0.lock").read_text() == lock.name
+    lock.leave()
 
 
 def test_a_killed_holder_frees_its_seat_although_its_children_live(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys, time\n"
         "from pathlib import Path\n"
-        "from app.jobs.seat import take_seat\n"
-        "seat = take_seat(Path(sys.argv[1]), is_sole=True)\n"
+        "from app.jobs.server_lock import lock_server\n"
+        "lock = lock_server(Path(sys.argv[1]), is_sole=True)\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
@@ -61,10 +61,10 @@ def test_a_killed_holder_frees_its_seat_although_its_children_live(tmp_path: Pat
         assert holder.stdout is not None
         child = int(holder.stdout.readline())
         with pytest.raises(SettingsError):
-            take_seat(tmp_path, is_sole=True)
+            lock_server(tmp_path, is_sole=True)
         holder.kill()
         holder.wait()
         try:
-            take_seat(tmp_path, is_sole=True).leave()
+            lock_server(tmp_path, is_sole=True).leave()
         finally:
             os.kill(child, signal.SIGKILL)

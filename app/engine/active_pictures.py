@@ -18,7 +18,7 @@ class _Job:
     told_at: float = -inf
 
 
-class Aboard:
+class ActivePictures:
     """The pictures in work, from their arrival until their pixels are sent."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ RESERVE_SHARE = 0.05  # of a small disk
 LEAST_BYTES = 64 * 2**10  # with less, hardly a picture can be kept
 
 
-class Room:
+class DiskSpace:
     """What is known of the space on the disks. For one event loop."""
 
     def __init__(
