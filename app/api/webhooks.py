@@ -14,7 +14,7 @@ from app.api.gateway import Exchange
 from app.api.views import JobView, Moment
 from app.errors import InvalidRequest
 from app.jobs.job import JobStatus, Progress, Webhook
-from app.jobs.store import Delivery
+from app.jobs.outbox import Delivery
 from app.outbound import NotAllowed
 
 calls = APIRouter(tags=["Webhooks"])  # the calls to receivers, for the OpenAPI description

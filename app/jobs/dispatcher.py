@@ -210,6 +210,10 @@ class Dispatcher:
             "the model is being loaded; try again soon", retry_after_seconds=LOADING_RETRY_SECONDS
         )
 
+    def require_model(self) -> None:
+        """Raise what `model` raises while no job can be accepted."""
+        _ = self.model
+
     async def wait_loaded(self, timeout_seconds: float) -> None:
         """Wait until it is known whether there is a model, or until the time is over."""
         with suppress(TimeoutError):
@@ -250,11 +254,11 @@ class Dispatcher:
 
         Raises Overloaded, StorageFull, KeyReused, ShuttingDown, ModelLoading and ModelUnusable.
         """
-        _ = self.model
+        self.require_model()
         priced = replace(job, cost_seconds=self._cost.price(job.request))
         await self._canceling.acquire()  # else a caller could join a job that is being given up
         try:
-            _ = self.model  # we may have closed meanwhile
+            self.require_model()  # we may have closed meanwhile
         except AppError:
             self._canceling.release()
             raise

@@ -13,10 +13,11 @@ from typing import Any
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
 from app.errors import AppError, QueueFull
+from app.jobs.claims import Claim
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
 from app.jobs.results import Resources, ResultWriter
-from app.jobs.store import Claim, Submitted
+from app.jobs.store import Submitted
 from app.jobs.supervisor import Supervisor
 
 LEAVE_SECONDS = 3.0  # for the last writes, and again for the engines

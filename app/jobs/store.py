@@ -25,16 +25,6 @@ from app.jobs.queue import IS_QUEUED, QueueCounts
 from app.jobs.tables import deliveries, inputs, jobs
 from app.schemas import GenerationRequest
 
-__all__ = [
-    "Busy",
-    "Claim",
-    "Delivery",
-    "Idempotency",
-    "JobStore",
-    "QueueCounts",
-    "Submitted",
-]  # all that other modules need of the database
-
 NOBODY = Busy()
 NOTHING: Mapping[str, Progress] = MappingProxyType({})
 PRUNED_AT_ONCE = 200  # jobs per transaction, so that others can write in between
@@ -62,7 +52,7 @@ class Submitted:
     @property
     def is_claimed(self) -> bool:
         """Whether this job was claimed."""
-        return self.now is not self.job
+        return any(job.id == self.job.id for job in self.claimed)
 
     @property
     def now(self) -> Job:

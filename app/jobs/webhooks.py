@@ -16,7 +16,8 @@ from standardwebhooks.webhooks import Webhook as Signature
 
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.job import Webhook
-from app.jobs.store import Busy, Delivery, JobStore
+from app.jobs.outbox import Busy, Delivery
+from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics, WebhookOutcome
 from app.outbound import Unreachable

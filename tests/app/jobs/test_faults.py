@@ -18,7 +18,8 @@ from app.errors import SettingsError
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS, POINTS, Faults, InjectedFault, Point
 from app.jobs.job import Job, JobStatus, Webhook
-from app.jobs.store import Delivery, JobStore
+from app.jobs.outbox import Delivery
+from app.jobs.store import JobStore
 from app.jobs.tables import metadata
 from tests.app.jobs.stores import LEASE_SECONDS, MANY, Clock, add, add_running, empty, new_image, new_job
 

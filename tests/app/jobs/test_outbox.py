@@ -9,8 +9,8 @@ import pytest
 from app.jobs.database import Database
 from app.jobs.faults import NO_FAULTS
 from app.jobs.job import Failure, Job, JobStatus, Timings, Webhook
-from app.jobs.outbox import LONGEST_PAUSE
-from app.jobs.store import NOBODY, Busy, Delivery, JobStore
+from app.jobs.outbox import LONGEST_PAUSE, Busy, Delivery
+from app.jobs.store import NOBODY, JobStore
 from tests.app.jobs.stores import LEASE_SECONDS, Clock, add, add_running, claim, new_image, new_job, stored
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,9 @@ import pytest
 
 from app.errors import Conflict, InvalidRequest, KeyReused, QueueFull
 from app.jobs.job import Failure, Job, JobStatus, Timings
-from app.jobs.store import Idempotency, JobStore, QueueCounts
+from app.jobs.keys import Idempotency
+from app.jobs.queue import QueueCounts
+from app.jobs.store import JobStore
 from tests.app.jobs.stores import MANY, Clock, add, add_running, claim, new_image, new_job, stored
 
 pytestmark = pytest.mark.anyio

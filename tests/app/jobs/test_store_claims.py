@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from app.errors import QueueFull
+from app.jobs.claims import Claim
 from app.jobs.job import MAX_CRASHES, Failure, Job, JobStatus, Progress
-from app.jobs.store import Claim, JobStore
+from app.jobs.store import JobStore
 from tests.app.jobs.stores import (
     LEASE_SECONDS,
     MANY,

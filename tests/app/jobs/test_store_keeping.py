@@ -13,7 +13,8 @@ from app.errors import SettingsError, StorageFull
 from app.jobs import database
 from app.jobs import store as store_module
 from app.jobs.job import Job, JobStatus
-from app.jobs.store import Idempotency, JobStore
+from app.jobs.keys import Idempotency
+from app.jobs.store import JobStore
 from app.jobs.tables import metadata
 from app.storage.writing import Space
 from tests.app.jobs.conftest import execute

@@ -14,7 +14,8 @@ from standardwebhooks.webhooks import WebhookVerificationError
 from app.jobs import webhooks
 from app.jobs.faults import Faults, InjectedFault
 from app.jobs.job import JobStatus, Webhook
-from app.jobs.store import Delivery, JobStore
+from app.jobs.outbox import Delivery
+from app.jobs.store import JobStore
 from app.jobs.webhooks import (
     HOLD_SECONDS,
     JITTER,

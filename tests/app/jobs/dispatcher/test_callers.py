@@ -181,7 +181,7 @@ async def test_some_jobs_finish_without_callers(serve: Serve, how: str) -> None:
             server.dispatcher.detach(accepted.id)
     with server.dispatcher.waiting(accepted):
         pass
-    assert len(server.dispatcher._tasks) == 2, "there is more to do than the chores and to watch the disk"
+    assert len(server.dispatcher._tasks) == 2, "there is more to do than maintenance and to watch the disk"
     server.engine.finish(run)
     assert (await server.ended(accepted)).status == JobStatus.SUCCEEDED
 

@@ -9,7 +9,8 @@ import pytest
 from app.errors import StorageFull
 from app.jobs import disk_space, results
 from app.jobs.job import JobStatus
-from app.jobs.store import Idempotency, JobStore
+from app.jobs.keys import Idempotency
+from app.jobs.store import JobStore
 from app.storage.writing import Space
 from tests.app.jobs.dispatcher.conftest import Serve
 from tests.app.jobs.servers import Server, eventually, job, until
