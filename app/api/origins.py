@@ -16,6 +16,8 @@ from app.errors import Forbidden
 from app.settings import Settings
 
 SIMPLE_TYPES = {"", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
+# Names that nobody can own (RFC 6761, 6762 and 8375; `.internal` by ICANN), as `host.docker.internal`.
+LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".test")
 KEY_HEADERS = ("authorization", "x-api-key")  # a page of another site has to ask before it sends these
 
 
@@ -66,7 +68,7 @@ class Origins:
         name = _name(host)
         return (
             "." not in name
-            or name.endswith(".localhost")
+            or name.endswith(LOCAL_NAMES)
             or _address(name) is not None
             or host == self._public_host
         )

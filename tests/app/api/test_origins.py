@@ -78,7 +78,9 @@ async def test_without_keys_a_name_that_a_stranger_may_own_is_refused(
         assert "CASCADE_PUBLIC_BASE_URL" in answer.text
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "[::1]", "LOCALHOST", "localhost.", "a.localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8000", "[::1]", "LOCALHOST", "localhost.", "a.localhost", "host.docker.internal"]
+)
 async def test_addresses_and_local_names_are_served(client: httpx2.AsyncClient, host: str) -> None:
     assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
 
