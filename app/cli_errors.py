@@ -37,12 +37,14 @@ def problems(error: Exception, options: Mapping[str, str]) -> list[str] | None:
         options: the command's option of each setting, as "decoder_steps": "--decoder-steps".
     """
     from app.errors import SettingsError
-    from cascade.errors import CheckpointError, InvalidSetting
+    from cascade.errors import CheckpointError, FlawedResult, InvalidSetting
 
     if isinstance(error, InvalidSetting):
         return [f"{options.get(error.field, error.field)}: {error.message}"]
     if isinstance(error, CheckpointError | SettingsError):
         return str(error).splitlines()
+    if isinstance(error, FlawedResult):
+        return [f"{error}; another seed may do better"]
     if isinstance(error, OSError):
         return [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, on any device

@@ -5,7 +5,9 @@ once per shape and number of rows, and launched at once. Eager mode serves other
 rows than the largest graph.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -19,9 +21,14 @@ from cascade.sampling.denoise import Network
 
 Compile = Literal["off", "graphs", "full"]
 GRAPH_ROWS = (1, 2, 4, 8, 16)
-MAX_GRAPHS = 16  # per network; the buffers of one hold up to 0.7 GB of keys and values at full size
+MAX_GRAPHS = 4  # per network, beside those kept; the buffers of one take up to 0.7 GB at full size
+CALLS_BEFORE_GRAPH = 24  # eager ones: more than the steps of a usual picture
+MAX_COUNTED = 1000  # keys whose calls are counted
 
 _KINDS = 64  # of blocks, by width, skip and size of the feature map: further ones are not compiled
+
+# Shape of the latents without rows, tokens of the condition, rows of the graph
+GraphKey = tuple[torch.Size, int, int]
 
 # Records what a function does to the tensors that it reads, and returns a function that replays it
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -49,6 +56,17 @@ def repeated_blocks(network: UNet) -> list[nn.Module]:
     """Return the blocks of all levels. Blocks of one kind and width share their compiled code."""
     levels = [*network.down_blocks, *network.up_blocks]
     return [block for level in levels for block in level.children()]
+
+
+@contextmanager
+def keeping_graphs(networks: Iterable[Network[Condition]]) -> Iterator[None]:
+    """Within, the networks record all their graphs at once and keep them for good."""
+    graphs = [network for network in networks if isinstance(network, Graphs)]
+    for each in graphs:
+        each.keeps_all = True
+    yield
+    for each in graphs:
+        each.keeps_all = False
 
 
 class CudaRecorder:
@@ -104,32 +122,57 @@ class _Graph:
 
 
 class Graphs:
-    """A network whose calls of up to 16 rows replay a graph of that size or the next; spare rows are ignored.
+    """A network whose calls of up to 16 rows replay a graph; what the missing rows hold does not matter.
 
-    The first call with a shape and a number of tokens records a graph, so latency-sensitive callers warm up
-    in advance. The least recently used graphs are dropped.
+    A graph serves one shape, number of tokens and number of rows. To record it takes as long as several
+    calls, so it is recorded when these come often, or at once while `keeps_all` is set: before requests come.
     """
 
-    def __init__(self, network: Denoiser, record: Recorder) -> None:
+    def __init__(self, network: Denoiser, record: Recorder, *, keeps_all: bool = False) -> None:
+        self.keeps_all = keeps_all
         self._network = network
         self._record = record
-        self._graphs: Recent[tuple[torch.Size, int, int], _Graph] = Recent(MAX_GRAPHS)
+        self._kept: dict[GraphKey, _Graph] = {}
+        self._recent: Recent[GraphKey, _Graph] = Recent(MAX_GRAPHS)
+        self._num_calls: Counter[GraphKey] = Counter()  # without a graph
 
     def __call__(self, latents: Tensor, ratio: Tensor, condition: Condition) -> Tensor:
-        """Predict the noise by replaying a graph, or by the network itself where no graph applies."""
+        """Predict the noise, as the network does."""
         size = next((size for size in GRAPH_ROWS if size >= len(latents)), None)
-        # ControlNets and LoRAs are not recorded.
+        # What ControlNets and LoRAs add is not recorded.
         if size is None or condition.control is not None or condition.adapters is not None:
             return self._network(latents, ratio, condition)
         key = (latents.shape[1:], condition.num_tokens, size)
-        graph = self._graphs.get(key, lambda _: self._recorded(latents, condition, size))
-        rows = len(latents)
+        if not (key in self._kept or key in self._recent or self.keeps_all or self._comes_often(key)):
+            return self._network(latents, ratio, condition)
+        graph, rows = self._graph(key, latents, condition), len(latents)
         graph.latents[:rows] = latents
         graph.ratio[:rows] = ratio
         if graph.holds is not condition:
             _fill(graph.condition, condition)
             graph.holds = condition
-        return graph.replay()[:rows].clone()  # the next replay overwrites the result
+        return graph.replay()[:rows].clone()  # the next replay writes where this one wrote
+
+    def drop(self) -> None:
+        """Free the buffers of the graphs that were recorded for requests."""
+        self._recent.clear()
+
+    def _comes_often(self, key: GraphKey) -> bool:
+        """Count a call; return whether there were so many since the graph, if any, was dropped."""
+        if len(self._num_calls) > MAX_COUNTED:
+            self._num_calls.clear()
+        self._num_calls[key] += 1
+        if self._num_calls[key] <= CALLS_BEFORE_GRAPH:
+            return False
+        del self._num_calls[key]
+        return True
+
+    def _graph(self, key: GraphKey, latents: Tensor, condition: Condition) -> _Graph:
+        if key not in self._kept and not self.keeps_all:
+            return self._recent.get(key, lambda key: self._recorded(latents, condition, key[-1]))
+        if key not in self._kept:
+            self._kept[key] = self._recorded(latents, condition, key[-1])
+        return self._kept[key]
 
     def _recorded(self, latents: Tensor, condition: Condition, size: int) -> _Graph:
         """Record a graph for `size` rows, with input buffers of its own."""

@@ -30,6 +30,9 @@ class Recent(Generic[K, V]):
             self._values.popitem(last=False)
         return value
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
     def clear(self) -> None:
         """Forget all values, but keep the counts."""
         self._values.clear()

@@ -305,6 +305,9 @@ def parse_image_edit(members: Mapping[str, Any]) -> ImageEditBody:
     prompts = given.get("image_prompts") or []
     if others and isinstance(prompts, list):
         given["image_prompts"] = [*({"image": other} for other in others), *prompts]
+        if 1 + len(others) + len(prompts) > MAX_EDIT_PICTURES:
+            message = f"image and image_prompts must be at most {MAX_EDIT_PICTURES} pictures together"
+            raise InvalidRequest(message, param="image")
     mask = given.get("mask")
     if isinstance(mask, Mapping) and "image_url" in mask:
         given["mask"] = mask["image_url"]

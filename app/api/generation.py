@@ -128,12 +128,6 @@ def picture_size(received: Received) -> tuple[int, int] | None:
     return received.control.image.width * factor, received.control.image.height * factor
 
 
-def variation_size(received: Received) -> tuple[int, int] | None:
-    """Return the size of the first image prompt, if any."""
-    first = next(iter(received.image_prompts), None)
-    return None if first is None else (first.image.width, first.image.height)
-
-
 async def check_abilities(generation: GenerationRequest, services: Services) -> None:
     """Refuse a request that the installed networks and files cannot serve, before anything is queued."""
     model = services.dispatcher.model

@@ -22,7 +22,6 @@ from app.api.generation import (
     seeds_for,
     shared_members,
     size_for,
-    variation_size,
     wait_for_end,
 )
 from app.api.idempotency import idempotency_of
@@ -96,7 +95,7 @@ async def draw(request: Request, services: Services, exchange: Exchange, asked: 
 def _order(request: Request, services: Services, asked: Asked, received: Received) -> Order:
     """Return the order, with all defaults filled in and all limits checked."""
     body = asked.body
-    like = picture_size(received) or variation_size(received)
+    like = picture_size(received) or received.prompt_size
     width, height = size_for(body.width, body.height, services, param="width", like=like, step=1)
     generation = GenerationRequest(
         width=width,

@@ -45,7 +45,6 @@ from app.api.generation import (
     seeds_for,
     shared_members,
     size_for,
-    variation_size,
 )
 from app.api.idempotency import idempotency_of
 from app.api.openai_events import EventFamily, ImageStream, usage
@@ -257,7 +256,7 @@ def _size(body: ImageGenerationBody, received: Received, services: Services) -> 
         size_for(*sized, services, param="size")
     width, height = sized or (None, None)
     param = "width" if body.width else "height" if body.height else "size"
-    like = variation_size(received) if isinstance(body, ImageVariationBody) else picture_size(received)
+    like = received.prompt_size if isinstance(body, ImageVariationBody) else picture_size(received)
     return size_for(body.width or width, body.height or height, services, param=param, like=like)
 
 

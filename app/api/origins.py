@@ -16,17 +16,17 @@ from app.errors import Forbidden
 from app.settings import Settings
 
 SIMPLE_TYPES = {"", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
-# Names that nobody can own (RFC 6761, 6762 and 8375; `.internal` by ICANN), as `host.docker.internal`.
-LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".test")
-KEY_HEADERS = ("authorization", "x-api-key")  # a page of another site has to ask before it sends these
+# Domains that nobody on the internet can own: RFC 6761, 6762, 8375; ICANN's `.internal`; Kubernetes' `.svc`.
+LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".test", ".svc")
+ASKED_HEADERS = ("authorization", "x-api-key", "api-key", "idempotency-key")  # no page sends these unasked
 
 
 class Origins:
-    """The rule for one server."""
+    """The rule for one server. Ports do not count: other servers of a host are its owner's."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._public_host = _host_of(settings.public_base_url or "")
+        self._public_name = _name_in(settings.public_base_url or "")
 
     @property
     def has_any(self) -> bool:
@@ -34,44 +34,34 @@ class Origins:
         return bool(self._settings.cors_origins)
 
     def allows(self, origin: str | None) -> bool:
-        """Whether the settings name the origin of a page."""
+        """Return whether the settings name the origin of a page."""
         allowed = self._settings.cors_origins
         return origin is not None and ("*" in allowed or origin in allowed)
 
     def check(self, scope: Scope, headers: Headers) -> None:
         """Raise Forbidden for what a page of another site sends unasked, or under a name of its own."""
-        host, client = headers.get("host", "").lower(), scope.get("client")
+        host, client = headers.get("host", ""), scope.get("client")
         if client is not None and is_trusted(client[0], self._settings):
-            host = headers.get("x-forwarded-host", host).partition(",")[0].strip().lower()
-        elif self._is_open_to_pages and not self._is_our_name(host):
+            host = headers.get("x-forwarded-host", host).partition(",")[0].strip()
+        elif not (self._settings.api_keys or self._is_ours(_name(host))):
             raise Forbidden(
-                f"this server is not called {host[:100]}; if it is, through a proxy, say so in "
-                "CASCADE_PUBLIC_BASE_URL or CASCADE_TRUSTED_PROXIES"
+                f"without keys this server is not called {host[:100]}; if that is its name, say so in "
+                "CASCADE_PUBLIC_BASE_URL"
             )
         origin = headers.get("origin")
         if origin is None or self.allows(origin) or not _is_simple(scope, headers):
             return
-        page = _host_of(origin)
-        is_neighbour = _is_loopback(page) and _is_loopback(host)
-        if not page or (page not in (host, self._public_host) and not is_neighbour):
+        page, name = _name_in(origin), _name(host)
+        is_ours = page in (name, self._public_name) or (_is_loopback(page) and _is_loopback(name))
+        if page == "" or not is_ours:
             raise Forbidden(
                 f"pages of {origin[:100]} may not call this server: CASCADE_CORS_ORIGINS does not name it"
             )
 
-    @property
-    def _is_open_to_pages(self) -> bool:
-        """Whether only the machine's own programs can call, the browser among them, and without a key."""
-        return self._settings.is_loopback and not self._settings.api_keys
-
-    def _is_our_name(self, host: str) -> bool:
-        """Whether no stranger can own it: an address, a name without a dot, or the one in the settings."""
-        name = _name(host)
-        return (
-            "." not in name
-            or name.endswith(LOCAL_NAMES)
-            or _address(name) is not None
-            or host == self._public_host
-        )
+    def _is_ours(self, name: str) -> bool:
+        """Return whether no stranger can own a name, or the settings have it."""
+        is_private = "." not in name or name.endswith(LOCAL_NAMES) or _address(name) is not None
+        return is_private or name == self._public_name
 
 
 def is_trusted(address: str, settings: Settings) -> bool:
@@ -81,27 +71,26 @@ def is_trusted(address: str, settings: Settings) -> bool:
 
 
 def _is_simple(scope: Scope, headers: Headers) -> bool:
-    """Whether a browser sends it for any page without asking."""
+    """Return whether a browser sends such a request for any page without asking."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    has_key = any(name in headers for name in KEY_HEADERS)
-    return scope["method"] == "POST" and kind in SIMPLE_TYPES and not has_key
+    is_asked = any(name in headers for name in ASKED_HEADERS)
+    return scope["method"] == "POST" and kind in SIMPLE_TYPES and not is_asked
 
 
-def _host_of(url: str) -> str:
-    """NAME or NAME:PORT of a URL or an origin; nothing of `null`, the origin of files and sandboxes."""
-    return url.lower().partition("://")[2].partition("/")[0]
+def _name_in(url: str) -> str:
+    """Return the host name of a URL or an origin; "" for `null`, the origin of files and sandboxes."""
+    return _name(url.partition("://")[2].partition("/")[0])
 
 
 def _name(host: str) -> str:
-    """The name or address in HOST:PORT, without brackets and final dot."""
+    """Return the name or address in HOST:PORT, in lower case, without brackets and final dot."""
     try:
         return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:
-        return host
+        return host.lower()
 
 
-def _is_loopback(host: str) -> bool:
-    name = _name(host)
+def _is_loopback(name: str) -> bool:
     address = _address(name)
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from app.api.bodies import GenerationMembers
 
 INVALID_IMAGE = "invalid_image"
+PROMPT_SIDE = 512  # shorter side of an image prompt at most: vision towers read 224 pixels
 CLEARLY = 128  # an alpha channel that nowhere goes below this is not a mask
 
 _DATA_URI = re.compile(r"data:[^,;]*(?:;[^,;]*)*?;base64,", re.IGNORECASE)
@@ -114,6 +115,7 @@ class Received:
     mask: PictureRef | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
     control: Control | None = None
+    prompt_size: tuple[int, int] | None = None  # of the first image prompt, as it came
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def members(self) -> dict[str, Any]:
@@ -187,12 +189,23 @@ def _decoded(body: "GenerationMembers", inputs: InputStore) -> Received:
         image=None if image is None else kept(opaque(image)),
         mask=None if mask is None else kept(mask),
         image_prompts=tuple(
-            ImagePrompt(image=kept(opaque(pictures[f"/image_prompts/{i}/image"])), weight=prompt.weight)
+            ImagePrompt(image=kept(reduced(pictures[f"/image_prompts/{i}/image"])), weight=prompt.weight)
             for i, prompt in enumerate(body.image_prompts)
         ),
         control=None if body.control is None else _control(body.control, pictures["/control/image"], kept),
+        prompt_size=pictures["/image_prompts/0/image"].size if body.image_prompts else None,
         files=files,
     )
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """Scale an image prompt to what a vision tower can see: each picture of a job keeps it in memory."""
+    image = opaque(image)
+    factor = PROMPT_SIDE / min(image.size)
+    if factor >= 1:
+        return image
+    width, height = (round(factor * side) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def mask_like(image: Source, mask: Source, inputs: InputStore, *, is_inverted: bool) -> Source:

@@ -13,6 +13,7 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from app.engine.caps import Caps
 from app.engine.contract import Decoded, Work
@@ -31,7 +32,7 @@ from app.errors import GenerationFailed, InvalidRequest, ModelUnusable, OutOfMem
 from app.schemas import GenerationRequest, PictureRef
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
     from cascade import ImageSettings
     from cascade.models import Models
@@ -78,6 +79,7 @@ class CascadeRunner:
 
     def __init__(self) -> None:
         self._studio: Studio | None = None
+        self._pictures: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()  # shared by drawings
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -107,7 +109,7 @@ class CascadeRunner:
 
     def take(self, models: "Models", configure: Configure) -> Ready:
         """Prepare to work with a checkpoint that is loaded already."""
-        from cascade.acceleration import accelerate
+        from cascade.acceleration import accelerate, keeping_graphs
         from cascade.tasks.drawing import Studio
         from cascade.tasks.rehearsal import Rehearsal
 
@@ -117,7 +119,8 @@ class CascadeRunner:
             "decoder": accelerate(models.stage_b, configure.compile, models.device),
         }
         rehearsal = Rehearsal(models, networks, models.native.sizes[0])
-        profile = self._profile(rehearsal)
+        with keeping_graphs(networks.values()):
+            profile = self._profile(rehearsal)
         self._caps = Caps(profile, max_rows=self._max_rows)
         self._studio = Studio(models, networks)
         width, height = models.native.sizes[0]
@@ -213,8 +216,22 @@ class CascadeRunner:
 
         asked = GenerationRequest.model_validate_json(request)
         with _refusals():
-            [picture] = plan_pictures(self._models, _settings(asked, seed, inputs))
+            [picture] = plan_pictures(self._models, _settings(asked, seed, self._opened(inputs)))
         return Drawing(picture, self._models)
+
+    def _opened(self, inputs: Mapping[str, bytes]) -> Callable[[PictureRef], "Image.Image"]:
+        """Return what decodes the files in `inputs`, which pictures in progress share."""
+        from PIL import Image
+
+        def opened(picture: PictureRef) -> Image.Image:
+            image = self._pictures.get(picture.sha256)
+            if image is None:
+                image = Image.open(BytesIO(inputs[picture.sha256]), formats=("PNG",))  # we wrote it ourselves
+                image.load()
+                self._pictures[picture.sha256] = image
+            return image
+
+        return opened
 
     @property
     def _at_work(self) -> "Studio":
@@ -330,16 +347,11 @@ def _lora_folders(models: "Models") -> tuple[Path, ...]:
     return models.loras.folders if isinstance(models.loras, LoRALibrary) else ()
 
 
-def _settings(request: GenerationRequest, seed: int, inputs: Mapping[str, bytes]) -> "ImageSettings":
-    from PIL import Image
-
+def _settings(
+    request: GenerationRequest, seed: int, opened: Callable[[PictureRef], "Image.Image"]
+) -> "ImageSettings":
     from cascade import ImageSettings
     from cascade.tasks.settings import Control, ImagePrompt, LoRAUse
-
-    def opened(picture: PictureRef) -> "Image.Image":
-        image = Image.open(BytesIO(inputs[picture.sha256]), formats=("PNG",))  # the server wrote it
-        image.load()
-        return image
 
     control = request.control
     return ImageSettings(
@@ -404,7 +416,7 @@ def _decoder_work(drawing: "Drawing", step: int) -> Work:
     return Work(key, picture.decoder_rows, picture.decoder_steps - step)
 
 
-def _decoded(track: CascadeTrack, finished: Callable[[], "Image"]) -> Decoded:
+def _decoded(track: CascadeTrack, finished: Callable[[], "Image.Image"]) -> Decoded:
     image, drawing = finished(), track.drawing
     assert drawing.text is not None, "begin() comes first"
     return Decoded(

@@ -208,7 +208,6 @@ class Job:
         self._require(JobStatus.RUNNING)
         if len(self.images) != self.num_images:
             raise IllegalMove(f"{self.id} has {len(self.images)} of {self.num_images} pictures")
-        timings = timings and timings.within(now - self.created_at)
         return self._ended(JobStatus.SUCCEEDED, now, timings=timings)
 
     def failed(self, failure: Failure, now: float) -> "Job":
@@ -236,7 +235,7 @@ class Job:
             worker=None,
             lease_until=None,
             failure=failure,
-            timings=timings or self.timings,
+            timings=(timings or Timings()).within(now - self.created_at),
         )
 
     def _waited(self, until: float) -> Timings:

@@ -88,7 +88,7 @@ class Maintenance:
             name = chore.__name__.strip("_")
             try:
                 await chore()
-            except StorageFull as full:  # `room` logs it once, and not twice a second
+            except StorageFull as full:  # `disk_space` logs it once, and not twice a second
                 self._resources.disk_space.lacks(name, full)
             except Exception as error:
                 self._resources.logger.error("a chore failed and is tried again", chore=name, exc_info=error)

@@ -6,7 +6,7 @@ and preview them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.acceleration import Graphs
 from cascade.conditioning import TextEmbeddings, TextEncoder, pad_chunks
 from cascade.errors import FlawedResult
 from cascade.models import Models
@@ -22,6 +23,7 @@ from cascade.networks.adapters import Adapter
 from cascade.networks.unet import Condition, Constants, UNet
 from cascade.recent import Recent
 from cascade.sampling.denoise import Batch, Guides, Network, Sample, in_parts
+from cascade.tasks.image_prompts import embed_image
 from cascade.tasks.picture import (
     NO_INPUTS,
     EncodedInputs,
@@ -40,6 +42,7 @@ from cascade.tasks.picture import (
 CACHED_TEXTS = 256  # embeddings, 0.2 MB each at full size
 CACHED_CONDITIONS = 16  # keys and values of Stage C, 45 MB each at full size
 CACHED_BATCHES = 4
+CACHED_IMAGES = 16  # of image prompts, with their embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,11 @@ class Drawing:
     sample: Sample[Condition] | None = None  # of the current stage, once it has begun
     semantic: Tensor | None = None  # (16, h, w) fp32: the result of Stage C
     latents: Tensor | None = None  # (4, h, w) fp32: the result of Stage B
+    usual_models: Models = field(init=False)  # what `models` is but for a stage in fp32
     fp32_stage: Literal["prior", "decoder"] | None = None  # the last stage sent back to be made in fp32
+
+    def __post_init__(self) -> None:
+        self.usual_models = self.models
 
     @property
     def step(self) -> int:
@@ -90,6 +97,7 @@ class Drawing:
         """Enter the next stage, after the sample's last step."""
         assert self.sample is not None
         result, self.sample = self.sample.result, None
+        self.models = self.usual_models
         if self.stage == "prior":
             self.semantic, self.stage = result, "decoder"
         else:
@@ -121,6 +129,7 @@ class Studio:
         self.texts: Recent[tuple[int, TextKey], TextEmbeddings] = Recent(CACHED_TEXTS)
         self._conditions: Recent[ConditionKey, Condition] = Recent(CACHED_CONDITIONS)
         self._batches: Recent[tuple[Sample[Condition], ...], Batch[Condition]] = Recent(CACHED_BATCHES)
+        self._images: Recent[int, tuple[Image.Image, Tensor]] = Recent(CACHED_IMAGES)
         self._constants: WeakKeyDictionary[UNet, Constants] = WeakKeyDictionary()
         self._in_fp32: WeakValueDictionary[str, Models] = WeakValueDictionary()
 
@@ -133,7 +142,7 @@ class Studio:
             CheckpointError: a LoRA's file cannot be used.
         """
         picture = drawing.picture
-        drawing.inputs = encode_inputs(self.models, picture)
+        drawing.inputs = encode_inputs(self.models, picture, self._embed)
         key, _ = self._keys(drawing)
         drawing.text = self._text(self.models.text_encoder, key)
         if picture.prior_steps == 0 and drawing.inputs.semantic is not None:
@@ -170,6 +179,13 @@ class Studio:
         """Release an abandoned drawing, by dropping all cached batches: the others are joined anew."""
         if drawing.sample is not None:
             self._batches.clear()
+
+    def free_memory(self) -> None:
+        """Drop what makes steps faster and could be made again."""
+        self._batches.clear()
+        for network in self._networks.values():
+            if isinstance(network, Graphs):
+                network.drop()
 
     def retry_in_fp32(self, drawing: Drawing) -> bool:
         """Go back to the start of the stage that ended last, in fp32; return False if it was already."""
@@ -253,6 +269,14 @@ class Studio:
     def _text(self, encoder: TextEncoder, key: TextKey) -> TextEmbeddings:
         """Return the embeddings of a text, encoded by itself so that no bit of them depends on others."""
         return self.texts.get((id(encoder), key), lambda _: _encoded(encoder, key))
+
+    def _embed(self, image: Image.Image) -> Tensor:
+        """Return the embedding of an image prompt, (1, 1, d); pictures of one request share the object."""
+        encoder = self.models.image_encoder
+        assert encoder is not None, "whoever asks for an embedding has looked"
+        # The image is kept with its embedding, so that no other object can have its id.
+        _, embedding = self._images.get(id(image), lambda _: (image, embed_image(encoder, image)))
+        return embedding
 
     def _guides(self, drawing: Drawing, keys: tuple[TextKey, TextKey]) -> Guides[Condition]:
         """Return equally long conditions of the prompt with image prompts and of the negative one without."""

@@ -28,7 +28,7 @@ from cascade.sizes import SizePlan, fit_to_drawing, fit_to_size, nearest_size, p
 from cascade.tasks.encoding import encode_planned
 from cascade.tasks.enlarging import keep_to_small
 from cascade.tasks.extras import ControlMaps, adapter_of, control_of
-from cascade.tasks.image_prompts import encode_image_prompts
+from cascade.tasks.image_prompts import Embed, encode_image_prompts
 from cascade.tasks.image_to_image import noised
 from cascade.tasks.inpainting import canvas_of, composite, encode_known, free_cells
 from cascade.tasks.settings import NUM_SEEDS, ImageSettings, steps_within
@@ -103,8 +103,8 @@ def plan_pictures(models: Models, request: ImageSettings) -> list[Picture]:
     ]
 
 
-def encode_inputs(models: Models, picture: Picture) -> EncodedInputs:
-    """Encode the request's own pictures, and load its LoRAs.
+def encode_inputs(models: Models, picture: Picture, embed: Embed | None = None) -> EncodedInputs:
+    """Encode the request's own pictures, its image prompts by `embed`, and load its LoRAs.
 
     Raises:
         InvalidSetting: the checkpoint lacks a part that is needed, or a picture does not fit.
@@ -127,7 +127,7 @@ def encode_inputs(models: Models, picture: Picture) -> EncodedInputs:
         semantic_free=semantic_free,
         latents=latents,
         latents_free=latents_free,
-        image_embeds=encode_image_prompts(models, settings.image_prompts),
+        image_embeds=encode_image_prompts(models, settings.image_prompts, embed),
         control=control,
         adapter=adapter,
     )

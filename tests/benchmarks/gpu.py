@@ -19,7 +19,7 @@ from typing import get_args
 
 import torch
 
-from cascade.acceleration import Compile, accelerate
+from cascade.acceleration import Compile, accelerate, keeping_graphs
 from cascade.config import STAGE_A, STAGE_B_1_5B, STAGE_C_3_6B
 from cascade.networks.stage_a import StageA
 from tests.benchmarks.measure import Spread, Work, surroundings, take_turns
@@ -116,15 +116,16 @@ def _steps(step: Step, rows: int, batches: list[int], modes: list[Compile]) -> I
         )
         for mode in modes
     }
-    for batch in batches:
-        some = step.first(rows * batch)
-        works: Works = {
-            mode: torch.inference_mode()(
-                lambda network=network, some=some: network(some.latents, some.ratio, some.condition)
-            )
-            for mode, network in networks.items()
-        }
-        yield batch, works | ({"diffusers": some.theirs} if some.reference is not None else {})
+    with keeping_graphs(networks.values()):
+        for batch in batches:
+            some = step.first(rows * batch)
+            works: Works = {
+                mode: torch.inference_mode()(
+                    lambda network=network, some=some: network(some.latents, some.ratio, some.condition)
+                )
+                for mode, network in networks.items()
+            }
+            yield batch, works | ({"diffusers": some.theirs} if some.reference is not None else {})
 
 
 def _stage_a(most: int, batches: list[int], modes: list[Compile]) -> Iterator[tuple[int, Works]]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cascade import acceleration
-from cascade.acceleration import Graphs, accelerate, repeated_blocks
+from cascade.acceleration import Graphs, accelerate, keeping_graphs, repeated_blocks
 from cascade.networks.unet import Condition
+from cascade.recent import Recent
 from tests.cascade.small_models import small_cascade
 
 SIZE = (8, 8)
@@ -63,26 +64,26 @@ def close(graphs: Graphs, rows: int, seed: int = 0) -> bool:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
 def test_a_graph_gives_what_the_network_gives(recorder: Recorder, rows: int) -> None:
-    graphs = Graphs(CASCADE.stage_b, recorder)
+    graphs = Graphs(CASCADE.stage_b, recorder, keeps_all=True)
     assert close(graphs, rows)
     assert close(graphs, rows, seed=1), "other latents and another condition"
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
 
 
 def test_rows_between_two_sizes_use_the_larger_graph(recorder: Recorder) -> None:
-    graphs = Graphs(CASCADE.stage_b, recorder)
+    graphs = Graphs(CASCADE.stage_b, recorder, keeps_all=True)
     for rows in (8, 5, 6, 7, 8):
         assert close(graphs, rows, seed=rows)
     assert recorder.num_recorded == 1
 
 
 def test_more_rows_than_any_graph_has_run_without_one(recorder: Recorder) -> None:
-    assert close(Graphs(CASCADE.stage_b, recorder), 17)
+    assert close(Graphs(CASCADE.stage_b, recorder, keeps_all=True), 17)
     assert recorder.num_recorded == 0
 
 
 def test_a_condition_is_copied_only_when_it_is_another(recorder: Recorder) -> None:
-    graphs = Graphs(CASCADE.stage_b, recorder)
+    graphs = Graphs(CASCADE.stage_b, recorder, keeps_all=True)
     latents, ratio, condition = inputs(2)
     first = graphs(latents, ratio, condition)
     kept = condition.keys_values[0].clone()
@@ -92,7 +93,7 @@ def test_a_condition_is_copied_only_when_it_is_another(recorder: Recorder) -> No
 
 
 def test_a_result_outlives_the_next_replay(recorder: Recorder) -> None:
-    graphs = Graphs(CASCADE.stage_b, recorder)
+    graphs = Graphs(CASCADE.stage_b, recorder, keeps_all=True)
     first = graphs(*inputs(2))
     expected = first.clone()
     graphs(*inputs(2, seed=1))
@@ -100,7 +101,7 @@ def test_a_result_outlives_the_next_replay(recorder: Recorder) -> None:
 
 
 def test_shapes_have_graphs_of_their_own(recorder: Recorder) -> None:
-    graphs = Graphs(CASCADE.stage_b, recorder)
+    graphs = Graphs(CASCADE.stage_b, recorder, keeps_all=True)
     assert close(graphs, 2)
     wide = (torch.randn(2, 4, 8, 16), torch.rand(2), CASCADE.stage_b.prepare(torch.randn(2, 16, 3, 5),
             torch.randn(2, 1, 8), (8, 16)))  # fmt: skip
@@ -108,20 +109,47 @@ def test_shapes_have_graphs_of_their_own(recorder: Recorder) -> None:
     assert recorder.num_recorded == 2
 
 
-def test_the_graphs_not_used_for_longest_are_dropped(
+def test_a_graph_is_recorded_when_its_calls_come_often(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acceleration, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(acceleration, "CALLS_BEFORE_GRAPH", 3)
     graphs = Graphs(CASCADE.stage_b, recorder)
-    for rows in (1, 2, 1, 4, 1):
-        assert close(graphs, rows)
-    assert recorder.num_recorded == 3, "the one of one row stayed"
+    for number in range(6):
+        assert close(graphs, 2, seed=number)
+        assert close(graphs, 1 + number % 2 * 3)
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 3)
+    graphs.drop()
     assert close(graphs, 2)
-    assert recorder.num_recorded == 4
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 3)
+
+
+def test_many_kinds_of_calls_in_turn_are_not_recorded_again_and_again(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "CALLS_BEFORE_GRAPH", 5)
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    monkeypatch.setattr(graphs, "_recent", Recent(2))
+    for _ in range(20):
+        for rows in (1, 2, 4):
+            assert close(graphs, rows)
+    assert recorder.num_recorded <= 60 / 5
+
+
+def test_graphs_from_before_the_requests_stay(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "CALLS_BEFORE_GRAPH", 0)
+    graphs = Graphs(CASCADE.stage_b, recorder)
+    monkeypatch.setattr(graphs, "_recent", Recent(1))
+    with keeping_graphs([graphs, CASCADE.stage_c]):
+        assert close(graphs, 1)
+    for rows in (2, 4, 2, 1):
+        assert close(graphs, rows)
+    graphs.drop()
+    assert close(graphs, 1)
+    assert recorder.num_recorded == 4, "of one row once, of two twice, of four once"
 
 
 def test_a_network_without_a_map_in_its_condition(recorder: Recorder) -> None:
-    graphs = Graphs(CASCADE.stage_c, recorder)
+    graphs = Graphs(CASCADE.stage_c, recorder, keeps_all=True)
     condition = CASCADE.stage_c.prepare(torch.randn(3, 6, 8), torch.randn(3, 1, 8), torch.zeros(3, 1, 4))
     given = (torch.randn(3, 16, 3, 3), torch.rand(3), condition)
     assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)
@@ -149,7 +177,7 @@ def test_rows_with_control_are_run_without_a_graph(recorder: Recorder) -> None:
     latents, ratio = torch.randn(2, 16, 6, 6), torch.rand(2)
     condition = CASCADE.stage_c.prepare(torch.randn(2, 6, 8), torch.randn(2, 1, 8), torch.zeros(2, 1, 4))
     controlled = condition.controlled([torch.randn(1, 6, 6, 16)], (1,))
-    graphs = Graphs(CASCADE.stage_c, recorder)
+    graphs = Graphs(CASCADE.stage_c, recorder, keeps_all=True)
     assert torch.equal(graphs(latents, ratio, controlled), CASCADE.stage_c(latents, ratio, controlled))
     assert recorder.num_recorded == 0
     graphs(latents, ratio, condition)
@@ -162,7 +190,7 @@ def test_another_number_of_tokens_has_a_graph_of_its_own(recorder: Recorder) -> 
         condition = CASCADE.stage_c.prepare(torch.ones(2, 6, 8), torch.ones(2, 1, 8), images)
         return torch.ones(2, 16, 3, 3), torch.full((2,), 0.5), condition
 
-    graphs = Graphs(CASCADE.stage_c, recorder)
+    graphs = Graphs(CASCADE.stage_c, recorder, keeps_all=True)
     for num_images in (1, 2, 1):
         given = step(num_images)
         assert torch.allclose(graphs(*given), CASCADE.stage_c(*given), atol=1e-5, rtol=1e-5)

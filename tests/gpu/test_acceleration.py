@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.acceleration import GRAPH_ROWS, CudaRecorder, Graphs, accelerate
+from cascade.acceleration import GRAPH_ROWS, CudaRecorder, Graphs, accelerate, keeping_graphs
 from cascade.config import STAGE_B_700M, STAGE_C_1B
 from cascade.networks.unet import Condition
 from tests.benchmarks.steps import Step, stage_b_step, stage_c_step
@@ -44,7 +44,7 @@ def first(step: Step, rows: int) -> tuple[Tensor, Tensor, Condition]:
 @pytest.mark.parametrize("stage", ["b", "c"])
 def test_a_graph_is_eager_to_the_last_bit(stage: str) -> None:
     step = step_of(stage, 8)
-    graphs = Graphs(step.network, CudaRecorder(CUDA))
+    graphs = Graphs(step.network, CudaRecorder(CUDA), keeps_all=True)
     for rows in (1, 2, 4, 8, 1, 4, 8, 2):  # all are recorded, then each writes over what another left
         given = first(step, rows)
         expected = step.network(*given)
@@ -54,7 +54,7 @@ def test_a_graph_is_eager_to_the_last_bit(stage: str) -> None:
 
 def test_graphs_share_their_memory() -> None:
     step = step_of("b", 8)
-    graphs = Graphs(step.network, CudaRecorder(CUDA))
+    graphs = Graphs(step.network, CudaRecorder(CUDA), keeps_all=True)
     grown: list[int] = []
     for rows in (8, 4):
         before = torch.cuda.memory_reserved()
@@ -67,7 +67,7 @@ def test_graphs_share_their_memory() -> None:
 @pytest.mark.parametrize("stage", ["b", "c"])
 def test_rows_between_two_graphs_are_padded(stage: str) -> None:
     step = step_of(stage, 8)
-    graphs = Graphs(step.network, CudaRecorder(CUDA))
+    graphs = Graphs(step.network, CudaRecorder(CUDA), keeps_all=True)
     padded = [torch.cat([each, torch.zeros_like(each[:3])]) for each in (step.latents[:5], step.ratio[:5])]
     condition = Condition.cat([step.condition[:5], step.condition[5:8]])
     expected = step.network(padded[0], padded[1], condition)[:5]
@@ -77,7 +77,7 @@ def test_rows_between_two_graphs_are_padded(stage: str) -> None:
 
 def test_a_graph_sees_new_latents_levels_and_conditions() -> None:
     step = step_of("b", 4)
-    graphs = Graphs(step.network, CudaRecorder(CUDA))
+    graphs = Graphs(step.network, CudaRecorder(CUDA), keeps_all=True)
     for start in (0, 2):
         some = slice(start, start + 2)
         given = (step.latents[some], step.ratio[some] / (1 + start), step.condition[some])
@@ -88,7 +88,9 @@ def test_a_graph_sees_new_latents_levels_and_conditions() -> None:
 def test_compiled_blocks_are_as_exact_as_eager(stage: str) -> None:
     step = step_of(stage, 2)
     eager = step.ours()
-    compiled = accelerate(step.network, "full", CUDA)(step.latents, step.ratio, step.condition).clone()
+    network = accelerate(step.network, "full", CUDA)
+    with keeping_graphs([network]):
+        compiled = network(step.latents, step.ratio, step.condition).clone()
     for block in step.network.modules():
         block._compiled_call_impl = None
     exact = step.exact()
@@ -97,7 +99,7 @@ def test_compiled_blocks_are_as_exact_as_eager(stage: str) -> None:
 
 def test_the_largest_graph_is_the_largest_batch_that_graphs_serve() -> None:
     step = step_of("c", GRAPH_ROWS[-1] + 1)
-    graphs = Graphs(step.network, CudaRecorder(CUDA))
+    graphs = Graphs(step.network, CudaRecorder(CUDA), keeps_all=True)
     assert torch.equal(
         graphs(*first(step, GRAPH_ROWS[-1] + 1)), step.network(*first(step, GRAPH_ROWS[-1] + 1))
     )

@@ -254,11 +254,11 @@ async def test_the_base_of_urls(serve: Serve) -> None:
         "[::]:80": "[::1]:80",
         "0.0.0.0.x": None,
     }
-    async with serve(host="0.0.0.0", allow_anonymous=True) as client:
+    async with serve(api_keys="k") as client:
         for host, told in hosts.items():
-            answer = await client.post(PATH, json=members, headers={"host": host})
+            answer = await client.post(PATH, json=members, headers={"host": host, "x-api-key": "k"})
             assert answer.json()["data"][0]["url"].startswith(f"http://{told or host}/files/")
-        answer = await client.post(PATH, json=members, headers={"host": "evil.example/x?"})
+        answer = await client.post(PATH, json=members, headers={"host": "evil.example/x?", "x-api-key": "k"})
         assert answer.status_code == 400
 
 

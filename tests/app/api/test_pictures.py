@@ -603,3 +603,13 @@ async def test_an_edit_takes_sixteen_pictures(client: httpx2.AsyncClient) -> Non
     assert (await client.post(EDITS, data={"prompt": "x"}, files=files)).status_code == 200
     native = {"prompt": "x", "image_prompts": [{"image": data_uri(PICTURE)}] * 5}
     assert (await client.post(NATIVE, json=native)).status_code == 400
+
+
+async def test_image_prompts_are_kept_as_small_as_they_are_seen(client: httpx2.AsyncClient) -> None:
+    large = file(Image.new("RGB", (1600, 1200), "red"))
+    prompts = [{"image": data_uri(large)}, {"image": data_uri(PICTURE)}]
+    answer = await client.post(NATIVE, json={"prompt": "x", "image_prompts": prompts})
+    seen = [prompt["image"] for prompt in answer.json()["request"]["image_prompts"]]
+    assert [(image["width"], image["height"]) for image in seen] == [(683, 512), SIZE]
+    variation = await client.post("/v1/images/variations", files={"image": ("a.png", large)})
+    assert variation.json()["size"] == "1600x1200"

@@ -6,6 +6,8 @@ import pytest
 
 import cascade
 from app import cli
+from app.cli_errors import problems
+from cascade.errors import FlawedResult
 from tests.app.cli.running import Run
 
 
@@ -68,6 +70,11 @@ def test_without_a_command_there_is_help(run: Run, arguments: tuple[str, ...]) -
     assert outcome.status == 2
     assert outcome.err.startswith("Usage: cascade")
     assert "cascade: " not in outcome.err
+
+
+def test_a_result_that_is_no_picture_is_told_in_a_line() -> None:
+    told = problems(FlawedResult("the latents of Stage C are not finite"), {})
+    assert told == ["the latents of Stage C are not finite; another seed may do better"]
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ PLENTY = Space(free=2**35, total=2**40)
 
 
 class Scene:
-    """A room on a disk and a database whose space the test decides."""
+    """Space on a disk and a database whose space the test decides."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.space: Space | None = PLENTY
@@ -28,7 +28,7 @@ class Scene:
         self.num_looks = self.num_tries = 0
         self.held_up: list[bool] = []
         self.log = io.StringIO()
-        self.room = DiskSpace(
+        self.disk_space = DiskSpace(
             [Path("pictures")],
             try_job=self._try_job,
             on_held_up=self.held_up.append,
@@ -49,7 +49,7 @@ class Scene:
 
     async def look_on(self) -> None:
         """Until what is so now has been seen."""
-        task = asyncio.create_task(self.room.watch())
+        task = asyncio.create_task(self.disk_space.watch())
         enough = self.num_looks + 2
         await until(lambda: self.num_looks >= enough)
         task.cancel()
@@ -74,7 +74,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
 async def test_how_much_is_enough(scene: Scene, space: Space | None, is_short: bool) -> None:
     scene.space = space
     await scene.look_on()
-    assert scene.room.is_short == is_short
+    assert scene.disk_space.is_short == is_short
 
 
 async def test_who_waits_is_told_after_a_while_and_not_before(
@@ -97,22 +97,22 @@ async def test_a_database_that_refused_is_asked_until_it_takes_one(scene: Scene)
     await scene.look_on()
     assert scene.num_tries == 0
     scene.refusal = StorageFull("no")
-    scene.room.refused(scene.refusal)
+    scene.disk_space.refused(scene.refusal)
     await scene.look_on()
     scene.refusal = ConnectionError("away, and perhaps full when it is back")
     await scene.look_on()
     assert scene.num_tries >= 2
-    assert scene.room.is_short
+    assert scene.disk_space.is_short
     scene.refusal = None
     await scene.look_on()
-    assert not scene.room.is_short
+    assert not scene.disk_space.is_short
 
 
 async def test_there_is_room_when_all_that_lacked_it_found_it(scene: Scene) -> None:
     for what in ("a picture", "a row"):
-        scene.room.lacks(what, StorageFull("no"))
-    scene.room.suffices("a picture")
-    scene.room.suffices("another")
-    assert scene.room.is_short
-    scene.room.suffices("a row")
-    assert not scene.room.is_short
+        scene.disk_space.lacks(what, StorageFull("no"))
+    scene.disk_space.suffices("a picture")
+    scene.disk_space.suffices("another")
+    assert scene.disk_space.is_short
+    scene.disk_space.suffices("a row")
+    assert not scene.disk_space.is_short

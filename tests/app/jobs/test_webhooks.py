@@ -1,4 +1,4 @@
-"""The courier: whom it tells, how often it tries, and whom it keeps waiting."""
+"""The sender: whom it tells, how often it tries, and whom it keeps waiting."""
 
 import asyncio
 import base64
@@ -76,7 +76,7 @@ async def body(delivery: Delivery, webhook: Webhook) -> bytes:
 
 
 @pytest.fixture
-async def courier(store: JobStore, receivers: Receivers, metrics: Metrics, clock: Clock) -> WebhookSender:
+async def sender(store: JobStore, receivers: Receivers, metrics: Metrics, clock: Clock) -> WebhookSender:
     return new_courier(store, receivers, metrics, clock)
 
 
@@ -108,11 +108,11 @@ async def end(store: JobStore, clock: Clock, host: str = "one.example", **fields
     return job.id
 
 
-async def round_of(courier: WebhookSender) -> None:
+async def round_of(sender: WebhookSender) -> None:
     """Begin what is due and wait for what comes of it."""
-    await courier._begin_due()
-    if courier._attempts:
-        await asyncio.wait(courier._attempts)
+    await sender._begin_due()
+    if sender._attempts:
+        await asyncio.wait(sender._attempts)
 
 
 def outcomes(metrics: Metrics) -> dict[str, float]:
@@ -126,11 +126,11 @@ def outcomes(metrics: Metrics) -> dict[str, float]:
 
 
 async def test_what_is_told_is_signed_as_the_standard_has_it(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     clock.now = time.time()
     job_id = await end(store, clock, tenant="bob", created_at=clock.now)
-    await round_of(courier)
+    await round_of(sender)
     [(url, headers, told)] = receivers.told
     assert url == "https://one.example/hook"
     assert (headers["content-type"], headers["user-agent"]) == ("application/json", "stable-cascade-server")
@@ -144,11 +144,11 @@ async def test_what_is_told_is_signed_as_the_standard_has_it(
 
 
 async def test_what_was_taken_is_not_told_again(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     await end(store, clock)
     for _ in range(3):
-        await round_of(courier)
+        await round_of(sender)
         clock.let_pass(PAUSES[-1] * 2)
     assert len(receivers.told) == 1
     assert outcomes(metrics) == {"delivered": 1}
@@ -156,19 +156,19 @@ async def test_what_was_taken_is_not_told_again(
 
 @pytest.mark.parametrize("status", [199, 302, 400, 404, 500, Unreachable("refused"), KeyError("ours")])
 async def test_a_receiver_that_fails_is_told_again_and_again_but_not_for_ever(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock, status: Any
+    store: JobStore, sender: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock, status: Any
 ) -> None:
     receivers.status = lambda url: status
     await end(store, clock)
     for number, pause in enumerate(PAUSES, start=1):
-        await round_of(courier)
+        await round_of(sender)
         assert len(receivers.told) == number
         clock.let_pass(pause * (1 - JITTER) * 0.99)
-        await round_of(courier)
+        await round_of(sender)
         assert len(receivers.told) == number, "too early"
         clock.let_pass(pause * 2 * JITTER * 1.1)
     for _ in range(3):
-        await round_of(courier)
+        await round_of(sender)
         clock.let_pass(2 * PAUSES[-1])
     assert len(receivers.told) == len(PAUSES) + 1 == 7
     assert outcomes(metrics) == {"failed": 6, "given_up": 1}
@@ -178,13 +178,13 @@ async def test_a_receiver_that_fails_is_told_again_and_again_but_not_for_ever(
 
 
 async def test_a_receiver_that_wants_no_more_is_left_alone(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     receivers.status = lambda url: 410
     await end(store, clock)
-    await round_of(courier)
+    await round_of(sender)
     clock.let_pass(2 * PAUSES[-1])
-    await round_of(courier)
+    await round_of(sender)
     assert len(receivers.told) == 1
     assert outcomes(metrics) == {"gone": 1}
 
@@ -214,61 +214,61 @@ async def test_whatever_dies_on_the_way_it_is_told(
 
 
 async def test_a_slow_receiver_keeps_nobody_else_waiting(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for _ in range(3 * MAX_AT_ONE_RECEIVER):
         await end(store, clock, "slow.example")
-    await courier._begin_due()
+    await sender._begin_due()
     await asyncio.sleep(0)
     most = len(receivers.told)
     assert MAX_AT_ONE_RECEIVER <= most < 2 * MAX_AT_ONE_RECEIVER
     await end(store, clock, "other.example")
-    await courier._begin_due()
+    await sender._begin_due()
     await asyncio.sleep(0)
     assert [url for url, _, _ in receivers.told[most:]] == ["https://other.example/hook"]
     receivers.gate.set()
-    await asyncio.wait(courier._attempts)
-    await round_of(courier)
-    await round_of(courier)
+    await asyncio.wait(sender._attempts)
+    await round_of(sender)
+    await round_of(sender)
     assert len(receivers.told) == 3 * MAX_AT_ONE_RECEIVER + 1
 
 
 async def test_a_tenant_with_many_slow_receivers_keeps_no_other_waiting(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for number in range(MAX_AT_ONCE):
         await end(store, clock, f"{number}.example", tenant="ann")
-    await courier._begin_due()
+    await sender._begin_due()
     await asyncio.sleep(0)
     assert MAX_OF_ONE_TENANT <= len(receivers.told) < MAX_OF_ONE_TENANT + MAX_AT_ONE_RECEIVER
     await end(store, clock, "0.example", tenant="bob")
-    await courier._begin_due()
+    await sender._begin_due()
     await asyncio.sleep(0)
     assert receivers.told[-1][0] == "https://0.example/hook"
     receivers.gate.set()
-    await asyncio.wait(courier._attempts)
+    await asyncio.wait(sender._attempts)
 
 
 async def test_attempts_at_once_are_bounded(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, clock: Clock
 ) -> None:
     receivers.gate.clear()
     for number in range(MAX_AT_ONCE + 5):
         await end(store, clock, f"{number}.example", tenant=f"tenant-{number}")
-    await courier._begin_due()
+    await sender._begin_due()
     await asyncio.sleep(0)
     assert len(receivers.told) == MAX_AT_ONCE
     receivers.gate.set()
-    await asyncio.wait(courier._attempts)
-    await round_of(courier)
+    await asyncio.wait(sender._attempts)
+    await round_of(sender)
     assert len(receivers.told) == MAX_AT_ONCE + 5
 
 
 async def test_it_lives_on_when_the_database_is_away(
     store: JobStore,
-    courier: WebhookSender,
+    sender: WebhookSender,
     receivers: Receivers,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
@@ -285,17 +285,17 @@ async def test_it_lives_on_when_the_database_is_away(
 
     monkeypatch.setattr(store, "has_due_deliveries", has_due)
     await end(store, clock)
-    running = asyncio.create_task(courier.run())
+    running = asyncio.create_task(sender.run())
     await until(lambda: receivers.told)
     await leave(running)
 
 
 async def test_who_leaves_lets_an_attempt_come_to_its_end(
-    store: JobStore, courier: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
+    store: JobStore, sender: WebhookSender, receivers: Receivers, metrics: Metrics, clock: Clock
 ) -> None:
     receivers.gate.clear()
     await end(store, clock)
-    running = asyncio.create_task(courier.run())
+    running = asyncio.create_task(sender.run())
     await until(lambda: receivers.told)
     running.cancel()
     await asyncio.sleep(0.01)
@@ -308,7 +308,7 @@ async def test_who_leaves_lets_an_attempt_come_to_its_end(
 
 async def test_who_leaves_does_not_wait_for_ever(
     store: JobStore,
-    courier: WebhookSender,
+    sender: WebhookSender,
     receivers: Receivers,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
@@ -316,7 +316,7 @@ async def test_who_leaves_does_not_wait_for_ever(
     monkeypatch.setattr(webhooks, "LEAVE_SECONDS", 0.01)
     receivers.gate.clear()
     await end(store, clock)
-    running = asyncio.create_task(courier.run())
+    running = asyncio.create_task(sender.run())
     await until(lambda: receivers.told)
     await leave(running)
     assert await store.has_due_deliveries(), "the next life has to wait"
@@ -329,11 +329,11 @@ async def test_neither_path_nor_secret_is_logged(
     clock: Clock,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    courier = new_courier(store, receivers, metrics, clock, log_level="debug")
+    sender = new_courier(store, receivers, metrics, clock, log_level="debug")
     for status in (200, 500, Unreachable("refused"), KeyError("ours")):
         receivers.status = lambda url, status=status: status  # type: ignore[misc]
         await end(store, clock)
-        await round_of(courier)
+        await round_of(sender)
     log = capsys.readouterr().err
     assert log.count('"webhook called"') == 4
     assert "one.example" in log

@@ -247,6 +247,7 @@ def test_a_stage_that_failed_in_bf16_is_made_again_in_fp32(stage: str) -> None:
     assert (drawing.stage, drawing.sample) == (stage, None)
     assert drawing.models is other.models, "one copy of the weights serves all"
     finish(studio, drawing, other)
+    assert drawing.models is cascade, "the weights in fp32 go with the stage"
     drawing.check()
     assert studio.retry_in_fp32(drawing) is (stage == "prior"), "each stage has one second try"
 

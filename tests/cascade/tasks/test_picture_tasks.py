@@ -428,3 +428,26 @@ def test_what_cannot_be_done_is_refused(cascade: Cascade) -> None:
         cascade.inpaint(SOURCE, "x", **QUICK)
     with pytest.raises(InvalidSetting, match=r"^image_prompts: must be one picture or more"):
         cascade.image_variation([], **QUICK)
+
+
+def test_an_image_prompt_of_several_pictures_is_encoded_once(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cascade.image_encoder is not None
+    encoded: list[Image.Image] = []
+    original = cascade.image_encoder.encode
+
+    def encode(images: list[Image.Image]) -> Tensor:
+        encoded.extend(images)
+        return original(images)
+
+    monkeypatch.setattr(cascade.image_encoder, "encode", encode)
+    studio = Studio(cascade, networks(cascade))
+    prompts = (ImagePrompt(SOURCE), ImagePrompt(SOURCE.copy(), 0.5))
+    drawings = [draw(studio, {"image_prompts": prompts, "seed": seed}) for seed in range(3)]
+    assert len(encoded) == 2
+    embeds = [drawing.inputs.image_embeds for drawing in drawings]
+    assert embeds[0] is not None
+    assert embeds[1] is not None
+    assert torch.equal(embeds[0], embeds[1])
+    assert torch.equal(embeds[0][:, 0] * 0.5, embeds[0][:, 1])
