@@ -99,7 +99,7 @@ def _parse_key(entry: str, number: int) -> ApiKey:
 
 
 def _base_url(value: str | None) -> str | None:
-    if value is not None and not value.startswith(("http://", "https://")):
+    if value and not value.startswith(("http://", "https://")):
         raise ValueError("must begin with http:// or https://")
     return value.rstrip("/") if value else None
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app.metrics import Metrics
-from app.settings import Settings
+from app.settings import Settings, load_settings
 from tests.dockerfile import Rehearsal, read_steps
 from tests.server_process import free_port
 
@@ -140,3 +140,12 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_composes_settings_are_valid_where_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = re.findall(r"^ {4}(CASCADE_\w+): (\$\{CASCADE_\w+:-(.*?)\}|\S+)", COMPOSE, re.MULTILINE)
+    assert len(given) >= 5
+    for name, whole, default in given:
+        monkeypatch.setenv(name, default if whole.startswith("$") else whole)
+    settings = load_settings()
+    assert (settings.public_base_url, settings.api_keys, settings.model) == (None, (), "tiny")
