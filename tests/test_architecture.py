@@ -40,7 +40,7 @@ CASCADE_LAYERS = (
     ("cascade.pipeline",),
     ("cascade.tasks",),
     ("cascade.checkpoints", "cascade.lora"),
-    ("cascade.acceleration", "cascade.cpu", "cascade.devices", "cascade.recent"),
+    ("cascade.acceleration", "cascade.cpu", "cascade.devices", "cascade.marks", "cascade.recent"),
     ("cascade.models",),
     ("cascade.conditioning", "cascade.prompts", "cascade.sampling", "cascade.sizes"),
     ("cascade.networks",),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from cascade import marks
+
 _GAP = 16
 _LINE = 1.25  # height of a line of text, relative to the font size
 _TITLE, _HEADING, _LABEL = 24, 17, 15  # font sizes, pixels
@@ -55,9 +57,8 @@ def stack(parts: Sequence[Image.Image], margin: int = 0) -> Image.Image:
 
 def save_png(sheet: Image.Image, path: Path) -> None:
     """Write a sheet with 256 colours: enough for flat shapes, at a third of the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     few = sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    marks.save_png(few, path, optimize=True)
 
 
 def _draw_row(row: Row, scale: float, width: int, letters: float) -> Image.Image:

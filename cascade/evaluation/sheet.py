@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from cascade.evaluation.evaluate import ASPECTS, Judged
+from cascade.marks import save_png
 
 _COLUMNS = 10
 _PICTURE = 256
@@ -26,8 +27,7 @@ def save_sheet(judged: Sequence[Judged], path: Path, count: int = 50) -> None:
     for index, one in enumerate(shown):
         row, column = divmod(index, _COLUMNS)
         _draw_cell(sheet, one, _GAP + column * cell_width, _GAP + row * cell_height)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 def _draw_cell(sheet: Image.Image, one: Judged, x: int, y: int) -> None:

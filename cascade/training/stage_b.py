@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cascade.checkpoints.load import load_network
 from cascade.checkpoints.save import save_component
 from cascade.config import ScheduleConfig, StageBConfig
+from cascade.marks import save_png
 from cascade.networks.stage_a import StageA
 from cascade.networks.stage_b import StageB
 from cascade.networks.unet import Condition
@@ -168,8 +169,7 @@ def judge(
     if sheet:
         rows = torch.cat([truth[:12], decoded[:12]]).view(4, 6, *truth.shape[1:])
         grid = (rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2) * 255).round().to(torch.uint8)
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid.numpy()).save(sheet)
+        save_png(Image.fromarray(grid.numpy()), sheet)
     return {
         "latent_error": round(F.mse_loss(drawn, latents).item(), 4),
         "dB": round(float(-10 * per_picture.mean().log10()), 2),

@@ -20,6 +20,7 @@ from cascade.checkpoints.load import EMBEDDED, load_cascade
 from cascade.checkpoints.save import save_cascade
 from cascade.checkpoints.sums import write_sums
 from cascade.errors import CheckpointError, InvalidSetting
+from cascade.marks import save_png
 from cascade.models import Models
 from cascade.networks.blocks import AttnBlock, ResBlock
 from cascade.networks.stage_b import StageB
@@ -261,8 +262,7 @@ def save_sheet(models: Models, captions: list[str], path: Path) -> None:
     for image in images:
         sheet.paste(image, (left, 0))
         left += image.width
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 def _check_batch(settings: FinetuneSettings, world: World) -> None:

@@ -3,12 +3,14 @@
 import zlib
 from io import BytesIO
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from app.storage.encoding import AI_MADE, MIME_TYPES, encode
+from app.storage.encoding import AI_MADE, MIME_TYPES, XMP, encode
+from cascade import marks
 
 FORMATS = list(MIME_TYPES)
 
@@ -104,3 +106,9 @@ def test_png_finds_what_repeats() -> None:
 def test_no_text_has_a_zero(image: Image.Image) -> None:
     content = encode(image, "png", 90, "a red \0 circle")
     assert reopened(content).info["parameters"] == "a red  circle"
+
+
+def test_sheets_have_the_same_mark(image: Image.Image, tmp_path: Path) -> None:
+    marks.save_png(image, tmp_path / "new" / "sheet.png")
+    assert (marks.AI_MADE, marks.XMP) == (AI_MADE, XMP)
+    assert reopened((tmp_path / "new" / "sheet.png").read_bytes()).info["xmp"] == XMP.encode()
