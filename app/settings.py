@@ -165,7 +165,7 @@ class Settings(BaseSettings):
         min_length=1,
         description="`auto`, `cpu`, `cuda:0,cuda:1`: an engine process for each; or `CASCADE_DEVICE`",
     )
-    dtype: Dtype = Field("auto", description="Arithmetic of the networks")
+    dtype: Dtype = Field("auto", description="Arithmetic of the networks: `auto`, `float32` or `bfloat16`")
     compile: Literal["off", "graphs", "full"] = Field(
         "off", description="On CUDA: `graphs` records CUDA graphs, `full` compiles the blocks, too"
     )
@@ -175,7 +175,10 @@ class Settings(BaseSettings):
     max_rows: int | None = Field(
         None, ge=1, description="Rows of a batch at most (a guided picture is two); unset: as measured"
     )
-    data_dir: Path = Field(Path("data"), description="Folder of jobs, pictures and the signing secret")
+    data_dir: Path = Field(
+        Path("data"),
+        description="Folder of jobs, pictures and the signing secret, relative to where it starts",
+    )
     cache_dir: Path | None = Field(
         None, description="Folder of what was measured of devices; unset: in the data folder"
     )

@@ -110,7 +110,7 @@ async def text_to_image(request: Request, services: TheServices, exchange: TheEx
     responses=A1111_RESPONSES,
     openapi_extra=a1111_body(
         ImageToImage,
-        {"init_images": [PICTURE], "prompt": "the same at night", "denoising_strength": 0.6},
+        {"init_images": [PICTURE], "prompt": "a red star on a blue background", "denoising_strength": 0.6},
     ),
 )
 async def image_to_image(request: Request, services: TheServices, exchange: TheExchange) -> Response:

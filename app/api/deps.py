@@ -134,7 +134,7 @@ async def read_json_or_null(request: Request, services: Services) -> dict[str, A
 def _require_json(request: Request, *, or_form: bool) -> None:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
-        kinds = "JSON or a form" if or_form else "JSON"
+        kinds = "JSON or a multipart form" if or_form else "JSON"
         types = "application/json or multipart/form-data" if or_form else "application/json"
         raise UnsupportedMediaType(f"the body must be {kinds}: send Content-Type: {types}")
 

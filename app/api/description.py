@@ -272,9 +272,9 @@ NATIVE_GENERATION = _generation(
     NativeImageBody,
     "`image/png` (jpeg, webp) first in preference: the bytes of one picture; `text/event-stream`: events",
     {
-        "simple": {"prompt": "a lighthouse in a storm"},
+        "simple": {"prompt": "a red circle on a blue background"},
         "complete": {
-            "prompt": "a lighthouse in a storm, oil painting",
+            "prompt": "a green star left of a red square on a white background",
             "negative_prompt": "text, watermark",
             "width": 1024,
             "height": 1024,
@@ -288,21 +288,33 @@ NATIVE_GENERATION = _generation(
             "deadline_seconds": 600,
             "metadata": {"order": "A-99"},
         },
-        "image-to-image": {"prompt": "the same at night", "image": PICTURE_URI, "strength": 0.6},
-        "inpainting": {"prompt": "a red door", "image": PICTURE_URI, "mask": MASK_URI, "feather": 8},
+        "image-to-image": {
+            "prompt": "a red star on a blue background",
+            "image": PICTURE_URI,
+            "strength": 0.6,
+        },
+        "inpainting": {
+            "prompt": "a yellow star on a blue background",
+            "image": PICTURE_URI,
+            "mask": MASK_URI,
+            "feather": 8,
+        },
         "outpainting": {
-            "prompt": "a wide landscape",
+            "prompt": "a red circle on a blue background",
             "image": PICTURE_URI,
             "anchor": "center",
             "width": 1024,
             "height": 512,
         },
         "image prompts": {
-            "prompt": "in the snow",
+            "prompt": "a green star",
             "image_prompts": [{"image": PICTURE_URI, "weight": 1.0}],
         },
-        "control": {"prompt": "a house", "control": {"type": "canny", "image": PICTURE_URI, "scale": 0.8}},
-        "LoRA": {"prompt": "a cat", "loras": [{"name": "sketch", "scale": 0.8}]},
+        "control": {
+            "prompt": "a green circle on a white background",
+            "control": {"type": "canny", "image": PICTURE_URI, "scale": 0.8},
+        },
+        "LoRA": {"prompt": "a red circle", "loras": [{"name": "night", "scale": 0.8}]},
     },
 )
 NATIVE_RESPONSES: Responses = {
@@ -392,7 +404,7 @@ HF_IMAGE_TO_IMAGE = _layer(
                 "target_size": {"type": "object", "properties": {"width": _WHOLE, "height": _WHOLE}},
                 **_STEPS,
             },
-            {"inputs": PICTURE, "parameters": {"prompt": "the same at night", "strength": 0.6}},
+            {"inputs": PICTURE, "parameters": {"prompt": "a red star on a blue background", "strength": 0.6}},
         ),
         **PICTURE_CONTENT,
     },

@@ -30,7 +30,8 @@ CROWDED_SECONDS = 5  # until there may be fewer connections
 _REQUEST_ID = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,199}")
 # An absolute target, which a server must accept as a proxy does (RFC 9112, section 3.2.2).
 _ABSOLUTE = re.compile(r"^https?://[^/]*/?", re.IGNORECASE)
-_QUIET = {"/healthz", "/readyz", "/metrics"}  # polled every few seconds: logged at debug level
+_HEALTH = {"/healthz", "/readyz"}
+_QUIET = {*_HEALTH, "/metrics"}  # polled every few seconds: logged at debug level
 
 EXPOSED_HEADERS = (
     "x-request-id, x-job-id, retry-after, retry-after-ms, location, preference-applied, x-seed, "
@@ -138,7 +139,8 @@ class Gateway:
             return self._options(scope, headers)
         try:
             _check_framing(headers)
-            self._origins.check(scope, headers)
+            if scope["path"] not in _HEALTH:
+                self._origins.check(scope, headers)
         except (Forbidden, InvalidRequest) as error:
             return respond(error, scope["path"], exchange.request_id)
         return self._app

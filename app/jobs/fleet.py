@@ -63,7 +63,7 @@ class Fleet:
         """Requeue what was in work when the last holder of our lock died. No job is blamed for that."""
         for slot in self.slots:
             for job in await self._store.release(slot.worker):
-                self._resources.logger.info("a job is resumed", job=job.id, status=job.status)
+                self._resources.logger.info("a job is resumed", job=job.id, status=job.status.value)
 
     async def accept(
         self, job: Job, submit: Callable[..., Awaitable[Submitted]], lease_seconds: float

@@ -133,7 +133,11 @@ class ResultWriter:
         released = await self.persist(release)
         for job in released:
             self._logger.warning(
-                "a job goes back", job=job.id, status=job.status, crashes=job.crashes, worker=slot.worker
+                "a job goes back",
+                job=job.id,
+                status=job.status.value,
+                crashes=job.crashes,
+                worker=slot.worker,
             )
             self.tell(job, is_ours=True)
 

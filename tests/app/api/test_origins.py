@@ -84,6 +84,7 @@ async def refused(client: httpx2.AsyncClient, host: str) -> None:
         answer = await client.request(method, path, headers={"host": host})
         assert answer.status_code == 403
         assert "CASCADE_PUBLIC_BASE_URL" in answer.text
+    assert (await client.get("/healthz", headers={"host": host})).status_code == 200
 
 
 @pytest.mark.parametrize(
