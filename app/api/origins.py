@@ -16,8 +16,12 @@ from app.errors import Forbidden
 from app.settings import Settings
 
 SIMPLE_TYPES = {"", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
-# Domains that nobody on the internet can own: RFC 6761, 6762, 8375; ICANN's `.internal`; Kubernetes' `.svc`.
-LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".test", ".svc")
+# Domains that nobody on the internet can own: reserved by RFC 6761, 6762 and 8375, or by ICANN, which will
+# not delegate `.lan`, `.home` and `.corp` either; `.svc` is of Kubernetes.
+LOCAL_NAMES = (
+    *(".localhost", ".local", ".internal", ".home.arpa", ".test"),
+    *(".lan", ".home", ".corp", ".svc"),
+)
 ASKED_HEADERS = ("authorization", "x-api-key", "api-key", "idempotency-key")  # no page sends these unasked
 
 

@@ -88,7 +88,16 @@ async def refused(client: httpx2.AsyncClient, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1:8000", "[::1]", "LOCALHOST", "localhost.", "a.localhost", "host.docker.internal"]
+    "host",
+    [
+        "127.0.0.1:8000",
+        "[::1]",
+        "LOCALHOST",
+        "localhost.",
+        "a.localhost",
+        "host.docker.internal",
+        "gpu.lan:8000",
+    ],
 )
 async def test_addresses_and_local_names_are_served(client: httpx2.AsyncClient, host: str) -> None:
     assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
