@@ -40,8 +40,9 @@ def measure(
                 of_stage[rows] = seconds(stage, rows)
             except OutOfMemory:
                 break
-            if not _is_worthwhile(of_stage, rows):  # again, in case something interfered
-                of_stage[rows] = min(of_stage[rows], seconds(stage, rows))
+            # Again, in case something interfered with the measurement that speaks for the result.
+            suspect = rows // 2 if _is_worthwhile(of_stage, rows) else rows
+            of_stage[suspect] = min(of_stage[suspect], seconds(stage, suspect))
             if not _is_worthwhile(of_stage, rows):
                 break
     return measured

@@ -53,6 +53,17 @@ def test_a_step_that_something_else_slowed_down_is_measured_again() -> None:
     assert measured == pytest.approx({rows: 1e-3 + 1e-3 * rows for rows in (1, 2, 4, 8, 16)})
 
 
+def test_a_smaller_step_that_something_else_slowed_down_makes_no_larger_one_worthwhile() -> None:
+    slow = iter([1.0])
+
+    def seconds(stage: Stage, rows: int) -> float:
+        return 0.1 * rows + (next(slow, 0.0) if (stage, rows) == ("decoder", 1) else 0.0)
+
+    measured = measure(seconds, lambda: True, 64)["decoder"]
+    assert measured == pytest.approx({1: 0.1, 2: 0.2})
+    assert best_rows(measured) == 1
+
+
 def test_rows_stop_at_the_bound_and_decoding_at_two_pictures() -> None:
     assert tried(line(1e-3, 1e-6), max_rows=8) == {
         "prior": [1, 2, 4, 8],
