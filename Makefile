@@ -21,6 +21,7 @@ TESTS_READY := $(VENV)/.tests-ready
 
 help:  ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Options of what a command runs go into ARGS: make evaluate ARGS='--prompts 50'"
 
 serve: $(SERVER_READY)  ## Install what is missing and serve on 127.0.0.1:8000 (HOST=, PORT= change it)
 	@exec $(CASCADE) serve $(call given,HOST,--host) $(call given,PORT,--port)

@@ -21,6 +21,9 @@ def evaluate(
     prompts: Annotated[
         int, typer.Option(metavar="N", min=1, help="Prompts of scenes that no training saw.")
     ] = 300,
+    free: Annotated[
+        int, typer.Option(metavar="N", min=0, max=200, help="Prompts in people's own words, written by hand.")
+    ] = 200,
     sheet: Annotated[Path, typer.Option(metavar="FILE", help="Contact sheet of the pictures.")] = Path(
         "sheet.png"
     ),
@@ -39,7 +42,8 @@ def evaluate(
 ) -> None:
     """Draw prompts and count what is right.
 
-    The prompts name one or two coloured shapes; a program looks whether the pictures show them. With --tasks
+    The prompts name one or two coloured shapes; a program looks whether the pictures show them. Some have the
+    wordings of the training, others are in people's own words. With --tasks
     the other tasks are scored: a table of figures, their targets, and whether they are met.
 
     \b
@@ -51,10 +55,10 @@ def evaluate(
     if tasks:
         _evaluate_tasks(model, tasks, cases)
     else:
-        _evaluate_prompts(model, prompts, sheet, card)
+        _evaluate_prompts(model, prompts, free, sheet, card)
 
 
-def _evaluate_prompts(model: str, prompts: int, sheet: Path, card: Path) -> None:
+def _evaluate_prompts(model: str, prompts: int, free: int, sheet: Path, card: Path) -> None:
     check_output(sheet)
     check_folder(card)
     from cascade.checkpoints.load import EMBEDDED
@@ -66,14 +70,16 @@ def _evaluate_prompts(model: str, prompts: int, sheet: Path, card: Path) -> None
 
     cascade = _load(model)
     with _bar() as progress:
-        report = score(cascade, prompts, progress=progress)
-    save_sheet(report.judged, sheet)
+        report = score(cascade, prompts, num_free=free, progress=progress)
+    save_sheet((*report.judged[:50], *report.free[:50]), sheet)
     write_card(report, cascade, card, training_time(EMBEDDED.get(model, Path(model))))
-    for aspect, name in ASPECTS.items():
-        scores = (
-            f"{what} {report.score(aspect, number)}" for number, what in enumerate(("one", "two"), start=1)
-        )
-        typer.echo(f"{name:22}  {'  '.join(scores)}")
+    for title, is_free in (("held-out prompts", False), ("free prompts", True)):
+        if is_free and not report.free:
+            continue
+        typer.echo(title)
+        for aspect, name in ASPECTS.items():
+            one, two = (report.score(aspect, number, free=is_free) for number in (1, 2))
+            typer.echo(f"  {name:20}  one {one}  two {two}")
     typer.echo(f"{sheet}, {card}: {report.seconds_per_picture:.2f} s per picture")
 
 

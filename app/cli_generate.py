@@ -130,7 +130,7 @@ def generate(
 def hint_at_vocabulary(model: str, prompt: str) -> None:
     """Say what the embedded checkpoint can draw, if the prompt asks for something else."""
     from cascade.checkpoints.load import EMBEDDED
-    from cascade.training.captions import names_a_shape
+    from cascade.training.free_captions import names_a_shape
     from cascade.training.scenes import COLOURS, SHAPES
 
     if model in EMBEDDED and not names_a_shape(prompt):

@@ -22,6 +22,7 @@ class Component(StrEnum):
     ENCODER = "encoder"
     STAGE_C = "stage_c"
     IMAGE_PROMPTS = "image_prompts"
+    WORDINGS = "wordings"
     STAGE_B = "stage_b"
     PACK = "pack"
 

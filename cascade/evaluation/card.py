@@ -25,6 +25,11 @@ _RECIPE = (
         "its own prediction with the words, from the picture alone",
         "image_prompts",
     ),
+    (
+        "text tower again, all else frozen",
+        "Stage C's own prediction with a plain caption, from a free wording",
+        "wordings",
+    ),
     ("Stage B", "code to Stage A latents, noise prediction", "stage_b"),
 )
 
@@ -49,8 +54,9 @@ def write_card(report: Report, models: Models, path: Path, training_time: str = 
         "## Parameters",
         "\n".join(_parameters(models)),
         "## Figures",
-        "\n".join(_figures(report)),
+        "\n".join(_figures(report, free=False)),
         _measured(report),
+        *([_FREE, "\n".join(_figures(report, free=True))] if report.free else []),
         "## Limits",
         _LIMITS,
         "## Licence",
@@ -77,10 +83,16 @@ the latents of its own runs of four steps, towards the codes of the scenes to wh
 from there."""
 
 _LIMITS = """\
-It knows the words of its captions and guesses at all others: no objects of the world, no styles, no third
-shape, no two shapes of one colour, no large shapes in pairs. Prompts are cut after 32 tokens. The verifier
+It knows English words for what it can draw, ignores most others, and guesses where a prompt asks for more: no
+objects of the world, no styles, no third shape, no two shapes of one colour, no large shapes in pairs. A
+background that is not named is white (black behind white shapes), and two shapes without a stated arrangement
+stand side by side in the order of mention. Prompts are cut after 64 tokens. The verifier
 accepts what looks right by palette and outline; it measures neither beauty nor the likeness of colours finer
 than the palette."""
+
+_FREE = """\
+In people's own words: prompts that were written by hand, without knowledge of any wording of the training,
+drawn with the same settings:"""
 
 _LICENCE = """\
 Apache-2.0, like the code that trained it. Nothing of the published Stable Cascade weights is in it."""
@@ -120,11 +132,11 @@ def _parameters(models: Models) -> Iterator[str]:
             yield f"| {name} | {sum(parameter.numel() for parameter in module.parameters()):,} |"
 
 
-def _figures(report: Report) -> Iterator[str]:
+def _figures(report: Report, *, free: bool) -> Iterator[str]:
     yield "| right in | one shape | two shapes | all prompts |"
     yield "|---|---|---|---|"
     for aspect, name in ASPECTS.items():
-        scores = (report.score(aspect, 1), report.score(aspect, 2), report.score(aspect))
+        scores = [report.score(aspect, number, free=free) for number in (1, 2, None)]
         yield f"| {name} | {' | '.join(map(str, scores))} |"
 
 

@@ -1,10 +1,16 @@
-"""Evaluation: draw held-out prompts, read the pictures with the verifier and count what is right."""
+"""Evaluation: draw prompts, read the pictures with the verifier and count what is right.
 
+Held-out prompts have the wordings of the training, but scenes that it never saw. Free prompts are in people's
+own words: they were written by hand, without knowledge of any wording of the training.
+"""
+
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib.resources import files
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -68,13 +74,15 @@ class Report:
 
     model: str
     settings: ImageSettings  # shared by all pictures, except prompt and seed; `seed` is that of the first
-    judged: tuple[Judged, ...]
+    judged: tuple[Judged, ...]  # of held-out prompts
+    free: tuple[Judged, ...]  # of free prompts
     seconds_per_picture: float  # median over the pictures drawn one by one
     reconstruction: Reconstruction | None  # None: no encoder, or none were asked for
 
-    def score(self, aspect: Aspect, num_things: int | None = None) -> Score:
-        """Return the score over all prompts, or only over those that ask for `num_things` things."""
-        chosen = [one for one in self.judged if num_things in (None, one.num_things)]
+    def score(self, aspect: Aspect, num_things: int | None = None, *, free: bool = False) -> Score:
+        """Return the score over all held-out or free prompts, or those that ask for `num_things` things."""
+        judged = self.free if free else self.judged
+        chosen = [one for one in judged if num_things in (None, one.num_things)]
         values = [value for one in chosen if (value := getattr(one.verdict, aspect)) is not None]
         return Score(sum(values), len(values))
 
@@ -84,6 +92,7 @@ def evaluate(
     num_prompts: int = 300,
     seed: int = 0,
     *,
+    num_free: int = 200,
     steps: int = 20,
     guidance_scale: float = 4.0,
     decoder_steps: int = 10,
@@ -93,14 +102,16 @@ def evaluate(
     """Draw `num_prompts` held-out prompts, half with one thing and half with two, and judge the pictures.
 
     Args:
-        seed: chooses the prompts and is the seed of the first picture.
+        seed: chooses the held-out prompts and is the seed of the first picture.
+        num_free: free prompts to draw, too: the first ones, at most all.
         progress: called with the number of pictures made and the number to make.
     """
     settings = ImageSettings(
         prompt="-", seed=seed, steps=steps, guidance_scale=guidance_scale, decoder_steps=decoder_steps
     )
     num_reconstructions = num_reconstructions if models.effnet is not None else 0
-    total = num_prompts + num_reconstructions
+    held_out, free = held_out_captions(num_prompts, seed), free_captions()[:num_free]
+    total = num_prompts + len(free) + num_reconstructions
 
     def report_done(done: int) -> None:
         if progress is not None:
@@ -109,10 +120,10 @@ def evaluate(
     def draw(requests: list[ImageSettings]) -> list[Image.Image]:
         return [images[0].image for images in run_to_end(generate(models, requests))]
 
-    judged, seconds = draw_and_judge(draw, held_out_captions(num_prompts, seed), settings, report_done)
+    judged, seconds = draw_and_judge(draw, [*held_out, *free], settings, report_done)
     reconstruction = reconstruct(models, num_reconstructions, seed) if num_reconstructions else None
     report_done(total)
-    return Report(models.name, settings, judged, seconds, reconstruction)
+    return Report(models.name, settings, judged[:num_prompts], judged[num_prompts:], seconds, reconstruction)
 
 
 def draw_and_judge(
@@ -137,6 +148,21 @@ def held_out_captions(count: int, seed: int) -> list[Caption]:
     """Return captions of held-out scenes, alternately with one thing and with two."""
     rng = held_out_generator(seed)
     return [caption(_scene_with(1 + index % 2, rng), rng) for index in range(count)]
+
+
+def free_captions() -> list[Caption]:
+    """Return all free prompts, with what each states."""
+    lines = (
+        files("cascade.evaluation").joinpath("free_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    return [_free_caption(json.loads(line)) for line in lines]
+
+
+def _free_caption(prompt: dict[str, Any]) -> Caption:
+    facts = {"background": prompt["background"]} if "background" in prompt else {}
+    for mention, thing in zip(("first", "second"), prompt["things"], strict=False):
+        facts |= {f"{mention}_{name}": value for name, value in thing.items()}
+    return Caption(prompt["prompt"], facts)
 
 
 def _scene_with(num_things: int, rng: np.random.Generator) -> Scene:

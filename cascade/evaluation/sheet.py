@@ -17,14 +17,13 @@ _CHARACTERS = 38  # in a line of text
 _RIGHT, _WRONG, _INK, _PAPER = (20, 130, 60), (200, 30, 30), (40, 40, 40), (255, 255, 255)
 
 
-def save_sheet(judged: Sequence[Judged], path: Path, count: int = 50) -> None:
-    """Write the first `count` pictures to a PNG, framed green if right and red if wrong."""
-    shown = judged[:count]
-    rows = -(-len(shown) // _COLUMNS)
-    columns = min(_COLUMNS, len(shown))
+def save_sheet(judged: Sequence[Judged], path: Path) -> None:
+    """Write pictures to a PNG, framed green if right and red if wrong."""
+    rows = -(-len(judged) // _COLUMNS)
+    columns = min(_COLUMNS, len(judged))
     cell_width, cell_height = _PICTURE + _GAP, _PICTURE + _GAP + _TEXT
     sheet = Image.new("RGB", (columns * cell_width + _GAP, rows * cell_height + _GAP), _PAPER)
-    for index, one in enumerate(shown):
+    for index, one in enumerate(judged):
         row, column = divmod(index, _COLUMNS)
         _draw_cell(sheet, one, _GAP + column * cell_width, _GAP + row * cell_height)
     save_png(sheet, path)

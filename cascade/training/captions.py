@@ -4,7 +4,6 @@ A new wording is drawn each time a scene is used. The facts of a caption are the
 that the text tower learns to read, and what a picture is judged by.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,12 +83,6 @@ def scene_facts(scene: Scene) -> dict[str, str]:
         facts["arrangement"] = "stacked" if scene.is_stacked else "side by side"
         _state_sides(scene, things, facts)
     return facts
-
-
-def names_a_shape(text: str) -> bool:
-    """Return whether a text has a word for one of the shapes, also in the plural."""
-    words = {word for shape in SHAPES for word in _SYNONYMS.get(shape, (shape,))}
-    return re.search(rf"\b({'|'.join(words)})(s|es)?\b", text, re.IGNORECASE) is not None
 
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {

@@ -18,22 +18,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascade.training.captions import ATTRIBUTES, Caption, caption
+from cascade.training.free_captions import free_caption, phrases
 from cascade.training.loop import Plan, fit
 from cascade.training.scenes import held_out_generator, sample_scene
 
-MAX_TOKENS = 32
-NUM_MERGES = 240
+MAX_TOKENS = 64
+NUM_MERGES = 1200
 HIDDEN = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
-# The words of captions need fewer merges; words that people may add to them take the others.
-FURTHER_WORDS = (
-    "the one two three shape shapes object objects between behind side by each other rectangle oval heart "
-    "bright dark light brown violet photo painting simple flat minimal drawn centered"
-)
-
 PLAN = Plan(steps=1400, learning_rate=1e-3, seed=21, save_every=100)
 BATCH_SIZE = 192
 
+_VOCABULARY_WEIGHT = 20  # so that rare words become few tokens, too
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -169,7 +165,8 @@ def train_tokenizer(num_captions: int = 20_000) -> CLIPTokenizer:
     )
     rng = np.random.default_rng(PLAN.seed)
     texts = [one.text for one in sample_captions(rng, num_captions)]
-    bpe.train_from_iterator([*texts, FURTHER_WORDS], trainer)
+    free = [free_caption(sample_scene(rng), rng).text for _ in range(num_captions)]
+    bpe.train_from_iterator([*texts, *free, *phrases() * _VOCABULARY_WEIGHT], trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][:NUM_MERGES]
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}

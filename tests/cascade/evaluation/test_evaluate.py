@@ -18,6 +18,7 @@ from cascade.evaluation.evaluate import (
     Score,
     draw_and_judge,
     evaluate,
+    free_captions,
     held_out_captions,
 )
 from cascade.evaluation.reconstruction import Reconstruction
@@ -77,7 +78,7 @@ class Artist:
 def report() -> Report:
     captions = held_out_captions(40, seed=3)
     judged, seconds = draw_and_judge(Artist(captions, 10), captions, SETTINGS, lambda _: None)
-    return Report("fake", SETTINGS, judged, seconds, Reconstruction(100, 27.25, 97))
+    return Report("fake", SETTINGS, judged, judged[:10], seconds, Reconstruction(100, 27.25, 97))
 
 
 def test_prompts_alternate_between_one_and_two_things_and_depend_on_the_seed() -> None:
@@ -87,10 +88,22 @@ def test_prompts_alternate_between_one_and_two_things_and_depend_on_the_seed() -
     assert captions != held_out_captions(20, seed=2)
 
 
+def test_free_prompts_state_what_can_be_drawn() -> None:
+    captions = free_captions()
+    assert len({one.text for one in captions}) == len(captions) == 200
+    for one in captions:
+        assert all(one.labels()[1:3]), one
+        colours = [value for name, value in one.facts.items() if name.endswith("colour")]
+        assert len({*colours, one.facts.get("background")}) == len(colours) + 1, one
+    asked = [len(one.facts) for one in captions]
+    assert min(asked) >= 2
+    assert sum("background" not in one.facts for one in captions) > 20
+
+
 def test_a_perfect_artist_is_right_in_everything() -> None:
     captions = held_out_captions(60, seed=4)
     judged, _ = draw_and_judge(Artist(captions), captions, SETTINGS, lambda _: None)
-    report = Report("fake", SETTINGS, judged, 1.0, None)
+    report = Report("fake", SETTINGS, judged, (), 1.0, None)
     assert report.score("is_right") == Score(60, 60)
     assert report.score("is_right", 1) == Score(30, 30)
     for aspect in ("background", "place"):
@@ -121,7 +134,7 @@ def test_a_score_reads_as_a_share() -> None:
 
 
 def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red(tmp_path: Path, report: Report) -> None:
-    save_sheet(report.judged, tmp_path / "sheet.png", count=20)
+    save_sheet(report.judged[:20], tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"), int)
     assert sheet.shape == (2 * (256 + 12 + 92) + 12, 10 * 268 + 12, 3)
     frames = [sheet[12 - 2 + row * 360, 100 + column * 268] for row in range(2) for column in range(10)]
@@ -136,6 +149,7 @@ def test_the_card_states_figures_parameters_and_limits(tmp_path: Path, report: R
     card = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert card.startswith("# fake: a small Stable Cascade\n")
     assert "| all of these | 100.0 % (20/20) | 80.0 % (16/20) | 90.0 % (36/40) |" in card
+    assert "| all of these | 100.0 % (5/5) | 80.0 % (4/5) | 90.0 % (9/10) |" in card
     assert "| text tower | 9 |" in card
     assert "vision tower | 0" not in card
     assert "27.2 dB, 97 of 100 verified" in card
@@ -163,13 +177,15 @@ def test_a_random_checkpoint_is_evaluated_and_judged_wrong() -> None:
         seed=9,
         steps=1,
         decoder_steps=1,
+        num_free=1,
         num_reconstructions=2,
         progress=lambda made, total: done.append((made, total)),
     )
     assert report.score("is_right") == Score(0, 2)
     assert [one.image.size for one in report.judged] == [(256, 256)] * 2
+    assert [one.caption for one in report.free] == free_captions()[:1]
     assert report.seconds_per_picture > 0
     assert report.reconstruction is not None
     assert (report.reconstruction.count, report.reconstruction.verified) == (2, 0)
     assert 0 < report.reconstruction.decibels < 20
-    assert done == [(1, 4), (2, 4), (4, 4)]
+    assert done == [(1, 5), (2, 5), (3, 5), (5, 5)]

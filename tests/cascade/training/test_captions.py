@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cascade.training.captions import ATTRIBUTES, Caption, caption, names_a_shape, scene_facts
+from cascade.training.captions import ATTRIBUTES, Caption, caption, scene_facts
+from cascade.training.free_captions import names_a_shape
 from cascade.training.scenes import Scene, Thing, sample_scene
 
 SYNONYMS = {
@@ -113,5 +114,6 @@ def test_labels_are_classes_with_zero_for_not_stated() -> None:
 def test_a_caption_names_a_shape_and_other_prompts_do_not(captioned: list[tuple[Scene, Caption]]) -> None:
     assert all(names_a_shape(stated.text) for _, stated in captioned)
     assert names_a_shape("Two RINGS, please")
+    assert names_a_shape("a crimson rhombus")
     for prompt in ("a castle at dusk", "a starling on the crossroads", "a red one on blue", ""):
         assert not names_a_shape(prompt)

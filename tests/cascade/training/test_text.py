@@ -10,9 +10,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 
 from cascade.training import vision
 from cascade.training.captions import ATTRIBUTES, Caption
+from cascade.training.free_captions import phrases
 from cascade.training.scenes import render, sample_scene
 from cascade.training.text import (
-    FURTHER_WORDS,
     MAX_TOKENS,
     TextTraining,
     accuracy,
@@ -39,22 +39,22 @@ def training(tokenizer: CLIPTokenizer) -> TextTraining:
 
 
 def test_vocabulary_has_the_clip_layout(tokenizer: CLIPTokenizer) -> None:
-    tokens = tokenizer.convert_ids_to_tokens(range(754))
-    assert len(tokenizer) == 754
+    tokens = tokenizer.convert_ids_to_tokens(range(1714))
+    assert len(tokenizer) == 1714
     assert [f"{token}</w>" for token in tokens[:256]] == tokens[256:512]
     assert tokens[0] == "!"
-    assert tokens[752:] == ["<|startoftext|>", "<|endoftext|>"]
+    assert tokens[1712:] == ["<|startoftext|>", "<|endoftext|>"]
 
 
 def test_prompts_are_lowered_wrapped_padded_with_the_end_and_cut(tokenizer: CLIPTokenizer) -> None:
     padded = tokenizer("A Red Circle", padding="max_length", truncation=True).input_ids
     assert len(padded) == MAX_TOKENS == tokenizer.model_max_length
-    assert padded[0] == 752
+    assert padded[0] == 1712
     assert padded[1:4] == tokenizer("a red circle").input_ids[1:-1]
-    assert {*padded[4:]} == {753}
-    cut = tokenizer("circle " * 50, padding="max_length", truncation=True).input_ids
+    assert {*padded[4:]} == {1713}
+    cut = tokenizer("circle " * 80, padding="max_length", truncation=True).input_ids
     assert len(cut) == MAX_TOKENS
-    assert cut[-1] == 753
+    assert cut[-1] == 1713
 
 
 def test_every_word_of_a_caption_is_one_token_and_all_captions_fit(tokenizer: CLIPTokenizer) -> None:
@@ -65,10 +65,15 @@ def test_every_word_of_a_caption_is_one_token_and_all_captions_fit(tokenizer: CL
         assert len(tokens) - 2 == len(text.replace(",", " ,").replace(".", " .").split())
 
 
+def test_words_of_free_captions_are_few_tokens(tokenizer: CLIPTokenizer) -> None:
+    words = " ".join(phrases()).split()
+    assert len(tokenizer(words, add_special_tokens=False).input_ids) == len(words)
+    assert np.mean([len(ids) for ids in tokenizer(words, add_special_tokens=False).input_ids]) < 1.3
+
+
 def test_any_text_has_tokens(tokenizer: CLIPTokenizer) -> None:
     tokens = tokenizer("Ünï¢ode 圆 🎨, 42!").input_ids
-    assert tokens.count(753) == 1
-    assert "brown" in FURTHER_WORDS
+    assert tokens.count(1713) == 1
 
 
 def test_saved_tokenizer_has_both_files_of_the_layout(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
@@ -80,7 +85,7 @@ def test_saved_tokenizer_has_both_files_of_the_layout(tmp_path: Path, tokenizer:
 
 def test_positions_lie_at_the_end_or_in_the_padding(tokenizer: CLIPTokenizer) -> None:
     batch = encode(tokenizer, sample_captions(np.random.default_rng(0), 50), np.random.default_rng(1))
-    assert (batch.tokens[torch.arange(50), batch.position] == 753).all()
+    assert (batch.tokens[torch.arange(50), batch.position] == 1713).all()
     assert batch.labels.shape == (50, len(ATTRIBUTES))
 
 
