@@ -120,10 +120,13 @@ def evaluate(
     def draw(requests: list[ImageSettings]) -> list[Image.Image]:
         return [images[0].image for images in run_to_end(generate(models, requests))]
 
-    judged, seconds = draw_and_judge(draw, [*held_out, *free], settings, report_done)
+    judged, seconds = draw_and_judge(draw, held_out, settings, report_done)
+    judged_free: tuple[Judged, ...] = ()
+    if free:
+        judged_free, _ = draw_and_judge(draw, free, settings, lambda done: report_done(num_prompts + done))
     reconstruction = reconstruct(models, num_reconstructions, seed) if num_reconstructions else None
     report_done(total)
-    return Report(models.name, settings, judged[:num_prompts], judged[num_prompts:], seconds, reconstruction)
+    return Report(models.name, settings, judged, judged_free, seconds, reconstruction)
 
 
 def draw_and_judge(

@@ -14,6 +14,7 @@ _PICTURE = 256
 _GAP = 12
 _TEXT = 92  # pixels below a picture
 _CHARACTERS = 38  # in a line of text
+_LINES = 3  # of a prompt
 _RIGHT, _WRONG, _INK, _PAPER = (20, 130, 60), (200, 30, 30), (40, 40, 40), (255, 255, 255)
 
 
@@ -36,7 +37,7 @@ def _draw_cell(sheet: Image.Image, one: Judged, x: int, y: int) -> None:
     image = one.image.copy()
     image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
     sheet.paste(image, (x + (_PICTURE - image.width) // 2, y + (_PICTURE - image.height) // 2))
-    words = textwrap.fill(one.caption.text, _CHARACTERS)
+    words = textwrap.fill(one.caption.text, _CHARACTERS, max_lines=_LINES, placeholder=" ...")
     font = ImageFont.load_default(size=13)
     draw.multiline_text((x, y + _PICTURE + 6), words, _INK, font)
     finding = textwrap.fill(_finding(one), _CHARACTERS)

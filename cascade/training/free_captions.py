@@ -8,6 +8,7 @@ meaning, which a network that knows plain captions can be asked about.
 import re
 import tomllib
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -16,9 +17,6 @@ import numpy as np
 from cascade.training.captions import Caption
 from cascade.training.scenes import COLOURS, SHAPES, Scene, Thing
 
-_WORDS: dict[str, Any] = tomllib.loads(
-    files("cascade.training").joinpath("free_captions.toml").read_text(encoding="utf-8")
-)
 _TEMPLATES = (
     "unplaced",
     "related",
@@ -30,6 +28,7 @@ _TEMPLATES = (
     "behind",
     "before",
 )
+_OTHER_NAMES = ("disc", "disk", "dot", "rhombus", "lozenge", "donut", "doughnut", "hoop", "annulus", "plus")
 _PLAIN_PLACES: dict[str, str] = {
     "centre": "in the centre",
     "left": "on the left",
@@ -104,7 +103,7 @@ def settle(scene: Scene, stated: Caption) -> tuple[Scene, str]:
 def phrases() -> list[str]:
     """Return all words and phrases that captions are made of, for a tokenizer."""
     texts: list[str] = [*COLOURS, *SHAPES]
-    for name, words in _WORDS.items():
+    for name, words in _words().items():
         if name not in _TEMPLATES:
             texts += (
                 [word for several in words.values() for word in several] if type(words) is dict else words
@@ -113,10 +112,9 @@ def phrases() -> list[str]:
 
 
 def names_a_shape(text: str) -> bool:
-    """Return whether a text has a word for one of the shapes, also in the plural."""
-    names = set(SHAPES) | {name for names in _WORDS["shapes"].values() for name in names}
-    pattern = "|".join(map(re.escape, names))
-    return re.search(rf"(?<!\w)({pattern})(s|es)?(?!\w)", text, re.IGNORECASE) is not None
+    """Return whether a text has an unmistakable word for one of the shapes, also in the plural."""
+    pattern = "|".join((*SHAPES, *_OTHER_NAMES))
+    return re.search(rf"\b({pattern})(s|es)?\b", text, re.IGNORECASE) is not None
 
 
 def _mentioned(scene: Scene, facts: dict[str, str]) -> list[Thing]:
@@ -172,8 +170,8 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     facts |= {"near_shape": near.shape, "near_colour": near.colour}
     facts |= {"far_shape": far.shape, "far_colour": far.colour}
     places = [scene.place(thing) for thing in things]
-    index = int(rng.integers(len(_WORDS["sides"]["left"])))
-    s, t = (_WORDS["sides"][place][index] for place in places)
+    index = int(rng.integers(len(_words()["sides"]["left"])))
+    s, t = (_words()["sides"][place][index] for place in places)
     if things[0].shape == things[1].shape and rng.random() < 0.4:
         for mention in ("first", "second"):
             facts.pop(f"{mention}_size", None)
@@ -181,10 +179,11 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
         return _pick(rng, "one_of_two").format(n=_shape(things[0], rng), c=c, d=d, s=s, t=t)
     r, w = _pick(rng, "relations", places[0]), _pick(rng, "following", places[0])
     choice = rng.random()
-    if choice < 0.08:
+    differ = things[0].shape != things[1].shape
+    if choice < 0.08 and differ:
         behind = _pick(rng, "relations", places[1])
         return _pick(rng, "followed_by_name").format(a=a, b=b, r=behind, w=w, n=things[0].shape)
-    if choice < 0.16 and places[0] == "top" and things[0].shape != things[1].shape:
+    if choice < 0.16 and differ and places[0] == "top":
         return _pick(rng, "one_above").format(a=a, b=b, n=things[0].shape)
     if choice < 0.42:
         return _pick(rng, "related").format(a=a, b=b, r=r)
@@ -207,7 +206,7 @@ def _name(
     shape = _shape(thing, rng)
     size = scene.size_word(thing)
     before, after = [], ""
-    if rng.random() < (0.15 if size == "medium" else 0.35):
+    if rng.random() < 0.35:
         facts[f"{mention}_size"] = size
         if rng.random() < 0.9:
             before.append(_pick(rng, "sizes", size))
@@ -270,12 +269,26 @@ def _with_ending(words: str, rng: np.random.Generator) -> str:
 
 def _unknown_word(rng: np.random.Generator) -> str:
     """Return a word that means nothing, so that unknown words are learned to mean nothing."""
-    word = ""
-    for _ in range(1 + int(rng.integers(3))):
-        word += (
-            _pick(rng, "onsets") + _pick(rng, "vowels") + (_pick(rng, "codas") if rng.random() < 0.5 else "")
-        )
-    return word + (_pick(rng, "endings") if rng.random() < 0.4 else "")
+    while True:
+        word = ""
+        for _ in range(1 + int(rng.integers(3))):
+            word += _pick(rng, "onsets") + _pick(rng, "vowels")
+            word += _pick(rng, "codas") if rng.random() < 0.5 else ""
+        word += _pick(rng, "endings") if rng.random() < 0.4 else ""
+        if word not in _known_words():
+            return word
+
+
+@cache
+def _words() -> dict[str, Any]:
+    """Return lists of phrases by name, and tables of such lists."""
+    text = files("cascade.training").joinpath("free_captions.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", " ".join(phrases())))
 
 
 def _tidy(text: str) -> str:
@@ -286,5 +299,5 @@ def _tidy(text: str) -> str:
 
 
 def _pick(rng: np.random.Generator, name: str, key: str | None = None) -> str:
-    choices = _WORDS[name] if key is None else _WORDS[name][key]
+    choices = _words()[name] if key is None else _words()[name][key]
     return str(choices[int(rng.integers(len(choices)))])

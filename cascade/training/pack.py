@@ -17,18 +17,19 @@ from cascade.training.scenes import NATIVE_SIZES
 from cascade.training.stage_b import SCHEDULE as DECODER_SCHEDULE
 from cascade.training.stage_c import SCHEDULE as PRIOR_SCHEDULE
 from cascade.training.times import save_times
+from cascade.training.wordings import FREE_TEXT_ENCODER
 
-COMPONENTS = (
-    "prior",
-    "decoder",
-    "vqgan",
-    "text_encoder",
-    "tokenizer",
-    "image_encoder",
-    "feature_extractor",
-    "effnet_encoder",
-    "previewer",
-)
+COMPONENTS = {  # and their folders in a run
+    "prior": "prior",
+    "decoder": "decoder",
+    "vqgan": "vqgan",
+    "text_encoder": FREE_TEXT_ENCODER,
+    "tokenizer": "tokenizer",
+    "image_encoder": "image_encoder",
+    "feature_extractor": "feature_extractor",
+    "effnet_encoder": "effnet_encoder",
+    "previewer": "previewer",
+}
 
 
 def pack(run: Path, destination: Path) -> None:
@@ -37,13 +38,13 @@ def pack(run: Path, destination: Path) -> None:
     Raises:
         CheckpointError: a component is not trained yet, or does not fit the others.
     """
-    missing = [name for name in COMPONENTS if not (run / name).is_dir()]
+    missing = [folder for folder in COMPONENTS.values() if not (run / folder).is_dir()]
     if missing:
         raise CheckpointError(f"{run}: not trained yet: {', '.join(missing)}")
     with tempfile.TemporaryDirectory(dir=run) as folder:
         assembled, packed = Path(folder, "assembled"), Path(folder, "packed")
-        for name in COMPONENTS:  # without the states of the training, which lie beside them
-            shutil.copytree(run / name, assembled / name)
+        for name, trained in COMPONENTS.items():  # without the states of the training, which lie beside them
+            shutil.copytree(run / trained, assembled / name)
         models = replace(
             load_cascade(assembled, device="cpu", dtype="float32"),
             prior_schedule=PRIOR_SCHEDULE,

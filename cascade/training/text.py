@@ -59,8 +59,8 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 class Batch:
     """Captions as tokens, with the facts as classes and one position at or after the end of each."""
 
-    tokens: Tensor  # (b, 32)
-    mask: Tensor  # (b, 32)
+    tokens: Tensor  # (b, 64)
+    mask: Tensor  # (b, 64)
     labels: Tensor  # (b, attributes)
     position: Tensor  # (b,)
 

@@ -4,35 +4,31 @@ The teacher is Stage C with a plain caption, read by the tower as it was before;
 same meaning, read by the trained tower, it has to predict the same. So Stage C, and all that is trained on
 top of it, stays as it is. The pooled embeddings have to agree, too: that teaches new words sooner than the
 predictions do. Captions of the training are among the wordings, and so is the empty prompt.
-
-The tower as it was is kept in RUN/plain_text.
 """
 
-import shutil
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascade.checkpoints.load import load_network
 from cascade.conditioning import TextEncoder
 from cascade.networks.stage_c import StageC
 from cascade.sampling.schedule import CosineSchedule
-from cascade.training.captions import Caption, caption
-from cascade.training.code import scene_code
+from cascade.training.captions import caption
+from cascade.training.code import read_code, scene_code
 from cascade.training.denoising import PRIOR_EMPHASIS, noise_batch
-from cascade.training.drawing_codes import shares_right
 from cascade.training.free_captions import filler, free_caption, mistyped, settle
 from cascade.training.image_prompts import estimate_whitening, nothing
 from cascade.training.loop import Plan, fit
-from cascade.training.scenes import Scene, held_out_generator, sample_scene, sample_size
+from cascade.training.scenes import SQUARE_SIZE, Scene, held_out_generator, sample_scene, sample_size
 from cascade.training.stage_c import SCHEDULE, load_text_encoder, sample_codes
 
+FREE_TEXT_ENCODER = "free_text_encoder"  # folder in a run
 PLAN = Plan(
     steps=7000,
     learning_rate=2e-3,
@@ -55,17 +51,12 @@ Wordings = tuple[list[Scene], list[str], list[str]]  # scenes, what is said of t
 
 
 def train(run: Path, plan: Plan = PLAN) -> None:
-    """Train the tower of `run`/text_encoder against `run`/prior; an interrupted run is resumed."""
+    """Train on from `run`/text_encoder and write `run`/free_text_encoder; an interrupted run is resumed."""
     torch.manual_seed(plan.seed)
     stage = cast(StageC, load_network(run / "prior")).eval().requires_grad_(False)
-    plain = run / "plain_text"
-    if not plain.exists():
-        for name in ("text_encoder", "tokenizer"):
-            shutil.copytree(run / name, plain / name)
-    teacher = load_text_encoder(plain)
+    teacher = load_text_encoder(run)
     teacher.model.float()
-    student = load_text_encoder(run)
-    tower = CLIPTextModelWithProjection.from_pretrained(
+    student = CLIPTextModelWithProjection.from_pretrained(
         run / "text_encoder", attn_implementation="eager"
     ).float()
     schedule = CosineSchedule(SCHEDULE)
@@ -74,7 +65,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
     def loss(module: nn.Module, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         scenes, said, plainly = sample_wordings(rng, _ROWS, sample_size(rng))
         targets = teacher.encode(plainly)
-        hidden, pooled = embed(module, student, said, "longest" if step < _POOLED_FIRST else "max_length")
+        hidden, pooled = embed(module, teacher.tokenizer, said, fills_window=step >= _POOLED_FIRST)
         distance = ((pooled - targets.pooled.clone()) @ whitening).square().mean()
         if step < _POOLED_FIRST:
             return _POOLED * distance, {"pooled": float(distance.detach())}
@@ -93,10 +84,10 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 
     def report(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, CLIPTextModelWithProjection)
-        module.save_pretrained(run / "text_encoder")
-        return judge(stage, TextEncoder(student.tokenizer, deepcopy(module)), schedule)
+        module.save_pretrained(run / FREE_TEXT_ENCODER)
+        return judge(stage, TextEncoder(teacher.tokenizer, module), schedule)
 
-    fit(tower, loss, plan, run / "wordings", title="wordings", judge=report)
+    fit(student, loss, plan, run / "wordings", title="wordings", judge=report)
 
 
 def sample_wordings(rng: np.random.Generator, count: int, size: tuple[int, int]) -> Wordings:
@@ -121,12 +112,15 @@ def sample_wordings(rng: np.random.Generator, count: int, size: tuple[int, int])
 
 
 def embed(
-    tower: nn.Module, text: TextEncoder, texts: list[str], padding: str = "max_length"
+    tower: nn.Module, tokenizer: CLIPTokenizer, texts: list[str], *, fills_window: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return hidden states (b, n, d) and pooled embeddings (b, 1, d) of texts, differentiable."""
-    tokens = text.tokenizer(
-        texts, padding=padding, max_length=text.max_tokens, truncation=True, return_tensors="pt"
-    )
+    """Return hidden states (b, n, d) and pooled embeddings (b, 1, d) of texts, differentiable.
+
+    Args:
+        fills_window: n is the tokenizer's window; otherwise the length of the longest text, if shorter.
+    """
+    padding = "max_length" if fills_window else "longest"
+    tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
     output = tower(**tokens, output_hidden_states=True)
     return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
 
@@ -135,16 +129,28 @@ def embed(
 def judge(stage: StageC, text: TextEncoder, schedule: CosineSchedule) -> dict[str, float]:
     """Return the shares of held-out wordings, plain and free, whose sampled code reads right."""
     rng = held_out_generator(10)
-    figures: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, wording in (("plain", caption), ("free", free_caption)):
         scenes = [sample_scene(rng) for _ in range(_CASES)]
         captions = [wording(scene, rng) for scene in scenes]
-        settled = [settle(*pair)[0] for pair in zip(scenes, captions, strict=True)]
+        asked = [settle(*pair)[0] for pair in zip(scenes, captions, strict=True)]
         codes = sample_codes(stage, text, schedule, [stated.text for stated in captions], 4.0)
-        stated = [Caption(each.text, {"background": "stated"}) for each in captions]
-        shares = shares_right(codes, settled, stated)
-        figures |= {f"{name} {key.removeprefix('right_')}": share for key, share in shares.items()}
-    return figures
+        right = [
+            _summary(read_code(code.numpy(), SQUARE_SIZE)) == _summary(scene)
+            for code, scene in zip(codes, asked, strict=True)
+        ]
+        for count in (1, 2):
+            chosen = [
+                is_right for scene, is_right in zip(asked, right, strict=True) if len(scene.things) == count
+            ]
+            shares[f"{name} {count}"] = round(float(np.mean(chosen)), 3) if chosen else 0.0
+    return shares
+
+
+def _summary(scene: Scene) -> tuple[str, list[tuple[str, str]], bool]:
+    """Return the background, what stands there in order, and whether it is stacked."""
+    things = [(thing.colour, thing.shape) for thing in scene.in_order()]
+    return scene.background, things, len(things) == 2 and scene.is_stacked
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from tests.app.cli.running import Run, pixels
 
-COMPONENTS = ("text", "vision", "stage_a", "encoder", "stage_c", "image_prompts", "stage_b")
+COMPONENTS = ("text", "vision", "stage_a", "encoder", "stage_c", "image_prompts", "wordings", "stage_b")
 
 
 @pytest.fixture
@@ -60,11 +60,17 @@ def small_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_evaluation_writes_a_sheet_and_a_card(run: Run, tmp_path: Path, small_checkpoint: Path) -> None:
     sheet, card = tmp_path / "sheet.png", tmp_path / "card.md"
-    outcome = run("evaluate", "-m", small_checkpoint, "--prompts", 2, "--sheet", sheet, "--card", card)
+    files = ("--sheet", sheet, "--card", card)
+    outcome = run("evaluate", "-m", small_checkpoint, "--prompts", 2, "--free", 3, *files)
     assert outcome.status == 0
     assert "all of these" in outcome.out
+    assert "free prompts" in outcome.out
+    assert "In people's own words" in card.read_text()
     assert pixels(sheet).ndim == 3
     assert card.read_text().startswith("# ")
+    outcome = run("evaluate", "-m", small_checkpoint, "--prompts", 2, "--free", 0, *files)
+    assert "free prompts" not in outcome.out
+    assert "In people's own words" not in card.read_text()
 
 
 @pytest.mark.parametrize("option", ["--sheet", "--card"])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
+from cascade.checkpoints.load import load_cascade
 from cascade.evaluation.card import write_card
 from cascade.evaluation.evaluate import (
     BATCH_SIZE,
@@ -189,3 +190,9 @@ def test_a_random_checkpoint_is_evaluated_and_judged_wrong() -> None:
     assert (report.reconstruction.count, report.reconstruction.verified) == (2, 0)
     assert 0 < report.reconstruction.decibels < 20
     assert done == [(1, 5), (2, 5), (3, 5), (5, 5)]
+
+
+def test_the_embedded_checkpoint_understands_peoples_own_words() -> None:
+    report = evaluate(load_cascade("tiny", device="cpu"), 12, num_free=24, num_reconstructions=0)
+    assert report.score("is_right").right >= 11
+    assert report.score("is_right", free=True).right >= 19

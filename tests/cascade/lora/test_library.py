@@ -98,3 +98,13 @@ def test_a_checkpoint_brings_those_in_its_folder(tmp_path: Path) -> None:
     assert models.loras.adapter(models, [("good", 1.0)]) is not None
     with pytest.raises(CheckpointError, match=r"damaged\.safetensors: not a safetensors file"):
         models.loras.adapter(models, [("damaged", 1.0)])
+
+
+def test_every_lora_that_is_shipped_fits_the_embedded_checkpoint() -> None:
+    models = load_cascade("tiny", device="cpu")
+    assert models.loras is not None
+    assert models.loras.names() == ["azure", "lcm", "night"]
+    for name in models.loras.names():
+        adapter = models.loras.adapter(models, [(name, 1.0)])
+        assert adapter is not None
+        assert set(adapter.words) == ({"[azure]"} if name == "azure" else set())

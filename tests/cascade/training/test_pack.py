@@ -31,6 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = EffNetEncoder(EffNetConfig(8, (EffNetStage("fused", 1, 2, 8, 1),), 16))
     save_component(encoder, run / "effnet_encoder")
     save_component(Previewer(PreviewerConfig(hidden_channels=8)), run / "previewer")
+    (run / "text_encoder").rename(run / "free_text_encoder")
     (run / "stage_c").mkdir()
     save_file({"module.clf.1.weight": torch.zeros(3)}, run / "stage_c" / "training.safetensors")
     return run
