@@ -18,10 +18,10 @@ def save_times(run: Path, folder: Path) -> None:
 
 
 def training_time(folder: Path) -> str:
-    """Return a sentence on the training times of a packed checkpoint; empty if none is recorded."""
+    """Return the training times of a packed checkpoint, and its note on them; empty if none are recorded."""
     path = folder / TIMES_NAME
     if not path.is_file():
         return ""
-    seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-    times = ", ".join(f"`{name}` {value / 60:.0f} min" for name, value in seconds.items())
-    return f"The training took, by the clock: {times}."
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    times = ", ".join(f"`{name}` {value / 60:.0f} min" for name, value in recorded["seconds"].items())
+    return f"The training took, by the clock: {times}. {recorded.get('note', '')}".rstrip()

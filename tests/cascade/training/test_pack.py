@@ -65,6 +65,9 @@ def test_the_times_of_the_training_go_into_the_checkpoint_and_its_checksums(
     assert sentence == "The training took, by the clock: `stage_b` 121 min, `text` 10 min."
     assert "  training.json\n" in (tmp_path / "timed" / "SHA256SUMS").read_text()
     assert Cascade.from_pretrained(tmp_path / "timed").previewer is not None
+    recorded = json.loads((tmp_path / "timed" / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps(recorded | {"note": "In two parts."}))
+    assert training_time(tmp_path) == f"{sentence} In two parts."
 
 
 def test_packing_again_replaces_the_old_checkpoint(trained: Path, tmp_path: Path) -> None:
