@@ -34,6 +34,7 @@ class StageB(UNet):
         for level in reversed(range(len(widths))):
             up = (ChannelNorm(), Upsample(widths[level], widths[level - 1])) if level else ()
             self.up_upscalers.append(Rescaling(*up))
+        self._products = self._find_products()
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
     def prepare(

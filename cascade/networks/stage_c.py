@@ -34,6 +34,7 @@ class StageC(UNet):
             self.down_downscalers.append(Rescaling(*self._between(level - 1, level, "down")))
         for level in reversed(range(len(widths))):
             self.up_upscalers.append(Rescaling(*self._between(level, level - 1, "up")))
+        self._products = self._find_products()
         self.clf = nn.Sequential(ChannelNorm(), Pointwise(widths[0], config.out_channels * patch))
 
     def _between(self, here: int, there: int, direction: str) -> tuple[nn.Module, ...]:

@@ -6,7 +6,6 @@ deepest level first, as in the published checkpoints: list index u is level n - 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import count, repeat
 from typing import TypeVar, cast
 
@@ -174,8 +173,9 @@ class UNet(nn.Module):
         )
         self.down_repeat_mappers = _repeat_mappers(widths, config.down_blocks_repeat_mappers)
         self.up_repeat_mappers = _repeat_mappers(widths[::-1], config.up_blocks_repeat_mappers)
-        self.down_downscalers = nn.ModuleList()
+        self.down_downscalers = nn.ModuleList()  # a stage fills these ...
         self.up_upscalers = nn.ModuleList()
+        self._products: tuple[Product, ...] = ()  # ... and then finds these
         self._res_blocks = tuple(self._blocks(ResBlock))
         self._time_blocks = tuple(self._blocks(TimestepBlock))
         self._attention_blocks = tuple(self._blocks(AttnBlock))
@@ -284,9 +284,8 @@ class UNet(nn.Module):
         }
         return {block: groups for block, groups in concerned.items() if groups}
 
-    @cached_property
-    def _products(self) -> tuple[Product, ...]:
-        """Products between levels and repeats, without those before or after all levels."""
+    def _find_products(self) -> tuple[Product, ...]:
+        """Return the products between levels and repeats, without those before or after all levels."""
         between = self.down_downscalers, self.up_upscalers, self.down_repeat_mappers, self.up_repeat_mappers
         return tuple(each for part in between for each in part.modules() if isinstance(each, Product))
 
