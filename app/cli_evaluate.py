@@ -22,7 +22,8 @@ def evaluate(
         int, typer.Option(metavar="N", min=1, help="Prompts of scenes that no training saw.")
     ] = 300,
     free: Annotated[
-        int, typer.Option(metavar="N", min=0, max=200, help="Prompts in people's own words: the first N of 200.")
+        int,
+        typer.Option(metavar="N", min=0, max=200, help="Prompts in people's own words: the first N of 200."),
     ] = 200,
     sheet: Annotated[Path, typer.Option(metavar="FILE", help="Contact sheet of the pictures.")] = Path(
         "sheet.png"
