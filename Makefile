@@ -85,7 +85,7 @@ bench-gpu: $(TESTS_READY)  ## Time the networks at published size on a CUDA devi
 train: $(TESTS_READY)  ## Train the embedded checkpoint anew in runs/tiny (core hours; resumes after an interruption)
 	$(CASCADE) train tiny $(ARGS)
 
-evaluate: $(SERVER_READY)  ## Score the embedded checkpoint on prompts that it never saw, and on people's own
+evaluate: $(SERVER_READY)  ## Score the embedded checkpoint on prompts that it never saw, in its own and in free wordings
 	$(CASCADE) evaluate --model tiny --prompts 300 $(ARGS)
 
 gallery: $(SERVER_READY)  ## Draw a sheet of every task with the embedded checkpoint into docs/

@@ -23,7 +23,7 @@ def evaluate(
     ] = 300,
     free: Annotated[
         int,
-        typer.Option(metavar="N", min=0, max=200, help="Prompts in people's own words: the first N of 200."),
+        typer.Option(metavar="N", min=0, max=200, help="Prompts in free wordings: the first N of 200."),
     ] = 200,
     sheet: Annotated[Path, typer.Option(metavar="FILE", help="Contact sheet of the pictures.")] = Path(
         "sheet.png"
@@ -44,7 +44,7 @@ def evaluate(
     """Draw prompts and count what is right.
 
     The prompts name one or two coloured shapes; a program looks whether the pictures show them. Some have the
-    wordings of the training, others are in people's own words. With --tasks
+    wordings of the training, others are in free wordings. With --tasks
     the other tasks are scored: a table of figures, their targets, and whether they are met.
 
     \b

@@ -91,8 +91,8 @@ accepts what looks right by palette and outline; it measures neither beauty nor 
 than the palette."""
 
 _FREE = """\
-In people's own words: prompts that were written by hand, without knowledge of any wording of the training,
-drawn with the same settings:"""
+In free wordings: prompts that a language model composed one by one, knowing the task but no wording of the
+training, drawn with the same settings:"""
 
 _LICENCE = """\
 Apache-2.0, like the code that trained it. Nothing of the published Stable Cascade weights is in it."""

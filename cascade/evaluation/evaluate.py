@@ -1,7 +1,7 @@
 """Evaluation: draw prompts, read the pictures with the verifier and count what is right.
 
-Held-out prompts have the wordings of the training, but scenes that it never saw. Free prompts are in people's
-own words: they were written by hand, without knowledge of any wording of the training.
+Held-out prompts have the wordings of the training, but scenes that it never saw. Free prompts are in
+wordings of their own: a language model composed them one by one, without knowing any wording of the training.
 """
 
 import json

@@ -81,7 +81,7 @@ def scene_facts(scene: Scene) -> dict[str, str]:
         facts |= {f"{mention}_size": scene.size_word(thing), f"{mention}_place": scene.place(thing)}
     if len(things) == 2:
         facts["arrangement"] = "stacked" if scene.is_stacked else "side by side"
-        _state_sides(scene, things, facts)
+        state_sides(scene, things, facts)
     return facts
 
 
@@ -152,7 +152,7 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     facts["arrangement"] = "stacked" if scene.is_stacked else "side by side"
     if choice < 0.35 and not scene.is_stacked:
         return f"{first} {_pick(rng, _BESIDE)} {second}"
-    _state_sides(scene, things, facts)
+    state_sides(scene, things, facts)
     places = scene.place(things[0]), scene.place(things[1])
     if choice < 0.75:
         return f"{first} {_pick(rng, _RELATIONS[places[0]])} {second}"
@@ -162,7 +162,8 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     return f"{where[0]} {first}, {where[1]} {second}"
 
 
-def _state_sides(scene: Scene, things: Sequence[Thing], facts: dict[str, str]) -> None:
+def state_sides(scene: Scene, things: Sequence[Thing], facts: dict[str, str]) -> None:
+    """Add to `facts` where two things, in the order of mention, stand, and which is on which side."""
     near, far = scene.in_order()
     facts |= {"first_place": scene.place(things[0]), "second_place": scene.place(things[1])}
     facts |= {"near_shape": near.shape, "near_colour": near.colour}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cascade.training.captions import Caption
+from cascade.training.captions import Caption, state_sides
 from cascade.training.scenes import COLOURS, SHAPES, Scene, Thing
 
 _TEMPLATES = (
@@ -166,9 +166,7 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     )
     if is_open:
         return _pick(rng, "unplaced").format(a=a, b=b)
-    near, far = scene.in_order()
-    facts |= {"near_shape": near.shape, "near_colour": near.colour}
-    facts |= {"far_shape": far.shape, "far_colour": far.colour}
+    state_sides(scene, things, facts)
     places = [scene.place(thing) for thing in things]
     index = int(rng.integers(len(_words()["sides"]["left"])))
     s, t = (_words()["sides"][place][index] for place in places)

@@ -65,12 +65,12 @@ def test_evaluation_writes_a_sheet_and_a_card(run: Run, tmp_path: Path, small_ch
     assert outcome.status == 0
     assert "all of these" in outcome.out
     assert "free prompts" in outcome.out
-    assert "In people's own words" in card.read_text()
+    assert "In free wordings" in card.read_text()
     assert pixels(sheet).ndim == 3
     assert card.read_text().startswith("# ")
     outcome = run("evaluate", "-m", small_checkpoint, "--prompts", 2, "--free", 0, *files)
     assert "free prompts" not in outcome.out
-    assert "In people's own words" not in card.read_text()
+    assert "In free wordings" not in card.read_text()
 
 
 @pytest.mark.parametrize("option", ["--sheet", "--card"])

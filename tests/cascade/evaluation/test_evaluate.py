@@ -192,7 +192,7 @@ def test_a_random_checkpoint_is_evaluated_and_judged_wrong() -> None:
     assert done == [(1, 5), (2, 5), (3, 5), (5, 5)]
 
 
-def test_the_embedded_checkpoint_understands_peoples_own_words() -> None:
+def test_the_embedded_checkpoint_understands_free_wordings() -> None:
     report = evaluate(load_cascade("tiny", device="cpu"), 12, num_free=24, num_reconstructions=0)
     assert report.score("is_right").right >= 11
     assert report.score("is_right", free=True).right >= 19
