@@ -21,7 +21,7 @@ AppError
 ├── DamagedFile             500  a file on disk is not what was written
 ├── Overloaded              503  ModelLoading, ShuttingDown
 ├── TimedOut                504
-├── StorageFull             507  temporary, so it says when to try again
+├── StorageFull             507  temporary, so it says when to try again; StorageAway (503) for a bucket
 └── JobFailed               the stored error that ended a job
 
 Not for callers: QueueFull, which says how many jobs wait, and which the dispatcher turns into Overloaded;
@@ -300,8 +300,19 @@ class StorageFull(AppError):
     status = 507
     code = "insufficient_storage"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"Retry-After": str(ROOM_SECONDS)})
+    retry_after_seconds = ROOM_SECONDS
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message, headers={"Retry-After": str(self.retry_after_seconds)})
+        self.reason = reason or message  # for the operator's log
+
+
+class StorageAway(StorageFull):
+    """The bucket of pictures is away or refuses us. Until it is back, it is as if there were no room."""
+
+    status = 503
+    code = "overloaded"
+    retry_after_seconds = RESTART_SECONDS
 
 
 class JobFailed(AppError):

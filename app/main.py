@@ -53,6 +53,7 @@ from app.logs import Logger, is_for_people, make_logger
 from app.metrics import Metrics
 from app.outbound import Outbound
 from app.settings import Settings, load_settings
+from app.storage.bucket import Bucket, BucketImages, BucketInputs
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 from app.storage.loras import InstalledLoRAs
@@ -154,21 +155,34 @@ def _room_to_start(folder: Path) -> Iterator[None]:
 
 def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    files, inputs = settings.data_dir / "files", settings.data_dir / "inputs"
-    for folder in (files, inputs):
-        folder.mkdir(exist_ok=True, mode=0o700)
     logger = make_logger(settings)
     clock = SteadyClock(time.time)
+    images, inputs = _stores(settings, clock)
+    secret = load_secret(settings.data_dir / "secret", settings.signing_secret)
     return Parts(
         settings=settings,
-        images=ImageStore(files, settings.file_ttl, clock),
-        inputs=InputStore(inputs, settings.max_pixels, clock),
-        signer=Signer(load_secret(settings.data_dir / "secret"), settings.url_ttl, clock),
+        images=images,
+        inputs=inputs,
+        signer=Signer(secret, settings.url_ttl, clock),
         metrics=Metrics(),
         tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
         clock=clock,
         launch=ProcessLauncher(settings) if runner is None else ThreadLauncher(runner, logger),
+    )
+
+
+def _stores(settings: Settings, clock: Callable[[], float]) -> tuple[ImageStore, InputStore]:
+    """Build the stores of results and of input pictures."""
+    files, inputs = settings.data_dir / "files", settings.data_dir / "inputs"
+    for folder in (files, inputs):
+        folder.mkdir(exist_ok=True, mode=0o700)
+    if settings.bucket_url is None:
+        return ImageStore(files, settings.file_ttl, clock), InputStore(inputs, settings.max_pixels, clock)
+    bucket = Bucket.open(settings.bucket_url)
+    return (
+        BucketImages(bucket, files, settings.file_ttl, clock),
+        BucketInputs(bucket, inputs, settings.max_pixels, clock),
     )
 
 

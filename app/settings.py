@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     PositiveFloat,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -104,6 +105,17 @@ def _base_url(value: str | None) -> str | None:
     return value.rstrip("/") if value else None
 
 
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w-][\w.-]*)*")
+
+
+def _bucket_url(value: str | None) -> str | None:
+    if not value:
+        return None
+    if not _BUCKET.fullmatch(value.rstrip("/")):
+        raise ValueError("must be s3://BUCKET or s3://BUCKET/PREFIX")
+    return value.rstrip("/")
+
+
 # What Kubernetes sets in every pod for a service named `cascade` or `cascade-...`.
 _SERVICE_LINK = re.compile(
     r"\w+_SERVICE_HOST|\w+_SERVICE_PORT(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
@@ -150,6 +162,7 @@ Devices = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Weights = Annotated[dict[str, PositiveFloat], NoDecode, BeforeValidator(_parse_weights)]
 Port = Annotated[int, BeforeValidator(_port)]
 BaseUrl = Annotated[str | None, AfterValidator(_base_url)]
+BucketUrl = Annotated[str | None, AfterValidator(_bucket_url)]
 
 
 class Settings(BaseSettings):
@@ -178,6 +191,16 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         Path("data"),
         description="Folder of jobs, pictures and the signing secret, relative to where it starts",
+    )
+    bucket_url: BucketUrl = Field(
+        None,
+        description="`s3://BUCKET/PREFIX` for pictures, credentials and endpoint in `AWS_*`; unset: the data "
+        "folder",
+    )
+    signing_secret: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Signs URLs and webhooks, the same for all servers; unset: made once in the data folder",
     )
     cache_dir: Path | None = Field(
         None, description="Folder of what was measured of devices; unset: in the data folder"

@@ -56,6 +56,10 @@ class ServerProcess:
         words = ["-m", "app.cli", "serve", "--port", "{port}", "--data-dir", str(folder)]
         return cls(words, log, environment)
 
+    def tell(self, variables: Mapping[str, str]) -> None:
+        """Add environment variables for all starts from now on."""
+        self._environment.update(variables)
+
     @property
     def pid(self) -> int:
         """Of the server itself."""

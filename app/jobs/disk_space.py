@@ -1,4 +1,4 @@
-"""Whether there is disk space for jobs and pictures, on one disk or on several.
+"""Whether there is room for jobs and pictures: on one disk or on several, or in a bucket that answers.
 
 New jobs are refused before a disk is full, so that those in work find room. A write that finds none all the
 same waits for it and is not lost; callers that wait for such a job are soon told so.
@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from app.errors import StorageFull
+from app.errors import StorageAway, StorageFull
 from app.logs import Logger
 from app.metrics import Metrics
 from app.storage.writing import space_of
 
 NO_ROOM = "there is no room to keep another job; the operator has to make some"
+IS_AWAY = "the store of pictures does not answer; no other job is accepted until it does"
 LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 2.0  # without room before waiting callers are told
 RESERVE_BYTES = 16 * 2**20  # more than the largest picture; with less, nothing new is accepted
@@ -40,7 +41,7 @@ class DiskSpace:
         self._logger = logger
         self._is_low = self._is_out = False  # of the folders, when they were last looked at
         self._is_refused = False  # the database took no job for want of room
-        self._lacking: set[object] = set()  # what is to be written and finds no room
+        self._lacking: dict[object, StorageFull] = {}  # what is to be written and finds no room, and why
         self._held_up_since: float | None = None
         self._is_known_short = False
 
@@ -49,20 +50,29 @@ class DiskSpace:
         """Whether nothing new should be accepted."""
         return self._is_low or self._is_refused or bool(self._lacking)
 
+    @property
+    def is_away(self) -> bool:
+        """Whether it is a bucket that does not answer."""
+        return any(isinstance(error, StorageAway) for error in self._lacking.values())
+
+    def refusal(self) -> StorageFull:
+        """Return the error for a job that is not accepted."""
+        return StorageAway(IS_AWAY) if self.is_away else StorageFull(NO_ROOM)
+
     def refused(self, error: StorageFull) -> None:
         """Note that the database had no room for a job. From then on it is asked whether it has some."""
         self._is_refused = True
-        self._judge(str(error))
+        self._judge(error.reason)
 
     def lacks(self, what: object, error: StorageFull) -> None:
         """Note that a write, identified by `what`, finds no room and will be tried again."""
-        self._lacking.add(what)
-        self._judge(str(error))
+        self._lacking[what] = error
+        self._judge(error.reason)
 
     def suffices(self, what: object) -> None:
         """Note that it found room, or is not wanted any more."""
         if what in self._lacking:
-            self._lacking.remove(what)
+            del self._lacking[what]
             self._judge()
 
     async def watch(self) -> None:

@@ -36,11 +36,12 @@ from app.errors import (
     Overloaded,
     QueueFull,
     ShuttingDown,
+    StorageAway,
     StorageFull,
 )
 from app.jobs.callers import Callers
 from app.jobs.database import DatabaseAway
-from app.jobs.disk_space import NO_ROOM, DiskSpace
+from app.jobs.disk_space import DiskSpace
 from app.jobs.events import Event, EventHub
 from app.jobs.faults import NO_FAULTS, Faults
 from app.jobs.fleet import LEAVE_SECONDS, Fleet
@@ -93,7 +94,7 @@ class Dispatcher:
         self._metrics = metrics
         self._logger = logger
         disk_space = DiskSpace(
-            [settings.data_dir / "files", settings.data_dir],  # the pictures may be on a disk of their own
+            [settings.data_dir / "files", settings.data_dir],  # which may be two disks
             try_job=store.try_to_submit,
             on_held_up=self.events.hold_up,
             metrics=metrics,
@@ -241,7 +242,7 @@ class Dispatcher:
         `submit` may still decide otherwise.
         """
         if not self.has_room:
-            raise self._out_of_room()
+            raise self._no_room()
         if self._fleet.may_take(tenant):
             return
         try:
@@ -360,9 +361,10 @@ class Dispatcher:
         except QueueFull as full:
             raise self._overloaded(full) from None
         except StorageFull as error:
-            self._metrics.refused.labels(StorageFull.code).inc()
-            if self.has_room:  # to our knowledge
-                self._disk_space.refused(error)
+            if not self.has_room:
+                raise self._no_room() from None
+            self._metrics.refused.labels(error.code).inc()
+            self._disk_space.refused(error)  # we did not know it
             raise
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds
@@ -439,16 +441,22 @@ class Dispatcher:
         self._metrics.refused.labels(Overloaded.code).inc()
         return Overloaded(f"{full}; try again later", retry_after_seconds=self.retry_after_seconds())
 
-    def _out_of_room(self) -> StorageFull:
-        self._metrics.refused.labels(StorageFull.code).inc()
-        return StorageFull(NO_ROOM)
+    def _no_room(self) -> StorageFull:
+        refusal = self._disk_space.refusal()
+        self._metrics.refused.labels(refusal.code).inc()
+        return refusal
 
     def _held_up(self, job_id: str) -> StorageFull:
         """Return the error for callers of a job that waits for room, and let the job finish without them."""
         self.detach(job_id)
+        ask = "ask for it then, or for the same with its Idempotency-Key"
+        if self._disk_space.is_away:
+            return StorageAway(
+                f"the store of pictures does not answer now; {job_id} goes on when it does: {ask}"
+            )
         return StorageFull(
-            f"there is no room to keep the picture now; {job_id} goes on when the operator has made some: "
-            "ask for it then, or for the same with its Idempotency-Key"
+            "there is no room to keep the picture now; "
+            f"{job_id} goes on when the operator has made some: {ask}"
         )
 
     def _leaving(self) -> ShuttingDown:

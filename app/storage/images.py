@@ -1,4 +1,4 @@
-"""Finished pictures in a local folder: written atomically, under random names, with a limited lifetime.
+"""Finished pictures in a folder: written atomically, under random names, with a limited lifetime.
 
 Half of a name is random, the other half is the start of the content's SHA-256, so that a file that was
 damaged on disk is detected before a byte of it is served.
@@ -11,14 +11,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase
 from pathlib import Path
 
 from app.errors import DamagedFile, NotFound
 from app.storage.writing import UNFINISHED, write_whole
 
 EXTENSIONS = ("png", "jpeg", "webp")
-_NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
+NAME = re.compile(rf"[0-9a-f]{{32}}\.(?:{'|'.join(EXTENSIONS)})")
 _MARK_DIGITS = 16
 
 
@@ -41,9 +41,7 @@ class ImageStore:
     def save(self, content: bytes, extension: str) -> str:
         """Keep `content` and return its name, 32 hexadecimal digits and `extension`. Raises StorageFull."""
         name = f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
-        unfinished = self._folder / f"{name}{UNFINISHED}"
-        now = self._clock()
-        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
+        self._write(name, content)
         return name
 
     def examine(self, name: str) -> StoredImage:
@@ -53,7 +51,7 @@ class ImageStore:
         """
         with self._open(name) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            size_bytes = file.tell()
+            size_bytes = file.seek(0, os.SEEK_END)
         _require_digest(name, found)
         return StoredImage(size_bytes, found)
 
@@ -81,7 +79,7 @@ class ImageStore:
         removed = 0
         for name in names:
             path = self._folder / name
-            if _NAME.fullmatch(name) and path.exists():
+            if NAME.fullmatch(name) and path.exists():
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -93,18 +91,26 @@ class ImageStore:
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(UNFINISHED)
-                if _NAME.fullmatch(name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                if NAME.fullmatch(name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
                     Path(entry.path).unlink(missing_ok=True)
                     removed += 1
         return removed
 
-    def _open(self, name: str) -> BufferedReader:
-        if not _NAME.fullmatch(name):
+    def _open(self, name: str) -> BufferedIOBase:
+        if not NAME.fullmatch(name):
             raise NotFound("there is no such file")
         try:
-            return (self._folder / name).open("rb")
+            return self._find(name)
         except FileNotFoundError:
             raise NotFound("there is no such file; it may have been removed after its time") from None
+
+    def _write(self, name: str, content: bytes) -> None:
+        unfinished = self._folder / f"{name}{UNFINISHED}"
+        now = self._clock()
+        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
+
+    def _find(self, name: str) -> BufferedIOBase:
+        return (self._folder / name).open("rb")
 
 
 def _require_digest(name: str, found: str) -> None:

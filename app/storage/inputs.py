@@ -1,4 +1,4 @@
-"""Input pictures in a local folder: decoded, as plain PNG, and named by the digest of the file.
+"""Input pictures in a folder: decoded, as plain PNG, and named by the digest of the file.
 
 A file is written before the job that names it is committed, so that an accepted job finds it after any crash.
 Many jobs may name one file. It is removed when none does and it is old enough: a request that is just being
@@ -61,11 +61,11 @@ class InputStore:
         if not _NAME.fullmatch(name):
             raise NotFound("there is no such picture")
         try:
-            content = (self._folder / name).read_bytes()
+            content = self._find(name)
         except FileNotFoundError:
             raise NotFound("there is no such picture") from None
         if self.name(content) != name:
-            raise DamagedFile(f"the picture {name} that came with the request is damaged on the disk")
+            raise DamagedFile(f"the picture {name} that came with the request is damaged")
         return content
 
     def old(self) -> list[str]:
@@ -90,6 +90,9 @@ class InputStore:
             return path.stat().st_mtime < self._clock() - GRACE_SECONDS
         except FileNotFoundError:
             return False
+
+    def _find(self, name: str) -> bytes:
+        return (self._folder / name).read_bytes()
 
     def _write(self, path: Path, content: bytes) -> None:
         unfinished = path.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from app.errors import Forbidden, Gone, SettingsError
 
 SECRET_BYTES = 32
@@ -53,11 +55,14 @@ class Signer:
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
 
 
-def load_secret(path: Path) -> bytes:
-    """Return the secret in `path`, which is created (readable by the owner alone) if it does not exist.
+def load_secret(path: Path, chosen: SecretStr | None = None) -> bytes:
+    """Return the secret made of the text `chosen`, or else the one in `path`.
 
-    Raises SettingsError when the file holds something else.
+    The file is created (readable by the owner alone) if it does not exist. Raises SettingsError when it holds
+    something else.
     """
+    if chosen is not None:
+        return hashlib.sha256(chosen.get_secret_value().encode()).digest()
     if not path.exists():
         _make_secret(path)
     return _read_secret(path)

@@ -13,6 +13,7 @@ import pytest
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 from tests.postgresql import postgresql  # noqa: F401  # a fixture
+from tests.s3 import bucket, s3  # noqa: F401  # two more
 
 if TYPE_CHECKING:
     from app.api.deps import Services

@@ -1,4 +1,4 @@
-"""Two servers on one PostgreSQL and one folder, of which one leaves or dies while the other goes on."""
+"""Two servers on one PostgreSQL, of which one leaves or dies while the other goes on."""
 
 import itertools
 import time
@@ -79,6 +79,12 @@ async def kill_one(site: Site) -> Sequence[Outcome]:
             server.start()
             site.note("start", await server.until_ready())
     return crowd.outcomes
+
+
+async def kill_one_apart(site: Site) -> Sequence[Outcome]:
+    """The same with servers that have no folder in common, but a bucket."""
+    site.use_bucket()
+    return await kill_one(site)
 
 
 async def _start(site: Site) -> Balancer:

@@ -33,9 +33,9 @@ from tests.chaos.faults import (
     server_points,
 )
 from tests.chaos.leaks import leak
-from tests.chaos.neighbours import kill_one, roll
+from tests.chaos.neighbours import kill_one, kill_one_apart, roll
 from tests.chaos.orders import NUM_ORDERS, NUM_QUICK_ORDERS, all_orders
-from tests.chaos.scenarios import hang, kill_engine, kill_server, poison, same_key
+from tests.chaos.scenarios import hang, kill_engine, kill_server, lose_bucket, poison, same_key
 from tests.chaos.site import Missed, Site
 from tests.server_process import ServerFailed
 
@@ -97,6 +97,8 @@ def full_scenarios() -> list[Scenario]:
         Scenario("SIGTERM under load", drain, 10),
         Scenario("SIGTERM of two servers by turns", roll, 20),
         Scenario("kill -9 of one of two servers", kill_one, 20),
+        Scenario("kill -9 of one of two servers on a bucket", kill_one_apart, 20),
+        Scenario("kill -9 of the bucket", lose_bucket, 20),
         Scenario("thousands of small jobs and refusals", leak, 50),
         *(Scenario(f"kill at {point}", at_points([point], SERVER_PASSAGES), 20) for point in server_points()),
         *(Scenario(f"kill at {point}", at_points([point], ENGINE_PASSAGES), 20) for point in engine_points()),

@@ -22,6 +22,7 @@ SEEN_SECONDS = 8.0
 HANG_SECONDS = 45.0  # from SIGSTOP to a successor: 30 s without a sign of life, and some
 AGAIN = 0.2  # share of the kills that are followed by another before the work has recovered
 ABOARD_SECONDS = 0.2  # in which a job that is running has begun, and is far from its end
+AWAY_SECONDS = 6.0  # that the bucket is away at most: callers are told so after two
 NUM_SAME = 50  # clients with one key
 SAME_WAYS = (Way.WAIT, Way.POLL, Way.WATCH)  # whose requests are the same
 PATIENCE_SECONDS = 300.0
@@ -61,6 +62,25 @@ async def kill_server(site: Site) -> Sequence[Outcome]:
                 await site.kill_server()
                 start = time.monotonic()
                 site.server.start()
+            await crowd.finished(1)
+            _note_recovery(site, crowd, start)
+    return crowd.outcomes
+
+
+async def lose_bucket(site: Site) -> Sequence[Outcome]:
+    """`kill -9` of the bucket at random moments; it is back after a random time."""
+    site.use_bucket()
+    assert site.s3 is not None
+    await site.start()
+    async with site.crowd() as crowd:
+        while site.kills < site.rounds:
+            await crowd.finished(2)
+            await site.pause(WORK_SECONDS)
+            site.s3.stop()
+            site.kills += 1
+            await site.pause(AWAY_SECONDS)
+            start = time.monotonic()
+            await asyncio.to_thread(site.s3.start)
             await crowd.finished(1)
             _note_recovery(site, crowd, start)
     return crowd.outcomes

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from tempfile import mkdtemp
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from tests.chaos.client import FINAL, Client, Gone, Outcome
 from tests.chaos.crowd import NUM_CLIENTS, Crowd
 from tests.chaos.orders import Order, all_orders
 from tests.postgresql import NotInstalled, running_postgresql
+from tests.s3 import S3
 from tests.server_process import POLL_SECONDS, ServerProcess
 
 LEASE_SECONDS = 10
@@ -44,6 +46,7 @@ class Site:
     chance: Random = field(init=False)
     others: list[ServerProcess] = field(default_factory=list)  # servers beside the first
     belongings: ExitStack = field(default_factory=ExitStack)  # what ends with the site
+    s3: S3 | None = None  # where pictures are if servers have a folder each
     notes: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # of what in which unit
     kills: int = 0
 
@@ -62,10 +65,28 @@ class Site:
             "outbound_allow": "127.0.0.1",  # where the clients' webhooks are
             **self.settings,
         }
-        return ServerProcess.ours(self.folder / "data", self.folder / "server.log", **chosen)
+        log = self.folder / "server.log"
+        if self.s3 is None:
+            return ServerProcess.ours(self.folder / "data", log, **chosen)
+        server = ServerProcess.ours(Path(mkdtemp(prefix="data-", dir=self.folder)), log, **chosen)
+        server.tell(self.s3.environment)
+        return server
+
+    def use_bucket(self) -> None:
+        """Have pictures in a bucket; each server has a folder of its own."""
+        self.s3 = S3(self.folder / "s3")
+        self.s3.folder.mkdir()
+        self.s3.make_bucket("pictures")
+        self.s3.start()
+        self.belongings.callback(self.s3.stop)
+        self.settings |= {
+            "bucket_url": "s3://pictures/here",
+            "signing_secret": "the same for every server, of course",
+        }
+        self.server = self._new_server()
 
     async def be_two(self) -> None:
-        """Have two servers, which share a PostgreSQL and a folder. Raises Missed where there is none."""
+        """Have two servers, which share a PostgreSQL and pictures. Raises Missed where there is none."""
         try:
             url = await asyncio.to_thread(self.belongings.enter_context, running_postgresql())
         except NotInstalled as error:
