@@ -9,7 +9,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from app import cli_checkpoints, cli_evaluate, cli_generate, cli_health, cli_latents, cli_serve, cli_training
+from app import (
+    cli_checkpoints,
+    cli_evaluate,
+    cli_generate,
+    cli_health,
+    cli_keys,
+    cli_latents,
+    cli_serve,
+    cli_training,
+)
 from app.cli_errors import problems, usage_problem
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, by convention of shells
@@ -26,6 +35,7 @@ app = typer.Typer(
 app.command("generate")(cli_generate.generate)
 app.command("serve")(cli_serve.serve)
 app.command("health")(cli_health.health)
+app.add_typer(cli_keys.keys, name="keys")
 app.command("encode")(cli_latents.encode)
 app.command("decode")(cli_latents.decode)
 app.command("reconstruct")(cli_latents.reconstruct)

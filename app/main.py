@@ -31,6 +31,7 @@ from app.api.deps import Services
 from app.api.description import describe
 from app.api.failures import install_handlers
 from app.api.gateway import Gateway
+from app.api.key_ring import KeyRing
 from app.api.limits import RateLimit
 from app.api.origins import Origins
 from app.api.tracing import Tracing, make_tracing
@@ -76,6 +77,7 @@ class Parts:
     images: ImageStore
     inputs: InputStore
     signer: Signer
+    keys: KeyRing
     metrics: Metrics
     tracing: Tracing
     logger: Logger
@@ -132,7 +134,7 @@ def create_app(
         app.include_router(part.router)
     app.webhooks.include_router(webhooks.calls)
     install_handlers(app)
-    describe(app, needs_key=bool(settings.api_keys))
+    describe(app, needs_key=settings.has_keys)
     app.add_middleware(
         Gateway,
         server=app,
@@ -164,6 +166,7 @@ def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
         images=images,
         inputs=inputs,
         signer=Signer(secret, settings.url_ttl, clock),
+        keys=KeyRing(settings.api_keys, settings.api_keys_file, logger),
         metrics=Metrics(),
         tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
@@ -223,6 +226,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         signer=parts.signer,
         outbound=outbound,
         uploads=Uploads(),
+        keys=parts.keys,
         limit=RateLimit(settings.rate_limit),
         encoders=encoders,
         reader=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader")),
@@ -233,7 +237,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         version=version(DISTRIBUTION),
         clock=parts.clock,
     )
-    for work in (_tidy(services), _webhook_sender(services, faults).run()):
+    for work in (parts.keys.watch(), _tidy(services), _webhook_sender(services, faults).run()):
         stack.push_async_callback(_cancel, asyncio.create_task(work))
     return services
 
@@ -315,11 +319,11 @@ async def _announce(services: Services, on_ready: Ready, on_unusable: Unusable) 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_base_url or f"http://{host}:{settings.port}"
     logger.info("ready", url=url, model=settings.model_name, device=model.device, dtype=model.dtype)
-    if not settings.api_keys:
+    if not settings.has_keys:
         log = logger.info if settings.is_loopback else logger.warning
         log("no API key is set: everybody who can connect may ask for pictures")
     if sys.stderr.isatty() and is_for_people(settings, sys.stderr):
-        sys.stderr.write(f"{_example(url, has_keys=bool(settings.api_keys))}\n")
+        sys.stderr.write(f"{_example(url, has_keys=settings.has_keys)}\n")
     on_ready()
 
 

@@ -1,7 +1,6 @@
 """Every setting of the server, and the only place that reads the environment (`CASCADE_*`)."""
 
 import difflib
-import hashlib
 import ipaddress
 import json
 import os
@@ -9,7 +8,6 @@ import re
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +23,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.api_keys import ApiKey, parse_key
 from app.errors import SettingsError
 
 PREFIX = "CASCADE_"
@@ -35,14 +34,6 @@ ONE_DEVICE = f"{PREFIX}DEVICE"  # accepted in place of CASCADE_DEVICES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _HOST_NAME = re.compile(r"(?!.*:)(?![0-9./]+$)[A-Za-z0-9._-]{1,253}")
-
-
-@dataclass(frozen=True, slots=True)
-class ApiKey:
-    """A key that may call the server. Only its SHA-256 is kept, so that no dump or log can hold the key."""
-
-    name: str
-    sha256: bytes
 
 
 def _split(value: object) -> object:
@@ -81,22 +72,9 @@ def _parse_keys(value: object) -> object:
     if not isinstance(entries, tuple | list):
         return entries
     return tuple(
-        _parse_key(entry, number) if isinstance(entry, str) else entry
+        parse_key(entry, number) if isinstance(entry, str) else entry
         for number, entry in enumerate(entries, start=1)
     )
-
-
-def _parse_key(entry: str, number: int) -> ApiKey:
-    """Parse `KEY`, `NAME=KEY` or `NAME=sha256:HEX`. Equals signs that only pad a key are part of it."""
-    name, separator, key = entry.partition("=")
-    if not separator or not key.strip("="):
-        name, key = f"key-{number}", entry
-    if not key.startswith("sha256:"):
-        return ApiKey(name, hashlib.sha256(key.encode()).digest())
-    digest = key.removeprefix("sha256:")
-    if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
-        raise ValueError(f"entry {number}: sha256: must be followed by 64 hexadecimal digits")
-    return ApiKey(name, bytes.fromhex(digest))
 
 
 def _base_url(value: str | None) -> str | None:
@@ -217,6 +195,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: Port = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     api_keys: Keys = Field((), description="Comma-separated `KEY`, `NAME=KEY` or `NAME=sha256:HEX`")
+    api_keys_file: Path | None = Field(
+        None, description="JSON file of further keys, read again when it changes: see `cascade keys`"
+    )
     allow_anonymous: bool = Field(False, description="Listen beyond this machine although there is no key")
     public_base_url: BaseUrl = Field(None, description="Base of the URLs given out, as `https://host`")
     trusted_proxies: Networks = Field((), description="Networks whose X-Forwarded-Proto and -Host count")
@@ -307,6 +288,11 @@ class Settings(BaseSettings):
         return self.cache_dir or self.data_dir / "cache"
 
     @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
         if self.host == "localhost":
@@ -337,7 +323,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_an_open_door(self) -> Self:
-        if not (self.is_loopback or self.api_keys or self.allow_anonymous):
+        if not (self.is_loopback or self.has_keys or self.allow_anonymous):
             raise ValueError(
                 f"listening on {self.host} lets others call this server without a key: set {PREFIX}API_KEYS, "
                 f"or give --allow-anonymous ({PREFIX}ALLOW_ANONYMOUS=true) if that is meant"

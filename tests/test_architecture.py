@@ -32,7 +32,7 @@ APP_LAYERS = (
     ("app.engine",),
     ("app.jobs", "app.storage"),
     ("app.outbound",),
-    ("app.schemas", "app.errors", "app.settings", "app.logs", "app.metrics", "app.clock"),
+    ("app.schemas", "app.errors", "app.settings", "app.api_keys", "app.logs", "app.metrics", "app.clock"),
 )
 CASCADE_LAYERS = (
     ("cascade.evaluation",),

@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import binascii
-import hashlib
-import hmac
 import re
 from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -16,6 +14,7 @@ from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
 
 from app.api.gateway import Exchange
+from app.api.key_ring import KeyRing
 from app.api.limits import RateLimit
 from app.api.origins import is_trusted
 from app.api.tracing import Tracing
@@ -52,6 +51,7 @@ class Services:
     signer: Signer
     outbound: Outbound
     uploads: Uploads
+    keys: KeyRing
     limit: RateLimit
     encoders: Executor  # encoding and disk access, which must not block the event loop
     reader: Executor  # one thread for pictures from outside: decoding one may take 300 MB
@@ -79,26 +79,23 @@ TheExchange = Annotated[Exchange, Depends(_exchange)]
 
 async def authenticate(request: Request, services: TheServices, exchange: TheExchange) -> None:
     """Raise Unauthorized for a request without a configured key, if there are any."""
-    keys = services.settings.api_keys
-    if not keys:
+    if not services.settings.has_keys:
         return
     offered = list(_offered_keys(request))
-    found = None
-    for candidate in offered:
-        digest = hashlib.sha256(candidate).digest()
-        for key in keys:  # always all of them, so that timing does not tell which one matched
-            if hmac.compare_digest(key.sha256, digest):
-                found = key
-    if found is None:
+    key = services.keys.find(offered)
+    if key is None:
         raise Unauthorized(
             "this API key is not known here" if offered else "an API key is needed: Authorization: Bearer KEY"
         )
-    exchange.key_name = found.name
+    if key.expires_at is not None and key.expires_at <= services.clock():
+        raise Unauthorized("this API key has expired")
+    exchange.key = key
 
 
 async def count_request(services: TheServices, exchange: TheExchange) -> None:
     """Count a request for pictures; raise RateLimited beyond the limit. Runs after `authenticate`."""
-    exchange.headers.update(services.limit.take(exchange.tenant))
+    own_limit = exchange.key.rate_limit if exchange.key else None
+    exchange.headers.update(services.limit.take(exchange.tenant, own_limit))
 
 
 def _offered_keys(request: Request) -> Iterator[bytes]:

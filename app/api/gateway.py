@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.failures import METHODS, allowed_methods, respond
 from app.api.origins import Origins
+from app.api_keys import ApiKey
 from app.errors import DO_NOT_REPEAT, AppError, Forbidden, InvalidRequest, Overloaded, ShuttingDown
 from app.jobs.database import DatabaseAway
 from app.logs import Logger
@@ -47,14 +48,14 @@ class Exchange:
 
     request_id: str
     status: int = 0
-    key_name: str | None = None
+    key: ApiKey | None = None
     facts: dict[str, object] = field(default_factory=dict)  # what the route adds to the log line
     headers: dict[str, str] = field(default_factory=dict)  # added to the answer, whichever it is
 
     @property
     def tenant(self) -> str:
         """Owner of the jobs that the caller may see: the name of its key, or "" where there are no keys."""
-        return self.key_name or ""
+        return self.key.name if self.key else ""
 
     @property
     def has_started(self) -> bool:
@@ -180,7 +181,7 @@ class Gateway:
             path=scope["path"][:200],
             status=exchange.status,
             seconds=round(seconds, 4),
-            **({"key": exchange.key_name} if exchange.key_name else {}),
+            **({"key": exchange.key.name} if exchange.key else {}),
             **exchange.facts,
         )
 

@@ -47,7 +47,7 @@ class Origins:
         host, client = headers.get("host", ""), scope.get("client")
         if client is not None and is_trusted(client[0], self._settings):
             host = headers.get("x-forwarded-host", host).partition(",")[0].strip()
-        elif not (self._settings.api_keys or self._is_ours(_name(host))):
+        elif not (self._settings.has_keys or self._is_ours(_name(host))):
             raise Forbidden(
                 f"without keys this server is not called {host[:100]}; if that is its name, say so in "
                 "CASCADE_PUBLIC_BASE_URL"

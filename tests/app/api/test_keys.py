@@ -2,14 +2,19 @@
 
 import base64
 import hashlib
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx2
 import pytest
 from fastapi.routing import iter_route_contexts
 
+from app.api import key_ring
+from app.api_keys import KeyEntry, write_entries
+from app.errors import SettingsError
 from app.settings import Settings
-from tests.app.conftest import Serve
+from tests.app.conftest import Serve, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -127,3 +132,113 @@ async def test_no_answer_and_no_log_holds_a_key(
 def test_keys_are_kept_as_digests() -> None:
     (key,) = Settings.model_validate({"api_keys": KEY}).api_keys
     assert key.sha256 == hashlib.sha256(KEY.encode()).digest()
+
+
+def entry(key: str, name: str = "web", *, seconds: float | None = None, limit: int | None = None) -> KeyEntry:
+    expires = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return KeyEntry(name=name, sha256=digest, expires=expires, rate_limit=limit)
+
+
+async def status(client: httpx2.AsyncClient, key: str) -> int:
+    answer = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+    return answer.status_code
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(key_ring, "LOOK_SECONDS", 0.01)
+    return tmp_path / "keys.json"
+
+
+async def test_a_file_adds_keys_and_takes_them_away_while_the_server_runs(
+    serve: Serve, keys_file: Path
+) -> None:
+    write_entries(keys_file, [entry("one")])
+    async with serve(api_keys="fixed", api_keys_file=keys_file) as client:
+        assert [await status(client, key) for key in ("fixed", "one", "two")] == [200, 200, 401]
+        write_entries(keys_file, [entry("two")])
+
+        async def is_changed() -> bool:
+            return await status(client, "two") == 200
+
+        await eventually(is_changed)
+        assert [await status(client, key) for key in ("fixed", "one")] == [200, 401]
+
+
+async def test_of_a_file_that_has_become_wrong_or_is_gone_nothing_counts(
+    serve: Serve, keys_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_entries(keys_file, [entry("one")])
+    async with serve(api_keys_file=keys_file, log_format="json") as client:
+        for change in (lambda: keys_file.write_text("[{}]"), keys_file.unlink):
+            change()
+            log = ""
+
+            async def is_told() -> bool:
+                nonlocal log
+                log += capsys.readouterr().err
+                return "keys stay as they were" in log
+
+            await eventually(is_told)
+            assert [await status(client, key) for key in ("one", "two")] == [200, 401]
+        write_entries(keys_file, [entry("two")])
+
+        async def is_right() -> bool:
+            return await status(client, "two") == 200
+
+        await eventually(is_right)
+
+
+async def test_a_server_does_not_start_with_a_wrong_file(serve: Serve, keys_file: Path) -> None:
+    with pytest.raises(SettingsError, match=r"keys\.json: No such file"):
+        async with serve(api_keys_file=keys_file):
+            pass
+
+
+async def test_a_file_without_keys_is_a_closed_door(serve: Serve, keys_file: Path) -> None:
+    write_entries(keys_file, [])
+    async with serve(api_keys_file=keys_file, host="0.0.0.0") as client:
+        assert await status(client, "anything") == 401
+
+
+async def test_an_expired_key_is_told_apart_and_refused(serve: Serve, keys_file: Path) -> None:
+    write_entries(keys_file, [entry("old", seconds=-1), entry("young", seconds=60)])
+    async with serve(api_keys_file=keys_file) as client:
+        answer = await client.get("/v1/models", headers={"authorization": "Bearer old"})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.json()["error"]["message"] == "this API key has expired"
+        assert await status(client, "young") == 200
+
+
+async def test_a_key_expires_while_the_server_runs(serve: Serve, keys_file: Path) -> None:
+    write_entries(keys_file, [entry("short", seconds=1.0)])
+    async with serve(api_keys_file=keys_file) as client:
+        start = time.time()
+
+        async def is_over() -> bool:
+            return await status(client, "short") == 401
+
+        await eventually(is_over)
+        assert 0 < time.time() - start < 5
+
+
+async def test_keys_of_one_name_see_the_same_jobs_and_have_their_own_limits(
+    serve: Serve, keys_file: Path
+) -> None:
+    write_entries(keys_file, [entry("old"), entry("new"), entry("other", "bob", limit=1)])
+    async with serve(api_keys_file=keys_file, rate_limit=50) as client:
+
+        async def draw(key: str) -> httpx2.Response:
+            body = {"prompt": "x", "response_format": "url"}
+            return await client.post("/api/v1/images", json=body, headers={"x-api-key": key})
+
+        job = (await draw("old")).json()
+        for key, expected in (("new", 200), ("other", 404)):
+            found = await client.get(f"/api/v1/jobs/{job['id']}", headers={"x-api-key": key})
+            assert found.status_code == expected
+        answers = [await draw("other"), await draw("other")]
+        assert [answer.status_code for answer in answers] == [200, 429]
+        assert answers[0].headers["x-ratelimit-limit-requests"] == "1"
+        assert (await draw("new")).headers["x-ratelimit-limit-requests"] == "50"
