@@ -25,7 +25,7 @@ RUN case "${ACCELERATOR}" in \
 COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY cascade cascade
-RUN /opt/cascade/bin/pip install --no-cache-dir --constraint constraints.txt ".[tracing,s3]"
+RUN /opt/cascade/bin/pip install --no-cache-dir --constraint constraints.txt ".[c2pa,s3,tracing]"
 
 FROM python:${PYTHON}
 ARG ACCELERATOR=cpu

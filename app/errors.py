@@ -19,6 +19,7 @@ AppError
 ├── ClientGone              499  for the log only: nobody reads the answer
 ├── GenerationFailed        500  OutOfMemory, ModelUnusable
 ├── DamagedFile             500  a file on disk is not what was written
+├── SigningFailed           500  a picture is not given out without its credentials
 ├── Overloaded              503  ModelLoading, ShuttingDown
 ├── TimedOut                504
 ├── StorageFull             507  temporary, so it says when to try again; StorageAway (503) for a bucket
@@ -241,6 +242,13 @@ class ModelUnusable(GenerationFailed):
 
 class DamagedFile(AppError):
     """A stored picture is not what was written; it is not served."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=DO_NOT_REPEAT)
+
+
+class SigningFailed(AppError):
+    """A picture could not be signed; it is not given out without its credentials."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers=DO_NOT_REPEAT)

@@ -55,6 +55,7 @@ from app.metrics import Metrics
 from app.outbound import Outbound
 from app.settings import Settings, load_settings
 from app.storage.bucket import Bucket, BucketImages, BucketInputs
+from app.storage.credentials import Credentials, make_credentials
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 from app.storage.loras import InstalledLoRAs
@@ -78,6 +79,7 @@ class Parts:
     inputs: InputStore
     signer: Signer
     keys: KeyRing
+    credentials: Credentials
     metrics: Metrics
     tracing: Tracing
     logger: Logger
@@ -167,6 +169,7 @@ def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
         inputs=inputs,
         signer=Signer(secret, settings.url_ttl, clock),
         keys=KeyRing(settings.api_keys, settings.api_keys_file, logger),
+        credentials=make_credentials(settings.c2pa_certificate, settings.c2pa_key),
         metrics=Metrics(),
         tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
@@ -206,6 +209,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         images=parts.images,
         inputs=parts.inputs,
         encoders=encoders,
+        credentials=parts.credentials,
         cost=CostModel(),
         settings=settings,
         metrics=parts.metrics,
@@ -224,6 +228,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         images=parts.images,
         inputs=parts.inputs,
         signer=parts.signer,
+        credentials=parts.credentials,
         outbound=outbound,
         uploads=Uploads(),
         keys=parts.keys,

@@ -175,6 +175,11 @@ class GenerationRequest(BaseModel):
         return frozenset(picture.sha256 for picture in self.pictures)
 
     @property
+    def is_edit(self) -> bool:
+        """Whether a picture is redrawn, in whole or in part, and not only a model for a new one."""
+        return self.image is not None
+
+    @property
     def denoising_strength(self) -> float:
         """How freely the input picture is redrawn; 1 where there is none."""
         if self.image is None:

@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     )
     bucket_url: BucketUrl = Field(
         None,
-        description="`s3://BUCKET/PREFIX` for pictures, credentials and endpoint in `AWS_*`; unset: the data "
+        description="`s3://BUCKET/PREFIX` for pictures, with `AWS_*`; needs the extra `s3`; unset: the data "
         "folder",
     )
     signing_secret: SecretStr | None = Field(
@@ -256,6 +256,11 @@ class Settings(BaseSettings):
     outbound_allow: Receivers = Field(
         (), description="Hosts and networks that webhooks may call although they are not public"
     )
+    c2pa_certificate: Path | None = Field(
+        None,
+        description="PEM file of the certificate that signs pictures, then its chain; needs the extra `c2pa`",
+    )
+    c2pa_key: Path | None = Field(None, description="PEM file of that certificate's private key (PKCS#8)")
 
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, else JSON"
@@ -328,6 +333,13 @@ class Settings(BaseSettings):
                 f"listening on {self.host} lets others call this server without a key: set {PREFIX}API_KEYS, "
                 f"or give --allow-anonymous ({PREFIX}ALLOW_ANONYMOUS=true) if that is meant"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _require_both_to_sign(self) -> Self:
+        if (self.c2pa_certificate is None) != (self.c2pa_key is None):
+            missing = "KEY" if self.c2pa_key is None else "CERTIFICATE"
+            raise ValueError(f"{PREFIX}C2PA_{missing} is missing: signing needs a certificate and its key")
         return self
 
 

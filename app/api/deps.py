@@ -33,6 +33,7 @@ from app.logs import Logger
 from app.metrics import Metrics
 from app.outbound import Outbound
 from app.settings import Settings
+from app.storage.credentials import Credentials
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 from app.storage.loras import InstalledLoRAs
@@ -49,6 +50,7 @@ class Services:
     images: ImageStore
     inputs: InputStore
     signer: Signer
+    credentials: Credentials
     outbound: Outbound
     uploads: Uploads
     keys: KeyRing

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from app.api.deps import Services
 from app.api.failures import openai_error
 from app.api.generation import outcome_error, read_images
 from app.api.streams import sse
-from app.errors import AppError, ShuttingDown, StorageFull
+from app.errors import AppError, ShuttingDown, SigningFailed, StorageFull
 from app.jobs.events import News, Preview
 from app.jobs.job import Job, Progress, StoredImage
 from app.schemas import GenerationRequest
+from app.storage.credentials import Credentials
 from app.storage.encoding import encode
 
 EventFamily = Literal["image_generation", "image_edit"]
@@ -79,9 +81,13 @@ class ImageStream:
         index = preview.index
         if self._previews[index] >= self.num_previews or index in self._completed:
             return []
-        loop = asyncio.get_running_loop()
-        converted = loop.run_in_executor(self.services.encoders, _converted, preview.content, job.request)
-        return [await self._partial(job, index, await converted)]
+        convert = partial(_converted, preview.content, job.request, self.services.credentials)
+        try:
+            converted = await asyncio.get_running_loop().run_in_executor(self.services.encoders, convert)
+        except SigningFailed as error:
+            self.services.logger.warning("a preview could not be signed", job=job.id, exc_info=error)
+            return []
+        return [await self._partial(job, index, converted)]
 
     async def _picture(self, job: Job, image: StoredImage) -> list[bytes]:
         if image.index in self._completed:
@@ -126,7 +132,8 @@ def _error(ended: Job | None, reason: AppError) -> AppError | None:
     return outcome_error(ended)
 
 
-def _converted(preview: bytes, generation: GenerationRequest) -> bytes:
-    """Return a preview in the job's output format, marked as AI-made."""
+def _converted(preview: bytes, generation: GenerationRequest, credentials: Credentials) -> bytes:
+    """Return a preview in the job's output format, marked and signed anew. Raises SigningFailed."""
     with Image.open(BytesIO(preview)) as image:
-        return encode(image.convert("RGB"), generation.output_format, generation.output_quality)
+        content = encode(image.convert("RGB"), generation.output_format, generation.output_quality)
+    return credentials.sign(content, generation.output_format, is_edit=generation.is_edit)

@@ -58,6 +58,7 @@ from app.jobs.supervisor import EngineState, Supervisor
 from app.logs import Logger
 from app.metrics import Metrics
 from app.settings import Settings
+from app.storage.credentials import UNSIGNED, Credentials
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 
@@ -82,6 +83,7 @@ class Dispatcher:
         settings: Settings,
         metrics: Metrics,
         logger: Logger,
+        credentials: Credentials = UNSIGNED,
         faults: Faults = NO_FAULTS,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -105,6 +107,7 @@ class Dispatcher:
             images=images,
             inputs=inputs,
             encoders=encoders,
+            credentials=credentials,
             events=self.events,
             cost=cost,
             metrics=metrics,

@@ -6,18 +6,25 @@ from PIL import Image
 
 from app.engine.protocol import Pixels, Previewed
 from app.jobs.job import Job, StoredImage
+from app.storage.credentials import Credentials
 from app.storage.encoding import MIME_TYPES, encode, parameters_text
 from app.storage.images import ImageStore
 
 PREVIEW_QUALITY = 80
 
 
-def keep_picture(made: Pixels, job: Job, images: ImageStore, model: str) -> StoredImage:
-    """Encode and mark a picture as its request asks, and put it into the store. Raises StorageFull."""
+def keep_picture(
+    made: Pixels, job: Job, images: ImageStore, model: str, credentials: Credentials
+) -> StoredImage:
+    """Encode, mark and sign a picture as its request asks, and put it into the store.
+
+    Raises StorageFull or SigningFailed.
+    """
     request, seed = job.request, job.request.seeds[made.index]
     text = parameters_text(request, seed, model) if request.embed_metadata else None
     image = Image.frombytes("RGB", (made.width, made.height), made.pixels)
     content = encode(image, request.output_format, request.output_quality, text)
+    content = credentials.sign(content, request.output_format, is_edit=request.is_edit)
     return StoredImage(
         index=made.index,
         seed=seed,
@@ -33,7 +40,7 @@ def keep_picture(made: Pixels, job: Job, images: ImageStore, model: str) -> Stor
     )
 
 
-def encode_preview(made: Previewed) -> bytes:
-    """Encode a preview as WebP, with the mark."""
+def encode_preview(made: Previewed, job: Job, credentials: Credentials) -> bytes:
+    """Encode a preview as WebP, marked and signed like the picture. Raises SigningFailed."""
     image = Image.frombytes("RGB", (made.width, made.height), made.pixels)
-    return encode(image, "webp", PREVIEW_QUALITY)
+    return credentials.sign(encode(image, "webp", PREVIEW_QUALITY), "webp", is_edit=job.request.is_edit)

@@ -25,6 +25,7 @@ from app.jobs.pictures import encode_preview, keep_picture
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
+from app.storage.credentials import Credentials
 from app.storage.images import ImageStore
 from app.storage.inputs import InputStore
 
@@ -42,6 +43,7 @@ class Resources:
     images: ImageStore
     inputs: InputStore
     encoders: Executor
+    credentials: Credentials
     events: EventHub
     cost: CostModel
     metrics: Metrics
@@ -186,9 +188,10 @@ class ResultWriter:
 
     async def _show(self, flight: Flight, message: Previewed) -> None:
         loop = asyncio.get_running_loop()
+        encode = partial(encode_preview, message, flight.job, self._resources.credentials)
         try:
-            content = await loop.run_in_executor(self._resources.encoders, encode_preview, message)
-        except (OSError, ValueError) as error:
+            content = await loop.run_in_executor(self._resources.encoders, encode)
+        except (AppError, OSError, ValueError) as error:
             self._logger.warning("a preview could not be encoded", job=flight.job.id, exc_info=error)
             return
         # A newer one may have been encoded faster.
@@ -227,7 +230,10 @@ class ResultWriter:
 
     async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
         """Store a picture in a file, as soon as there is room. None if nobody wants it any more."""
-        keep = partial(keep_picture, message, flight.job, self._resources.images, self._resources.model_name)
+        resources = self._resources
+        keep = partial(
+            keep_picture, message, flight.job, resources.images, resources.model_name, resources.credentials
+        )
         pauses = _pauses()
         try:
             while not flight.is_over:

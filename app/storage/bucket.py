@@ -41,9 +41,9 @@ class Bucket:
         """
         try:
             from obstore.store import S3Store
-        except ImportError:
+        except ImportError as error:
             raise SettingsError(
-                "CASCADE_BUCKET_URL: obstore is not installed; the extra s3 brings it, or pip install obstore"
+                f"CASCADE_BUCKET_URL needs the extra: pip install 'stable-cascade-server[s3]' ({error})"
             ) from None
         name, _, prefix = url.removeprefix("s3://").partition("/")
         bucket = cls(

@@ -105,6 +105,19 @@ def test_beyond_this_machine_with_a_key_or_by_name(permission: dict[str, object]
     assert not load_settings(host="0.0.0.0", **permission).is_loopback
 
 
+@pytest.mark.parametrize(("given", "missing"), [("CERTIFICATE", "KEY"), ("KEY", "CERTIFICATE")])
+def test_half_of_what_signing_needs_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, given: str, missing: str
+) -> None:
+    monkeypatch.setenv(f"CASCADE_C2PA_{given}", "file.pem")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    message = str(caught.value)
+    assert message == f"CASCADE_C2PA_{missing} is missing: signing needs a certificate and its key"
+    monkeypatch.setenv(f"CASCADE_C2PA_{missing}", "other.pem")
+    assert load_settings().c2pa_key is not None
+
+
 def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASCADE_API_KEYS", "top-secret=sha256:top-secret")
     with pytest.raises(SettingsError) as caught:

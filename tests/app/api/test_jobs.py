@@ -108,9 +108,9 @@ async def test_who_follows_a_job_sees_the_previews_it_asked_for(
 ) -> None:
     """Never an older one after a newer one, though that may be encoded faster."""
 
-    def encode(made: Previewed) -> bytes:
+    def encode(made: Previewed, *details: Any) -> bytes:
         time.sleep(0.12 if is_late and made.preview == 0 else 0)
-        return encode_preview(made)
+        return encode_preview(made, *details)
 
     monkeypatch.setattr("app.jobs.results.encode_preview", encode)
     runner = FakeRunner(steps=8)

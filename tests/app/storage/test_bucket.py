@@ -234,5 +234,5 @@ def test_the_library_is_named_if_it_is_missing(
     bucket: TestBucket, monkeypatch: pytest.MonkeyPatch, s3: S3
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    with pytest.raises(SettingsError, match="pip install obstore"):
+    with pytest.raises(SettingsError, match=r"stable-cascade-server\[s3\]"):
         bucket_module.Bucket.open(bucket.url)
