@@ -163,14 +163,17 @@ def _build_parts(settings: Settings, runner: AnyRunner | None) -> Parts:
     clock = SteadyClock(time.time)
     images, inputs = _stores(settings, clock)
     secret = load_secret(settings.data_dir / "secret", settings.signing_secret)
+    credentials = make_credentials(settings.c2pa_certificate, settings.c2pa_key)
+    metrics = Metrics()
+    metrics.certificate_expiry.set(credentials.expires_at)
     return Parts(
         settings=settings,
         images=images,
         inputs=inputs,
         signer=Signer(secret, settings.url_ttl, clock),
         keys=KeyRing(settings.api_keys, settings.api_keys_file, logger),
-        credentials=make_credentials(settings.c2pa_certificate, settings.c2pa_key),
-        metrics=Metrics(),
+        credentials=credentials,
+        metrics=metrics,
         tracing=make_tracing(settings.trace_endpoint),
         logger=logger,
         clock=clock,

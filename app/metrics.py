@@ -76,6 +76,11 @@ class Metrics:
         self.out_of_room = Gauge(
             "cascade_out_of_room", "1 while there is no room to keep more jobs", registry=registry
         )
+        self.certificate_expiry = Gauge(
+            "cascade_c2pa_certificate_expiry_timestamp_seconds",
+            "When the certificate that signs pictures expires; 0 without one",
+            registry=registry,
+        )
         self.webhooks = Counter(
             "cascade_webhook_attempts", "Attempts to call webhooks", ["outcome"], registry=registry
         )

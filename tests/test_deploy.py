@@ -31,7 +31,7 @@ def found(pattern: str, text: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGURED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_setting_that_is_named_exists(path: Path) -> None:
-    named = {name.lower() for name in re.findall(r"CASCADE_([A-Z_]+[A-Z])", path.read_text())}
+    named = {name.lower() for name in re.findall(r"CASCADE_([A-Z0-9_]+[A-Z0-9])", path.read_text())}
     assert named <= Settings.model_fields.keys()
 
 
@@ -50,7 +50,7 @@ def known_figures(registry: CollectorRegistry) -> set[str]:
 )
 def test_every_figure_that_is_watched_exists(path: str) -> None:
     text = (ROOT / path).read_text()
-    figures = set(re.findall(r"\bcascade_[a-z_]+|\bprocess_[a-z_]+", text))
+    figures = set(re.findall(r"\bcascade_[a-z0-9_]+|\bprocess_[a-z_]+", text))
     assert len(figures) > 5
     assert figures <= known_figures(Metrics().registry)
 

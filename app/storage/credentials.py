@@ -34,6 +34,7 @@ class Credentials:
     """Signs pictures. For any number of threads at once."""
 
     context: Any = None  # c2pa.Context with a signer; None leaves pictures as they are
+    expires_at: float = 0.0  # when the certificate does, in seconds since 1970; 0 without one
 
     def sign(self, content: bytes, output_format: OutputFormat, *, is_edit: bool) -> bytes:
         """Return the file `content` with credentials in it. Pixels and other metadata stay unchanged.
@@ -87,7 +88,8 @@ def make_credentials(certificate: Path | None, key: Path | None) -> Credentials:
         None,  # no time-stamp authority, which would be called for each picture
     )
     try:
-        credentials = Credentials(Context.from_dict(_library_settings(chain[0]), Signer.from_info(info)))
+        context = Context.from_dict(_library_settings(chain[0]), Signer.from_info(info))
+        credentials = Credentials(context, chain[0].not_valid_after_utc.timestamp())
         credentials.sign(encode(Image.new("RGB", (1, 1)), "png", 100), "png", is_edit=False)
     except (C2paError, SigningFailed) as error:
         reason = _one_line(error.__cause__ or error)

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from cryptography import x509
 from PIL import Image
 
 from app.errors import SettingsError, SigningFailed
@@ -60,6 +61,21 @@ async def test_pictures_in_json_and_under_urls_are_signed(
         assert source_type(content, output_format) == MADE
         assert PROMPT not in str(manifest(content, output_format))
         assert b"digitalsourcetype/trainedAlgorithmicMedia" in Image.open(BytesIO(content)).info["xmp"]
+
+
+async def test_the_metrics_tell_when_the_certificate_expires(
+    signing: httpx2.AsyncClient, files: Identity, serve: Serve, tmp_path: Path
+) -> None:
+    chain = x509.load_pem_x509_certificates(files.certificate.read_bytes())
+    assert await expiry(signing) == chain[0].not_valid_after_utc.timestamp()
+    async with serve(data_dir=tmp_path / "plain") as client:
+        assert await expiry(client) == 0
+
+
+async def expiry(client: httpx2.AsyncClient) -> float:
+    lines = (await client.get("/metrics")).text.splitlines()
+    [line] = [line for line in lines if line.startswith("cascade_c2pa_certificate_expiry_timestamp_seconds ")]
+    return float(line.split()[1])
 
 
 async def test_the_pixels_are_those_of_a_server_without_a_key(
