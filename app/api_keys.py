@@ -4,12 +4,15 @@ The file is a JSON list of `{"name", "sha256", "expires", "rate_limit"}`, the la
 are kept anywhere; a key itself is shown once, by `cascade keys add`.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -77,13 +80,28 @@ def read_entries(path: Path) -> list[KeyEntry]:
         raise SettingsError("\n".join(lines)) from None
 
 
+@contextmanager
+def changing(path: Path) -> Iterator[Path]:
+    """Let nobody else change a file of keys in the block; gives the file that `path`, if a link, leads to."""
+    path = path.resolve()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield path
+    finally:
+        os.close(folder)
+
+
 def write_entries(path: Path, entries: Sequence[KeyEntry]) -> None:
-    """Replace a file of keys as a whole; a new one is readable by its owner alone."""
+    """Replace a whole file of keys; its owner and mode stay. A new one is readable by its owner alone."""
     content = json.dumps([entry.model_dump(mode="json", exclude_none=True) for entry in entries], indent=2)
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    before = path.stat() if path.exists() else None
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:  # noqa: PTH123
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
+            if before is not None:
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
             file.write(f"{content}\n")
             file.flush()
             os.fsync(file.fileno())

@@ -65,14 +65,14 @@ def add(
     """
     import hashlib
 
-    from app.api_keys import KeyEntry, new_key, read_entries, write_entries
+    from app.api_keys import KeyEntry, changing, new_key, read_entries, write_entries
 
-    entries = read_entries(file) if file.exists() else []
     key = new_key()
     expires = None if days is None else (datetime.now(UTC) + timedelta(days=days)).replace(microsecond=0)
     digest = hashlib.sha256(key.encode()).hexdigest()
-    entries.append(KeyEntry(name=name, sha256=digest, expires=expires, rate_limit=rate_limit))
-    write_entries(file, entries)
+    entry = KeyEntry(name=name, sha256=digest, expires=expires, rate_limit=rate_limit)
+    with changing(file) as path:
+        write_entries(path, [*(read_entries(path) if path.exists() else []), entry])
     typer.echo(key)
 
 
@@ -113,15 +113,16 @@ def revoke(
       cascade keys revoke keys.json guest
       cascade keys revoke keys.json 5e884898da28
     """
-    from app.api_keys import read_entries, write_entries
+    from app.api_keys import changing, read_entries, write_entries
     from app.errors import SettingsError
 
-    entries = read_entries(file)
-    revoked = [entry for entry in entries if entry.name == which]
-    if not revoked and len(which) >= LEAST_DIGITS:
-        revoked = [entry for entry in entries if entry.sha256.lower().startswith(which.lower())]
-    if not revoked:
-        raise SettingsError(f"{file}: there is no key of {which}")
-    write_entries(file, [entry for entry in entries if entry not in revoked])
+    with changing(file) as path:
+        entries = read_entries(path)
+        revoked = [entry for entry in entries if entry.name == which]
+        if not revoked and len(which) >= LEAST_DIGITS:
+            revoked = [entry for entry in entries if entry.sha256.lower().startswith(which.lower())]
+        if not revoked:
+            raise SettingsError(f"{file}: there is no key of {which}")
+        write_entries(path, [entry for entry in entries if entry not in revoked])
     for entry in revoked:
         typer.echo(f"revoked {entry.name} {entry.sha256[:SHOWN_DIGITS]}")

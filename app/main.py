@@ -64,6 +64,7 @@ from app.storage.writing import room_for
 
 DISTRIBUTION = "stable-cascade-server"
 NUM_ENCODERS = 2
+NUM_STORAGE_THREADS = 8  # they only wait, for disks or a bucket
 FIRST_PROMPT = '{"prompt":"a red circle on a blue background","seed":7,"response_format":"url"}'
 
 Ready = Callable[[], None]
@@ -205,6 +206,8 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
     store = await JobStore.open(settings.jobs_url, clock=parts.clock, faults=faults)
     stack.push_async_callback(store.close)
     encoders = stack.enter_context(ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder"))
+    storage = ThreadPoolExecutor(NUM_STORAGE_THREADS, thread_name_prefix="storage")
+    stack.callback(storage.shutdown, wait=False, cancel_futures=True)  # a bucket may hang
     dispatcher = Dispatcher(
         store,
         _supervisors(parts),
@@ -212,6 +215,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         images=parts.images,
         inputs=parts.inputs,
         encoders=encoders,
+        storage=storage,
         credentials=parts.credentials,
         cost=CostModel(),
         settings=settings,
@@ -237,6 +241,7 @@ async def _start(parts: Parts, stack: AsyncExitStack) -> Services:
         keys=parts.keys,
         limit=RateLimit(settings.rate_limit),
         encoders=encoders,
+        storage=storage,
         reader=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reader")),
         loras=InstalledLoRAs(),
         metrics=parts.metrics,
@@ -256,7 +261,7 @@ def _tidy(services: Services) -> Coroutine[None, None, None]:
         services.store,
         services.images,
         services.inputs,
-        services.encoders,
+        services.storage,
         services.settings,
         services.logger,
         services.clock,

@@ -176,8 +176,9 @@ class GenerationRequest(BaseModel):
 
     @property
     def is_edit(self) -> bool:
-        """Whether a picture is redrawn, in whole or in part, and not only a model for a new one."""
-        return self.image is not None
+        """Whether a picture is changed, filled in or enlarged, and not only an example for a new one."""
+        changes = self.control is not None and self.control.type in ("inpaint", "super_resolution")
+        return self.image is not None or changes
 
     @property
     def denoising_strength(self) -> float:

@@ -336,6 +336,14 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _require_one_secret(self) -> Self:
+        if self.bucket_url and self.database_url and self.signing_secret is None:
+            raise ValueError(
+                f"{PREFIX}SIGNING_SECRET is missing: servers that share a database and a bucket need the same"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _require_both_to_sign(self) -> Self:
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             missing = "KEY" if self.c2pa_key is None else "CERTIFICATE"

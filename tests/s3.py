@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -63,6 +64,16 @@ class S3:
                     return
             time.sleep(0.02)
         raise AssertionError("rclone does not serve")
+
+    def hang(self) -> None:
+        """Live, and answer nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again, what was asked meanwhile, too."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """End, at once."""

@@ -173,7 +173,7 @@ async def _respond(
     write = partial(_answer, drawn.job, services, members, body, embedding)
     text = await asyncio.get_running_loop().run_in_executor(services.encoders, write)
     ignored = _present(members).keys() - type(body).model_fields.keys()
-    return await embedding.respond(text, services.images, _headers(drawn, ignored))
+    return await embedding.respond(text, services.images, services.storage, _headers(drawn, ignored))
 
 
 def _native_members(body: TextToImage, services: Services) -> dict[str, Any]:
@@ -210,7 +210,7 @@ async def _loras(prompt: str, services: Services) -> dict[str, Any]:
     await wait_for_model(services)
     folders = services.dispatcher.model.lora_dirs
     loop = asyncio.get_running_loop()
-    installed = await loop.run_in_executor(services.encoders, services.loras.names, folders)
+    installed = await loop.run_in_executor(services.storage, services.loras.names, folders)
     return {"loras": [{"name": name, "scale": scale} for name, scale in named.items() if name in installed]}
 
 

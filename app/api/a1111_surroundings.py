@@ -167,7 +167,7 @@ async def set_options(request: Request, services: TheServices) -> dict[str, Any]
 async def list_loras(services: TheServices) -> list[dict[str, Any]]:
     """List the LoRAs; a prompt uses one as `<lora:NAME:1>`."""
     folders = services.dispatcher.model.lora_dirs
-    names = await asyncio.get_running_loop().run_in_executor(services.encoders, services.loras.names, folders)
+    names = await asyncio.get_running_loop().run_in_executor(services.storage, services.loras.names, folders)
     return [{"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in names]
 
 

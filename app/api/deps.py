@@ -55,7 +55,8 @@ class Services:
     uploads: Uploads
     keys: KeyRing
     limit: RateLimit
-    encoders: Executor  # encoding and disk access, which must not block the event loop
+    encoders: Executor  # encoding and other work that must not block the event loop
+    storage: Executor  # waiting for disks, or for a bucket
     reader: Executor  # one thread for pictures from outside: decoding one may take 300 MB
     loras: InstalledLoRAs
     metrics: Metrics
@@ -96,8 +97,7 @@ async def authenticate(request: Request, services: TheServices, exchange: TheExc
 
 async def count_request(services: TheServices, exchange: TheExchange) -> None:
     """Count a request for pictures; raise RateLimited beyond the limit. Runs after `authenticate`."""
-    own_limit = exchange.key.rate_limit if exchange.key else None
-    exchange.headers.update(services.limit.take(exchange.tenant, own_limit))
+    exchange.headers.update(services.limit.take(exchange.tenant, exchange.key))
 
 
 def _offered_keys(request: Request) -> Iterator[bytes]:

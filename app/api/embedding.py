@@ -7,6 +7,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Executor
 
 from starlette.responses import StreamingResponse
 
@@ -28,28 +29,36 @@ class Embedding:
         self._names.append(image.name)
         return self._mark
 
-    async def respond(self, text: bytes, images: ImageStore, headers: Mapping[str, str]) -> StreamingResponse:
-        """Answer `text` with the pictures filled in. Raises NotFound or DamagedFile for a missing one."""
-        sizes = [(await asyncio.to_thread(images.examine, name)).size_bytes for name in self._names]
+    async def respond(
+        self, text: bytes, images: ImageStore, storage: Executor, headers: Mapping[str, str]
+    ) -> StreamingResponse:
+        """Answer `text` with the pictures filled in; `storage` is where they are read.
+
+        Raises NotFound or DamagedFile for a missing one.
+        """
+        loop = asyncio.get_running_loop()
+        found = [await loop.run_in_executor(storage, images.examine, name) for name in self._names]
+        sizes = [image.size_bytes for image in found]
         pieces = text.split(self._mark.encode())
         length = sum(map(len, pieces)) + sum((size + 2) // 3 * 4 for size in sizes)
         return StreamingResponse(
-            self._parts(pieces, sizes, images),
+            self._parts(pieces, sizes, images, storage),
             headers={**headers, "Content-Length": str(length)},
             media_type="application/json",
         )
 
     async def _parts(
-        self, pieces: Sequence[bytes], sizes: Sequence[int], images: ImageStore
+        self, pieces: Sequence[bytes], sizes: Sequence[int], images: ImageStore, storage: Executor
     ) -> AsyncIterator[bytes]:
         """Yield the pieces of the JSON, and between them the pictures."""
 
         def encode(name: str, start: int, num_bytes: int) -> bytes:
             return base64.b64encode(images.read_part(name, start, num_bytes))
 
+        loop = asyncio.get_running_loop()
         for piece, name, size in zip(pieces[:-1], self._names, sizes, strict=True):
             yield piece
             for start in range(0, size, PART_BYTES):
                 num_bytes = min(PART_BYTES, size - start)
-                yield await asyncio.to_thread(encode, name, start, num_bytes)
+                yield await loop.run_in_executor(storage, encode, name, start, num_bytes)
         yield pieces[-1]

@@ -3,16 +3,16 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from app.api.deps import TheServices
+from app.api.deps import Services, TheServices
 from app.api.description import MEANINGS, PICTURE_CONTENT, problems
 from app.errors import RangeNotSatisfiable
 from app.storage.encoding import MIME_TYPES
-from app.storage.images import ImageStore
 
 router = APIRouter(tags=["Files"])
 
@@ -43,7 +43,7 @@ async def get_file(
 ) -> Response:
     """Return the picture to any holder of its URL, until the URL expires or the picture is removed."""
     seconds_left = services.signer.verify(name, exp, sig)
-    image = await asyncio.get_running_loop().run_in_executor(services.encoders, services.images.examine, name)
+    image = await asyncio.get_running_loop().run_in_executor(services.storage, services.images.examine, name)
     etag = f'"{image.sha256}"'
     headers = {
         "ETag": etag,
@@ -63,7 +63,7 @@ async def get_file(
     status = 206 if "Content-Range" in headers else 200
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    return StreamingResponse(_chunks(services.images, name, start, end), status, headers, media_type)
+    return StreamingResponse(_chunks(services, name, start, end), status, headers, media_type)
 
 
 def _matches(if_none_match: str, etag: str) -> bool:
@@ -85,9 +85,11 @@ def _range(request: Request, etag: str, size: int) -> tuple[int, int]:
     return start, end
 
 
-async def _chunks(images: ImageStore, name: str, start: int, end: int) -> AsyncIterator[bytes]:
+async def _chunks(services: Services, name: str, start: int, end: int) -> AsyncIterator[bytes]:
     """Yield the bytes. The file is closed between chunks: the client may take hours, or disconnect."""
+    loop = asyncio.get_running_loop()
     while start < end:
-        chunk = await asyncio.to_thread(images.read_part, name, start, min(_CHUNK_BYTES, end - start))
+        read = partial(services.images.read_part, name, start, min(_CHUNK_BYTES, end - start))
+        chunk = await loop.run_in_executor(services.storage, read)
         start += len(chunk)
         yield chunk

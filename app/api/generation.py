@@ -150,7 +150,7 @@ async def check_abilities(generation: GenerationRequest, services: Services) -> 
 
 async def _check_loras(loras: Sequence[LoRA], services: Services, folders: Sequence[str]) -> None:
     loop = asyncio.get_running_loop()
-    names = await loop.run_in_executor(services.encoders, services.loras.names, folders)
+    names = await loop.run_in_executor(services.storage, services.loras.names, folders)
     for number, lora in enumerate(loras):
         if lora.name not in names:
             message = f"loras: there is no {lora.name[:100]!r}; installed are: {', '.join(names) or 'none'}"
@@ -302,5 +302,5 @@ def outcome_error(job: Job) -> AppError | None:
 async def read_images(services: Services, images: tuple[StoredImage, ...]) -> list[bytes]:
     """Read the files of `images`."""
     loop = asyncio.get_running_loop()
-    reads = [loop.run_in_executor(services.encoders, services.images.read, image.name) for image in images]
+    reads = [loop.run_in_executor(services.storage, services.images.read, image.name) for image in images]
     return list(await asyncio.gather(*reads))

@@ -4,8 +4,7 @@ from fastapi import APIRouter, Depends, Response
 
 from app.api.deps import TheServices, authenticate
 from app.api.description import NEEDS_KEY, problems
-from app.errors import ROOM_SECONDS, Overloaded
-from app.jobs.disk_space import NO_ROOM
+from app.errors import Overloaded
 
 router = APIRouter(tags=["Health"])
 
@@ -45,7 +44,8 @@ async def readyz(services: TheServices) -> dict[str, str]:
             "no request can be accepted now", retry_after_seconds=dispatcher.retry_after_seconds()
         )
     if not dispatcher.has_room:
-        raise Overloaded(NO_ROOM, retry_after_seconds=ROOM_SECONDS)
+        error = dispatcher.room_error()
+        raise Overloaded(error.message, retry_after_seconds=error.retry_after_seconds)
     return {
         "status": "ready",
         "model": services.settings.model_name,

@@ -132,9 +132,10 @@ async def cancel_job(job_id: str, request: Request, services: TheServices, excha
 )
 async def delete_job(job_id: str, services: TheServices, exchange: TheExchange) -> Response:
     """Delete a job that has ended; cancel it first if it has not."""
-    deleted = await services.store.delete(job_id, exchange.tenant)
-    if deleted is None:
+    job = await _job(job_id, services, exchange.tenant)
+    if job.is_finished:  # before the row is, which names them
+        names = [image.name for image in job.images]
+        await asyncio.get_running_loop().run_in_executor(services.storage, services.images.remove, names)
+    if await services.store.delete(job_id, exchange.tenant) is None:
         raise NotFound(NO_JOB)
-    names = [image.name for image in deleted.images]
-    await asyncio.get_running_loop().run_in_executor(services.encoders, services.images.remove, names)
     return Response(status_code=204)

@@ -23,6 +23,7 @@ class KeyRing:
         self._logger = logger
         self._seen = _version(file)
         self._keys = (*self._fixed, *self._read())
+        self._mistake = ""  # why the file could not be read last
 
     def find(self, offered: Iterable[bytes]) -> ApiKey | None:
         """Return the key that one of the texts is; None if none is."""
@@ -41,12 +42,14 @@ class KeyRing:
             version = await asyncio.to_thread(_version, self._file)
             if version == self._seen:
                 continue
-            self._seen = version
             try:
                 self._keys = (*self._fixed, *await asyncio.to_thread(self._read))
             except SettingsError as error:
-                self._logger.error("the keys stay as they were: their file is wrong", reason=str(error))
+                if str(error) != self._mistake:
+                    self._mistake = str(error)
+                    self._logger.error("the keys stay as they were: their file is wrong", reason=str(error))
             else:
+                self._seen, self._mistake = version, ""
                 self._logger.info("keys read again", keys=len(self._keys))
 
     def _read(self) -> list[ApiKey]:
@@ -59,4 +62,4 @@ def _version(file: Path | None) -> tuple[int, ...] | None:
         status = None if file is None else file.stat()
     except OSError:
         return None
-    return status and (status.st_mtime_ns, status.st_size, status.st_ino)
+    return status and (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)

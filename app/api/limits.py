@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from app.api_keys import ApiKey
 from app.errors import RateLimited
 
 WINDOW_SECONDS = 60
@@ -16,25 +17,27 @@ class _Window:
 
 
 class RateLimit:
-    """A fixed window for each tenant, which begins with its first request."""
+    """A fixed window for each caller, which begins with its first request."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
         self._windows: dict[str, _Window] = {}
 
-    def take(self, tenant: str, own: int | None = None) -> dict[str, str]:
+    def take(self, tenant: str, key: ApiKey | None = None) -> dict[str, str]:
         """Count a request and return the headers about the limit. Raises RateLimited beyond it.
 
-        `own` is the limit of the caller's key, in place of everybody's.
+        A key with a limit of its own is counted by itself.
         """
-        limit = self._per_minute if own is None else own
+        limit, caller = self._per_minute, tenant
+        if key is not None and key.rate_limit is not None:
+            limit, caller = key.rate_limit, key.sha256.hex()
         if limit is None:
             return {}
         now = self._clock()
-        window = self._windows.get(tenant)
+        window = self._windows.get(caller)
         if window is None or now - window.began >= WINDOW_SECONDS:
-            window = self._windows[tenant] = _Window(now)
+            window = self._windows[caller] = _Window(now)
         seconds_left = max(1, round(window.began + WINDOW_SECONDS - now))
         is_over = window.num_requests >= limit
         window.num_requests += not is_over

@@ -122,7 +122,7 @@ async def list_loras(services: TheServices) -> LoRAList:
     """List the LoRAs in the model's folder and in `CASCADE_LORA_DIR`, as they are now."""
     folders = services.dispatcher.model.lora_dirs
     loop = asyncio.get_running_loop()
-    found = await loop.run_in_executor(services.encoders, services.loras.all, folders)
+    found = await loop.run_in_executor(services.storage, services.loras.all, folders)
     return LoRAList(
         data=[LoRAView(name=lora.name, bytes=lora.num_bytes, sha256=lora.sha256) for lora in found]
     )

@@ -77,7 +77,8 @@ async def generate_images(
         if body.response_format != "url":
             images = [image_view(image, in_base64=embedding.base64_of(image)) for image in job.images]
         told = await view(job, services, exchange, base, images=images)
-        return await embedding.respond(told.model_dump_json().encode(), services.images, headers)
+        text = told.model_dump_json().encode()
+        return await embedding.respond(text, services.images, services.storage, headers)
 
     return await answer_when_ended(call, submitted, tell, {})
 

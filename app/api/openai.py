@@ -151,7 +151,7 @@ async def _respond(
     async def tell(job: Job, headers: Mapping[str, str]) -> Response:
         embedding = Embedding()
         answer = to_json(_answer(body, job, services, base, embedding))
-        return await embedding.respond(answer, services.images, headers)
+        return await embedding.respond(answer, services.images, services.storage, headers)
 
     return await answer_when_ended(call, submitted, tell, ignored_params(body.ignored))
 

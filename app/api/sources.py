@@ -131,7 +131,7 @@ class Received:
         """Store the files, so that a job can refer to them. Raises StorageFull."""
         loop = asyncio.get_running_loop()
         for content in self.files.values():
-            await loop.run_in_executor(services.encoders, services.inputs.save, content)
+            await loop.run_in_executor(services.storage, services.inputs.save, content)
 
 
 async def receive(

@@ -113,8 +113,11 @@ class DiskSpace:
         self._metrics.out_of_room.set(self.is_short)
         if self.is_short:
             folders = [str(folder) for folder in self._folders]
-            self._logger.error(
-                "there is no room left; nothing new is accepted", reason=reason, folders=folders
-            )
+            if self.is_away:
+                self._logger.error("the bucket does not answer; nothing new is accepted", reason=reason)
+            else:
+                self._logger.error(
+                    "there is no room left; nothing new is accepted", reason=reason, folders=folders
+                )
         else:
             self._logger.info("there is room again")

@@ -79,6 +79,7 @@ class Dispatcher:
         images: ImageStore,
         inputs: InputStore,
         encoders: Executor,
+        storage: Executor,
         cost: CostModel,
         settings: Settings,
         metrics: Metrics,
@@ -107,6 +108,7 @@ class Dispatcher:
             images=images,
             inputs=inputs,
             encoders=encoders,
+            storage=storage,
             credentials=credentials,
             events=self.events,
             cost=cost,
@@ -444,8 +446,12 @@ class Dispatcher:
         self._metrics.refused.labels(Overloaded.code).inc()
         return Overloaded(f"{full}; try again later", retry_after_seconds=self.retry_after_seconds())
 
+    def room_error(self) -> StorageFull:
+        """Return the error for a job that is not accepted for want of room."""
+        return self._disk_space.refusal()
+
     def _no_room(self) -> StorageFull:
-        refusal = self._disk_space.refusal()
+        refusal = self.room_error()
         self._metrics.refused.labels(refusal.code).inc()
         return refusal
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from app.engine.cost import work_of
 from app.engine.protocol import AnyFromEngine, Failed, Heartbeat, Latents, Pixels, Previewed, Progressed
-from app.errors import AppError, QueueFull
+from app.errors import AppError, QueueFull, StorageFull
 from app.jobs.claims import Claim
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Job
@@ -113,6 +113,8 @@ class Fleet:
             for job in claimed:
                 await self._board(slot, job)
             slot.may_hold_strays = False
+        except StorageFull as error:
+            self._resources.logger.warning("a job that was claimed goes back", reason=error.reason)
         except Exception as error:
             self._resources.logger.error("a job that was claimed could not board", exc_info=error)
 
@@ -251,6 +253,8 @@ class Fleet:
         inputs, flaw = {}, None
         try:
             inputs = await self.results.read_inputs(job)
+        except StorageFull:  # the bucket is away: the job goes back, as after any claim that failed
+            raise
         except (AppError, OSError) as error:
             flaw = error
         age = self._resources.clock() - job.created_at

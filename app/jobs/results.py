@@ -21,7 +21,7 @@ from app.jobs.faults import Faults
 from app.jobs.flights import Flight, Slot
 from app.jobs.job import Failure, Job, JobStatus, StoredImage, Timings
 from app.jobs.job_notes import JobNotes
-from app.jobs.pictures import encode_preview, keep_picture
+from app.jobs.pictures import encode_picture, encode_preview
 from app.jobs.store import JobStore
 from app.logs import Logger
 from app.metrics import Metrics
@@ -43,6 +43,7 @@ class Resources:
     images: ImageStore
     inputs: InputStore
     encoders: Executor
+    storage: Executor
     credentials: Credentials
     events: EventHub
     cost: CostModel
@@ -107,7 +108,7 @@ class ResultWriter:
         read = self._resources.inputs.read
         loop = asyncio.get_running_loop()
         return {
-            name: await loop.run_in_executor(self._resources.encoders, read, name)
+            name: await loop.run_in_executor(self._resources.storage, read, name)
             for name in sorted(job.request.input_names)
         }
 
@@ -229,22 +230,23 @@ class ResultWriter:
                 await self._add_picture(flight, image, timings)
 
     async def _to_store(self, flight: Flight, message: Pixels) -> StoredImage | None:
-        """Store a picture in a file, as soon as there is room. None if nobody wants it any more."""
-        resources = self._resources
-        keep = partial(
-            keep_picture, message, flight.job, resources.images, resources.model_name, resources.credentials
-        )
+        """Encode a picture and store it as soon as there is room. None if nobody wants it any more."""
+        resources, loop = self._resources, asyncio.get_running_loop()
+        encode = partial(encode_picture, message, flight.job, resources.model_name, resources.credentials)
+        image, content = await loop.run_in_executor(resources.encoders, encode)
+        save = partial(resources.images.save, content, image.name)
         pauses = _pauses()
         try:
             while not flight.is_over:
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(self._resources.encoders, keep)
+                    await loop.run_in_executor(resources.storage, save)
+                    return image
                 except StorageFull as error:
-                    self._resources.disk_space.lacks(keep, error)
+                    resources.disk_space.lacks(save, error)
                 await asyncio.sleep(next(pauses))
             return None
         finally:
-            self._resources.disk_space.suffices(keep)
+            resources.disk_space.suffices(save)
 
     async def _add_picture(self, flight: Flight, image: StoredImage, timings: Timings) -> None:
         job = flight.job_with(image)

@@ -4,8 +4,9 @@ A server's own folder then holds copies of what it kept or read lately. What is 
 for every server from then on, whole or not at all.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 COPY_SECONDS = 3600.0  # that a server keeps its copy of a result
 HOUR = 3600
 
-_CONNECT, _REQUEST, _RETRY = (timedelta(seconds=seconds) for seconds in (5, 30, 20))
+# How long a bucket that hangs may hold up whoever calls it, and the end of a server.
+_CONNECT, _REQUEST, _RETRY = (timedelta(seconds=seconds) for seconds in (3, 10, 10))
 _RETRIES = 2
 _PROBE = "probe"
+_PICTURES, _INPUTS = "pictures", "inputs"
+_INPUT = re.compile(rf"{_INPUTS}/(?P<name>[0-9a-f]{{64}})/(?P<hour>[0-9]+)")
 _AWAY = "the store of pictures does not answer; try again later"
 
 
@@ -107,6 +111,12 @@ class BucketImages(ImageStore):
         self._bucket = bucket
         self._kept_seconds = ttl_seconds
         self._swept_hour = 0
+        self._uncopied = ("", b"")  # the last picture that found no room for a copy
+
+    def save(self, content: bytes, name: str) -> None:
+        """Keep `content` under a name that `new_name` made for it. Raises StorageAway."""
+        self._bucket.write(_picture(name), content)
+        self._copy(content, name)
 
     def remove(self, names: Iterable[str]) -> int:
         """Remove pictures, and return how many copies existed. Raises StorageAway."""
@@ -119,30 +129,35 @@ class BucketImages(ImageStore):
         removed = super().sweep()
         hour = _hour(self._clock)
         if hour != self._swept_hour:
+            self._swept_hour = hour
             oldest = self._clock() - self._kept_seconds
-            expired = [key for key, written in self._bucket.find(_picture("")) if written < oldest]
+            found = self._bucket.find(_PICTURES)
+            expired = [key for key, written in found if written < oldest and _is_picture(key)]
             self._bucket.remove(expired)
             removed += len(expired)
-            self._swept_hour = hour
         return removed
-
-    def _write(self, name: str, content: bytes) -> None:
-        self._bucket.write(_picture(name), content)
-        self._copy(name, content)
 
     def _find(self, name: str) -> BufferedIOBase:
         try:
             return super()._find(name)
         except FileNotFoundError:
-            content = self._bucket.read(_picture(name))
-            if content is None:
-                raise
-        self._copy(name, content)
+            uncopied, content = self._uncopied
+            if uncopied != name:
+                content = self._read(name)
         return BytesIO(content)
 
-    def _copy(self, name: str, content: bytes) -> None:
-        with suppress(StorageFull, OSError):  # no room, or another thread does the same
-            super()._write(name, content)
+    def _read(self, name: str) -> bytes:
+        content = self._bucket.read(_picture(name))
+        if content is None:
+            raise FileNotFoundError(name)
+        self._copy(content, name)
+        return content
+
+    def _copy(self, content: bytes, name: str) -> None:
+        try:
+            super().save(content, name)
+        except (StorageFull, OSError):
+            self._uncopied = name, content
 
 
 class BucketInputs(InputStore):
@@ -161,7 +176,7 @@ class BucketInputs(InputStore):
     def save(self, content: bytes) -> str:
         """Store a file and return its name. Raises StorageAway and StorageFull."""
         name = super().save(content)
-        self._bucket.write(f"{_input(name)}{_hour(self._clock)}", content)
+        self._bucket.write(f"{_input(name)}/{_hour(self._clock)}", content)
         return name
 
     def old(self) -> list[str]:
@@ -169,29 +184,34 @@ class BucketInputs(InputStore):
         names = set(super().old())
         hour = _hour(self._clock)
         if hour != self._seen_hour:
+            self._seen_hour = hour
             newest: dict[str, int] = {}
-            for key, _ in self._bucket.find(_input("")):
-                name, written = _parse(key)
+            for _, name, written in self._written(_INPUTS):
                 newest[name] = max(written, newest.get(name, 0))
             names.update(name for name, written in newest.items() if self._is_past(written))
-            self._seen_hour = hour
         return list(names)
 
     def remove(self, names: Collection[str]) -> int:
         """Remove files that are still old; return how many. Raises StorageAway."""
-        keys = [key for name in names for key, _ in self._bucket.find(_input(name))]
-        self._bucket.remove(key for key in keys if self._is_past(_parse(key)[1]))
+        written = [entry for name in names for entry in self._written(_input(name))]
+        self._bucket.remove(key for key, _, hour in written if self._is_past(hour))
         return super().remove(names)
 
     def _find(self, name: str) -> bytes:
         try:
             return super()._find(name)
         except FileNotFoundError:
-            keys = [key for key, _ in self._bucket.find(_input(name))]
+            keys = [key for key, _, _ in self._written(_input(name))]
             content = self._bucket.read(max(keys)) if keys else None
             if content is None:
                 raise
             return content
+
+    def _written(self, folder: str) -> Iterator[tuple[str, str, int]]:
+        """Yield key, name and hour of what is ours in a folder of the bucket."""
+        for key, _ in self._bucket.find(folder):
+            if match := _INPUT.fullmatch(key):
+                yield key, match["name"], int(match["hour"])
 
     def _is_past(self, hour: int) -> bool:
         """Whether no request that is just being accepted can have written in that hour."""
@@ -199,17 +219,15 @@ class BucketInputs(InputStore):
 
 
 def _picture(name: str) -> str:
-    return f"pictures/{name}"
+    return f"{_PICTURES}/{name}"
+
+
+def _is_picture(key: str) -> bool:
+    return NAME.fullmatch(key.removeprefix(f"{_PICTURES}/")) is not None
 
 
 def _input(name: str) -> str:
-    return f"inputs/{name}/" if name else "inputs/"
-
-
-def _parse(key: str) -> tuple[str, int]:
-    """Return name and hour of an input picture."""
-    _, name, hour = key.split("/")
-    return name, int(hour)
+    return f"{_INPUTS}/{name}"
 
 
 def _hour(clock: Callable[[], float]) -> int:

@@ -30,6 +30,11 @@ class StoredImage:
     sha256: str
 
 
+def new_name(content: bytes, extension: str) -> str:
+    """Return a name for a picture, 32 hexadecimal digits and `extension`, that nobody can guess."""
+    return f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
+
+
 class ImageStore:
     """A folder of pictures. Its methods use the disk: call them outside the event loop."""
 
@@ -38,16 +43,16 @@ class ImageStore:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
 
-    def save(self, content: bytes, extension: str) -> str:
-        """Keep `content` and return its name, 32 hexadecimal digits and `extension`. Raises StorageFull."""
-        name = f"{secrets.token_hex(8)}{hashlib.sha256(content).hexdigest()[:_MARK_DIGITS]}.{extension}"
-        self._write(name, content)
-        return name
+    def save(self, content: bytes, name: str) -> None:
+        """Keep `content` under a name that `new_name` made for it. Raises StorageFull."""
+        unfinished = self._folder / f"{secrets.token_hex(8)}{UNFINISHED}"
+        now = self._clock()
+        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
 
     def examine(self, name: str) -> StoredImage:
         """Return the size and digest of the picture of that name.
 
-        Raises NotFound for a name that `save` did not return, DamagedFile if the content has changed.
+        Raises NotFound for a name that was not saved, DamagedFile if the content has changed.
         """
         with self._open(name) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,8 +95,8 @@ class ImageStore:
         oldest = self._clock() - self._ttl_seconds
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                name = entry.name.removesuffix(UNFINISHED)
-                if NAME.fullmatch(name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                is_ours = NAME.fullmatch(entry.name) or entry.name.endswith(UNFINISHED)
+                if is_ours and entry.stat(follow_symlinks=False).st_mtime < oldest:
                     Path(entry.path).unlink(missing_ok=True)
                     removed += 1
         return removed
@@ -103,11 +108,6 @@ class ImageStore:
             return self._find(name)
         except FileNotFoundError:
             raise NotFound("there is no such file; it may have been removed after its time") from None
-
-    def _write(self, name: str, content: bytes) -> None:
-        unfinished = self._folder / f"{name}{UNFINISHED}"
-        now = self._clock()
-        write_whole(self._folder / name, content, unfinished=unfinished, what="the picture", now=now)
 
     def _find(self, name: str) -> BufferedIOBase:
         return (self._folder / name).open("rb")

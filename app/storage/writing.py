@@ -22,8 +22,9 @@ def write_whole(path: Path, content: bytes, *, unfinished: Path, what: str, now:
     StorageFull, which names `what`.
     """
     with room_for(what):
+        opened = unfinished.open("xb")  # what is there already is not ours to remove
         try:
-            with unfinished.open("xb") as file:
+            with opened as file:
                 file.write(content)
                 file.flush()
                 os.utime(file.fileno(), (now, now))

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from app.storage.images import ImageStore, new_name
+
 SIZE = (96, 64)
 
 
@@ -45,3 +47,10 @@ def bomb(width: int, height: int) -> bytes:
 def chunk(kind: bytes, content: bytes) -> bytes:
     checksum = struct.pack(">I", zlib.crc32(kind + content))
     return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def kept(images: ImageStore, content: bytes, extension: str) -> str:
+    """Save a finished picture; returns its name."""
+    name = new_name(content, extension)
+    images.save(content, name)
+    return name

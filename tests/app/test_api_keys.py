@@ -1,12 +1,14 @@
 """The file of keys: what is right in it, what is told of mistakes, and that it is replaced as a whole."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from app.api_keys import KeyEntry, new_key, read_entries, write_entries
+from app.api_keys import KeyEntry, changing, new_key, read_entries, write_entries
 from app.errors import SettingsError
 
 DIGEST = "0123456789abcdef" * 4
@@ -29,6 +31,24 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_entries(path, [])
     assert path.stat().st_mode & 0o777 == 0o640
     assert [entry.name for entry in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_those_who_change_a_file_at_the_same_time_wait_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    link = tmp_path / "link.json"
+    write_entries(path, [])
+    link.symlink_to(path)
+
+    def add(number: int) -> None:
+        with changing((path, link)[number % 2]) as target:
+            entries = read_entries(target)
+            time.sleep(0.005)
+            write_entries(target, [*entries, KeyEntry(name=f"n{number}", sha256=DIGEST)])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(add, range(16)))
+    assert {entry.name for entry in read_entries(path)} == {f"n{number}" for number in range(16)}
+    assert link.is_symlink()
 
 
 @pytest.mark.parametrize(

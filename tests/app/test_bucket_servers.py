@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import shutil
+import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +14,7 @@ import httpx2
 import pytest
 
 from app.jobs import maintenance, results
+from app.storage import bucket as bucket_module
 from tests.app.conftest import Serve, eventually, inside
 from tests.app.fakes import FakeRunner, closed, until
 from tests.app.pictures import data_uri, file, sample
@@ -94,7 +98,9 @@ async def test_while_the_bucket_is_away_nothing_is_lost(
         assert int(refused.headers["retry-after"]) > 0
         assert "does not answer" in refused.json()["detail"]
         assert "127.0.0.1" not in refused.text
-        assert (await client.get("/readyz")).status_code == 503
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, refused.headers["retry-after"])
+        assert "does not answer" in ready.json()["detail"]
         answer = await waits
         assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
         assert "goes on when it does" in answer.json()["detail"]
@@ -107,6 +113,63 @@ async def test_while_the_bucket_is_away_nothing_is_lost(
         await eventually(lambda: _is_ready(client))
         picture = (await client.post("/v1/images/generations", json={"prompt": "x"})).json()["data"][0]
         assert base64.b64decode(picture["b64_json"]).startswith(b"\x89PNG")
+
+
+async def test_a_job_whose_picture_cannot_be_read_now_waits_for_the_bucket(
+    serve: Serve, bucket: TestBucket, tmp_path: Path
+) -> None:
+    body = {"prompt": "x", "image": data_uri(file(sample()))}
+    slow = FakeRunner(steps=1000)
+    slow.on_step = lambda _: time.sleep(0.01)
+    async with serve(bucket_url=bucket.url, use=slow) as client:
+        accepted = await client.post(IMAGES, json=body, headers={"prefer": "respond-async"})
+        await until(lambda: slow.started)
+    shutil.rmtree(tmp_path / "inputs")  # as with a new server
+    async with serve(bucket_url=bucket.url, wait=False, use=(late := FakeRunner())) as client:
+        with closed(late.loading):
+            bucket.s3.stop()
+        await eventually(lambda: _is_refused(client))
+        job = accepted.json()["urls"]["self"]
+        assert (await client.get(job)).json()["status"] in ("queued", "running")
+        bucket.s3.start()
+        await eventually(lambda: _has_ended(client, job))
+        assert (await client.get(job)).json()["status"] == "succeeded"
+        await eventually(lambda: _is_ready(client))
+
+
+async def test_a_deletion_that_failed_can_be_repeated(serve: Serve, bucket: TestBucket) -> None:
+    async with serve(bucket_url=bucket.url) as client:
+        job = (await client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json()
+        bucket.s3.stop()
+        assert (await client.delete(job["urls"]["self"])).status_code == 503
+        bucket.s3.start()
+        assert (await client.delete(job["urls"]["self"])).status_code == 204
+        assert bucket.keys() == []
+        assert (await client.get(job["images"][0]["url"])).status_code == 404
+
+
+async def test_a_bucket_that_hangs_holds_up_no_copies_and_no_end(
+    serve: Serve, runner: FakeRunner, bucket: TestBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_module, "_REQUEST", timedelta(seconds=3))
+    async with serve(bucket_url=bucket.url) as client:
+        job = (await client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json()
+        bucket.s3.hang()
+        try:
+            later = [
+                (await client.post(IMAGES, json={"prompt": "x"}, headers={"prefer": "respond-async"})).json()
+                for _ in range(4)
+            ]
+            await until(lambda: len(runner.started) == 5)
+            start = time.monotonic()
+            assert (await client.get(job["images"][0]["url"])).status_code == 200
+            assert time.monotonic() - start < 1
+            await eventually(lambda: _is_refused(client))
+        finally:
+            bucket.s3.go_on()
+        for url in (one["urls"]["self"] for one in later):
+            await eventually(partial(_has_ended, client, url))
+            assert (await client.get(url)).json()["status"] == "succeeded"
 
 
 async def test_a_picture_that_comes_while_the_bucket_is_away_is_not_accepted(

@@ -118,6 +118,29 @@ def test_half_of_what_signing_needs_is_a_mistake(
     assert load_settings().c2pa_key is not None
 
 
+def test_servers_that_share_database_and_bucket_need_one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_BUCKET_URL", "s3://pictures/here/")
+    assert load_settings().bucket_url == "s3://pictures/here"
+    monkeypatch.setenv("CASCADE_DATABASE_URL", "postgresql+asyncpg://db/jobs")
+    with pytest.raises(SettingsError, match=r"^CASCADE_SIGNING_SECRET is missing"):
+        load_settings()
+    monkeypatch.setenv("CASCADE_SIGNING_SECRET", "too short, and secret")
+    with pytest.raises(SettingsError, match=r"CASCADE_SIGNING_SECRET: .* at least 32") as caught:
+        load_settings()
+    assert "too short" not in str(caught.value)
+    monkeypatch.setenv("CASCADE_SIGNING_SECRET", "a long secret " * 3)
+    assert "a long secret" not in repr(load_settings())
+
+
+@pytest.mark.parametrize(
+    "url", ["pictures", "http://pictures", "s3://", "s3://a", "s3://pictures/../x", "s3://Pictures"]
+)
+def test_a_wrong_bucket_is_named(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("CASCADE_BUCKET_URL", url)
+    with pytest.raises(SettingsError, match="CASCADE_BUCKET_URL: must be s3://BUCKET"):
+        load_settings()
+
+
 def test_a_wrong_key_entry_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASCADE_API_KEYS", "top-secret=sha256:top-secret")
     with pytest.raises(SettingsError) as caught:

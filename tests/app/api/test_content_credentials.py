@@ -122,6 +122,7 @@ async def test_what_was_redrawn_counts_as_edited_and_what_was_looked_at_does_not
         ({"image": given, "mask": data_uri(file(sample("L")))}, EDITED),
         ({"image_prompts": [{"image": given}]}, MADE),
         ({"control": {"type": "canny", "image": given}}, MADE),
+        ({"control": {"type": "super_resolution", "image": given}}, EDITED),
     ]
     for members, expected in requests:
         [image] = (await post(signing, NATIVE, **members))["images"]

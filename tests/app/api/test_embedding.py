@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from app.errors import DamagedFile, NotFound
 from app.jobs.job import StoredImage
 from app.storage.images import ImageStore
 from tests.app.jobs.stores import new_image
+from tests.app.pictures import kept
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +27,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.images = ImageStore(folder, 1000)
+        self.storage = ThreadPoolExecutor(1)
         self.num_reads = 0
         read_part = self.images.read_part
 
@@ -35,7 +38,7 @@ class Shelf:
         self.images.read_part = counted  # type: ignore[method-assign]
 
     def put(self, content: bytes) -> StoredImage:
-        return new_image(name=self.images.save(content, "png"))
+        return new_image(name=kept(self.images, content, "png"))
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ async def test_the_pictures_are_those_of_the_files(shelf: Shelf, sizes: tuple[in
     embedding, reader = Embedding(), Reader()
     shown = [embedding.base64_of(shelf.put(content(size))) for size in sizes]
     text = json.dumps({"prompt": 'a "circle", й', "pictures": shown, "end": True}).encode()
-    response = await embedding.respond(text, shelf.images, {"X-Job-Id": "7"})
+    response = await embedding.respond(text, shelf.images, shelf.storage, {"X-Job-Id": "7"})
     await response(SCOPE, receive, reader.send)
     told = json.loads(reader.body)
     assert (told["prompt"], told["end"]) == ('a "circle", й', True)
@@ -91,7 +94,7 @@ async def test_the_pictures_are_those_of_the_files(shelf: Shelf, sizes: tuple[in
 async def test_what_is_not_taken_is_not_read(shelf: Shelf) -> None:
     embedding, reader = Embedding(), Reader()
     text = embedding.base64_of(shelf.put(content(20 * PART_BYTES))).encode()
-    response = await embedding.respond(text, shelf.images, {})
+    response = await embedding.respond(text, shelf.images, shelf.storage, {})
     reader.goes_on.clear()
     sending = asyncio.ensure_future(response(SCOPE, receive, reader.send))
     await asyncio.sleep(0.05)
@@ -110,12 +113,12 @@ async def test_a_picture_that_cannot_be_sent_is_known_before_anything_is(
         text = embedding.base64_of(image).encode()
         spoil(tmp_path / image.name)
         with pytest.raises(error):
-            await embedding.respond(text, shelf.images, {})
+            await embedding.respond(text, shelf.images, shelf.storage, {})
 
 
 async def test_a_picture_that_is_removed_meanwhile_ends_the_answer(shelf: Shelf, tmp_path: Path) -> None:
     embedding, image, reader = Embedding(), shelf.put(content(1000)), Reader()
-    response = await embedding.respond(embedding.base64_of(image).encode(), shelf.images, {})
+    response = await embedding.respond(embedding.base64_of(image).encode(), shelf.images, shelf.storage, {})
     (tmp_path / image.name).unlink()
     with pytest.raises(NotFound):
         await response(SCOPE, receive, reader.send)

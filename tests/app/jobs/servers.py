@@ -151,6 +151,7 @@ class Server:
             images=self.images,
             inputs=self.inputs,
             encoders=self.encoders,
+            storage=self.encoders,
             cost=CostModel(),
             settings=self.settings,
             metrics=self.metrics,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from app.storage import bucket as bucket_module
 from app.storage.bucket import COPY_SECONDS, HOUR, Bucket, BucketImages, BucketInputs
 from app.storage.images import StoredImage
 from app.storage.inputs import GRACE_SECONDS
+from app.storage.writing import UNFINISHED
+from tests.app.pictures import kept
 from tests.s3 import S3, TestBucket
 
 CONTENT = os.urandom(300_000)
@@ -50,7 +53,7 @@ def test_opening_leaves_nothing(servers: Servers, bucket: TestBucket) -> None:
 
 
 def test_a_picture_is_the_same_on_every_server(servers: Servers, bucket: TestBucket) -> None:
-    name = servers.images[0].save(CONTENT, "webp")
+    name = kept(servers.images[0], CONTENT, "webp")
     assert bucket.keys() == [f"pictures/{name}"]
     assert (bucket.folder / "pictures" / name).read_bytes() == CONTENT
     for images in servers.images:
@@ -61,7 +64,7 @@ def test_a_picture_is_the_same_on_every_server(servers: Servers, bucket: TestBuc
 
 def test_a_copy_spares_the_bucket_and_is_not_needed(servers: Servers, bucket: TestBucket) -> None:
     one, two = servers.images
-    name = one.save(CONTENT, "png")
+    name = kept(one, CONTENT, "png")
     two.examine(name)
     assert servers.copies(0, "files") == servers.copies(1, "files") == [name]
     bucket.s3.stop()
@@ -79,14 +82,46 @@ def test_without_room_for_a_copy_the_picture_is_kept_and_served(
 
     monkeypatch.setattr(os, "fsync", full)
     for images in servers.images:
-        name = images.save(CONTENT, "png")
+        name = kept(images, CONTENT, "png")
         assert images.read(name) == CONTENT
         assert images.read_part(name, 10, 10) == CONTENT[10:20]
     assert servers.copies(0, "files") == []
 
 
+def test_without_room_for_a_copy_the_parts_of_a_picture_are_one_read(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    name = kept(servers.images[0], CONTENT, "png")
+    monkeypatch.setattr(os, "fsync", full)
+    reads = []
+    read = Bucket.read
+
+    def counted(bucket: Bucket, key: str) -> bytes | None:
+        reads.append(key)
+        return read(bucket, key)
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    servers.images[1].examine(name)
+    parts = [servers.images[1].read_part(name, start, 50_000) for start in range(0, 300_000, 50_000)]
+    assert b"".join(parts) == CONTENT
+    assert len(reads) == 1
+
+
+def test_threads_that_copy_the_same_picture_do_not_disturb_each_other(servers: Servers) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(20):
+            name = kept(servers.images[0], os.urandom(500_000), "png")
+            found = list(threads.map(servers.images[1].examine, [name] * 6))
+            assert {image.size_bytes for image in found} == {500_000}
+            assert servers.copies(1, "files").count(name) == 1
+    assert not [copy for copy in servers.copies(1, "files") if copy.endswith(UNFINISHED)]
+
+
 def test_what_was_damaged_in_the_bucket_is_not_served(servers: Servers, bucket: TestBucket) -> None:
-    name = servers.images[0].save(CONTENT, "png")
+    name = kept(servers.images[0], CONTENT, "png")
     (bucket.folder / "pictures" / name).write_bytes(CONTENT[:-1])
     with pytest.raises(DamagedFile, match=name):
         servers.images[1].examine(name)
@@ -106,16 +141,16 @@ def test_other_names_open_nothing(servers: Servers, bucket: TestBucket, name: st
 
 def test_pictures_are_removed_for_all(servers: Servers, bucket: TestBucket) -> None:
     one, two = servers.images
-    kept, gone = (one.save(content, "png") for content in (b"kept", b"gone"))
+    stays, gone = (kept(one, content, "png") for content in (b"kept", b"gone"))
     assert two.remove([gone]) == 0  # there was no copy
-    assert bucket.keys() == [f"pictures/{kept}"]
-    assert one.remove([gone, kept]) == 2
+    assert bucket.keys() == [f"pictures/{stays}"]
+    assert one.remove([gone, stays]) == 2
     assert bucket.keys() == []
 
 
 def test_expired_pictures_are_removed_once_an_hour(servers: Servers, bucket: TestBucket) -> None:
     one, two = servers.images
-    old, young = (one.save(content, "png") for content in (b"old", b"young"))
+    old, young = (kept(one, content, "png") for content in (b"old", b"young"))
     written = servers.now
     for name, age in ((old, 10 * HOUR + 1), (young, 9 * HOUR)):
         os.utime(bucket.folder / "pictures" / name, (written - age, written - age))
@@ -128,8 +163,28 @@ def test_expired_pictures_are_removed_once_an_hour(servers: Servers, bucket: Tes
     assert bucket.keys() == []
 
 
+def test_what_is_not_ours_stays_and_holds_nothing_up(servers: Servers, bucket: TestBucket) -> None:
+    strange = [
+        "inputs/README.txt",
+        "pictures/holiday/IMG_0001.jpg",
+        "pictures/logo.png",
+        f"inputs/{'0' * 64}/notes.txt",
+    ]
+    for key in strange:
+        path = bucket.folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        os.utime(path, (servers.now - 99 * HOUR, servers.now - 99 * HOUR))
+    name = servers.inputs[0].save(CONTENT)
+    servers.now += 2 * HOUR
+    assert servers.images[0].sweep() == 0
+    assert servers.inputs[1].old() == [name]
+    servers.inputs[1].remove([name, "0" * 64])
+    assert bucket.keys() == sorted(strange)
+
+
 def test_copies_are_removed_earlier(servers: Servers, bucket: TestBucket) -> None:
-    name = servers.images[0].save(CONTENT, "png")
+    name = kept(servers.images[0], CONTENT, "png")
     servers.now += COPY_SECONDS + 1
     bucket_time = (servers.now, servers.now)
     os.utime(bucket.folder / "pictures" / name, bucket_time)
@@ -188,10 +243,10 @@ def test_the_bucket_is_looked_through_once_an_hour(servers: Servers, monkeypatch
 def test_a_bucket_that_is_away_is_temporary(
     servers: Servers, bucket: TestBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = servers.images[0].save(CONTENT, "png")
+    name = kept(servers.images[0], CONTENT, "png")
     bucket.s3.stop()
     for call in (
-        lambda: servers.images[0].save(CONTENT, "png"),
+        lambda: kept(servers.images[0], CONTENT, "png"),
         lambda: servers.images[1].read(name),
         servers.images[1].sweep,
         lambda: servers.inputs[0].save(CONTENT),

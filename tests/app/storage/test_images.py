@@ -9,6 +9,7 @@ import pytest
 
 from app.errors import DamagedFile, NotFound, StorageFull
 from app.storage.images import ImageStore
+from tests.app.pictures import kept
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def store(tmp_path: Path) -> ImageStore:
 
 def test_what_was_saved_is_read_back(store: ImageStore) -> None:
     content = os.urandom(200_000)
-    name = store.save(content, "webp")
+    name = kept(store, content, "webp")
     assert store.read(name) == content
     stored = store.examine(name)
     assert stored.sha256 == hashlib.sha256(content).hexdigest()
@@ -28,7 +29,7 @@ def test_what_was_saved_is_read_back(store: ImageStore) -> None:
 
 def test_a_damaged_picture_is_named_and_never_served(store: ImageStore, tmp_path: Path) -> None:
     content = os.urandom(1000)
-    name = store.save(content, "png")
+    name = kept(store, content, "png")
     assert store.read(name) == content
     for damaged in (content[:-1], content[:500] + b"x" + content[501:], b""):
         (tmp_path / name).write_bytes(damaged)
@@ -44,13 +45,13 @@ def test_a_damaged_picture_is_named_and_never_served(store: ImageStore, tmp_path
 
 def test_pictures_are_removed_by_name_and_nothing_else(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
-    kept, gone = store.save(b"kept", "png"), store.save(b"gone", "png")
+    stays, gone = kept(store, b"kept", "png"), kept(store, b"gone", "png")
     assert store.remove([gone, gone, "secret", "../secret", "a" * 32 + ".png"]) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept, "secret"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([stays, "secret"])
 
 
 def test_names_are_random(store: ImageStore) -> None:
-    names = {store.save(b"same", "png") for _ in range(50)}
+    names = {kept(store, b"same", "png") for _ in range(50)}
     assert len(names) == 50
     assert all(len(name) == 36 for name in names)
 
@@ -75,22 +76,22 @@ def test_no_room_is_an_error_and_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(StorageFull):
-            store.save(b"x" * 1000, "png")
+            kept(store, b"x" * 1000, "png")
     assert list(tmp_path.iterdir()) == []
-    store.save(b"x", "png")
+    kept(store, b"x", "png")
 
 
 def test_other_errors_of_the_disk_are_not_hidden(store: ImageStore, tmp_path: Path) -> None:
     tmp_path.rmdir()
     with pytest.raises(FileNotFoundError):
-        store.save(b"x", "png")
+        kept(store, b"x", "png")
     tmp_path.mkdir()
 
 
 def test_old_pictures_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     now = 1_000_000.0
     store = ImageStore(tmp_path, ttl_seconds=100, clock=lambda: now)
-    old, young = store.save(b"old", "png"), store.save(b"young", "png")
+    old, young = kept(store, b"old", "png"), kept(store, b"young", "png")
     (tmp_path / f"{old}.partial").write_bytes(b"ol")
     (tmp_path / "not-ours.png").write_bytes(b"x")
     os.utime(tmp_path / old, (now - 101, now - 101))
@@ -106,14 +107,14 @@ def test_the_age_of_a_picture_is_told_by_one_clock(tmp_path: Path, now: float) -
     """Whatever the system's clock says when the file is written."""
     clock = iter([now, now + 99, now + 101])
     store = ImageStore(tmp_path, ttl_seconds=100, clock=lambda: next(clock))
-    store.save(b"x", "png")
+    kept(store, b"x", "png")
     assert [store.sweep(), store.sweep()] == [0, 1]
 
 
 def test_a_picture_that_was_removed_or_cut_while_it_is_read_ends_there(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    name = store.save(b"content", "png")
+    name = kept(store, b"content", "png")
     (tmp_path / name).write_bytes(b"cont")
     with pytest.raises(DamagedFile, match="ends before byte 7"):
         store.read_part(name, 0, 7)

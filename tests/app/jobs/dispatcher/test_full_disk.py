@@ -37,9 +37,9 @@ class Disk:
         """Is that of the pictures."""
         save = server.images.save
 
-        def limited(content: bytes, extension: str) -> str:
+        def limited(content: bytes, name: str) -> None:
             self._take()
-            return save(content, extension)
+            save(content, name)
 
         self._patch.setattr(server.images, "save", limited)
 
