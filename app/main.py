@@ -64,7 +64,7 @@ from app.storage.writing import room_for
 
 DISTRIBUTION = "stable-cascade-server"
 NUM_ENCODERS = 2
-NUM_STORAGE_THREADS = 8  # they only wait, for disks or a bucket
+NUM_STORAGE_THREADS = 16  # they wait for disks or a bucket; half of them may have to write
 FIRST_PROMPT = '{"prompt":"a red circle on a blue background","seed":7,"response_format":"url"}'
 
 Ready = Callable[[], None]
