@@ -23,8 +23,8 @@ def evaluate(
     ] = 300,
     free: Annotated[
         int,
-        typer.Option(metavar="N", min=0, max=200, help="Prompts in free wordings: the first N of 200."),
-    ] = 200,
+        typer.Option(metavar="N", min=0, max=370, help="Prompts in free wordings: the first N of 370."),
+    ] = 370,
     sheet: Annotated[Path, typer.Option(metavar="FILE", help="Contact sheet of the pictures.")] = Path(
         "sheet.png"
     ),

@@ -92,7 +92,7 @@ def evaluate(
     num_prompts: int = 300,
     seed: int = 0,
     *,
-    num_free: int = 200,
+    num_free: int = 370,
     steps: int = 20,
     guidance_scale: float = 4.0,
     decoder_steps: int = 10,

@@ -25,6 +25,7 @@ _TEMPLATES = (
     "one_above",
     "sided",
     "one_of_two",
+    "told_later",
     "behind",
     "before",
 )
@@ -44,12 +45,16 @@ def free_caption(scene: Scene, rng: np.random.Generator) -> Caption:
     Two things without a stated arrangement are mentioned in the order of their places.
     """
     facts: dict[str, str] = {}
+    if rng.random() < 0.06:
+        return Caption(_keyed(scene, rng, facts), facts)
     words = _one(scene, rng, facts) if len(scene.things) == 1 else _two(scene, rng, facts)
     if rng.random() < 0.85:
         facts["background"] = scene.background
         words = _with_background(scene.background, words, rng)
     if rng.random() < 0.5:
         words = f"{_opening(rng)} {words}"
+    if rng.random() < 0.12:
+        words = f"{_pick(rng, 'preludes')}{('.', ',', ':')[int(rng.integers(3))]} {words}"
     return Caption(_tidy(_with_ending(words, rng)), facts)
 
 
@@ -67,11 +72,11 @@ def filler(rng: np.random.Generator) -> str:
 
 
 def mistyped(text: str, rng: np.random.Generator) -> str:
-    """Return a text with two letters of a word swapped, or one left out or doubled."""
+    """Return a text with letters of one or two words swapped, left out or doubled."""
     words = text.split(" ")
-    index = int(rng.integers(len(words)))
-    word = words[index]
-    if len(word) >= 5:
+    long = [index for index, word in enumerate(words) if len(word) >= 4]
+    for index in rng.permutation(long)[: 1 + (rng.random() < 0.3)]:
+        word = words[index]
         at = 1 + int(rng.integers(len(word) - 3))
         middle = (word[at + 1] + word[at], word[at + 1], word[at] * 2 + word[at + 1])[int(rng.integers(3))]
         words[index] = word[:at] + middle + word[at + 2 :]
@@ -157,6 +162,40 @@ def _one(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     return f"{name}{_pick(rng, 'before_a_place')} {where}"
 
 
+def _keyed(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
+    """Return a form such as "shape: star; color: red" or the same as JSON; add to `facts`."""
+    entries: list[tuple[str, str]] = []
+    if len(scene.things) == 1:
+        (thing,) = scene.things
+        facts |= {"first_shape": thing.shape, "first_colour": thing.colour}
+        entries.append((_pick(rng, "shape_keys"), _shape(thing, rng)))
+        entries.append((_pick(rng, "colour_keys"), _colour(thing.colour, rng)))
+        if rng.random() < 0.5:
+            size = facts["first_size"] = scene.size_word(thing)
+            entries.append((_pick(rng, "size_keys"), size))
+        if rng.random() < 0.4:
+            place = facts["first_place"] = scene.place(thing)
+            entries.append((_pick(rng, "place_keys"), "center" if place == "centre" else place))
+    else:
+        things = scene.in_order()
+        for mention, thing in zip(("first", "second"), things, strict=True):
+            facts |= {f"{mention}_shape": thing.shape, f"{mention}_colour": thing.colour}
+            entries.append((scene.place(thing), f"{_colour(thing.colour, rng)} {_shape(thing, rng)}"))
+        state_sides(scene, things, facts)
+    if rng.random() < 0.9:
+        facts["background"] = scene.background
+        entries.append((_pick(rng, "background_keys"), _colour(scene.background, rng)))
+    if len(scene.things) == 1 and rng.random() < 0.4:
+        entries = [entries[index] for index in rng.permutation(len(entries))]
+    if rng.random() < 0.3:
+        inner = ", ".join(f'"{key}": "{value}"' for key, value in entries)
+        return f"{{{inner}}}"
+    link, between = ((": ", ", "), (": ", "; "), (": ", " | "), ("=", " "), ("=", ", "), (" = ", "; "))[
+        int(rng.integers(6))
+    ]
+    return between.join(f"{key}{link}{value}" for key, value in entries)
+
+
 def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
     is_open = not scene.is_stacked and rng.random() < 0.4
     things = scene.in_order() if is_open or rng.random() < 0.6 else scene.in_order()[::-1]
@@ -183,7 +222,13 @@ def _two(scene: Scene, rng: np.random.Generator, facts: dict[str, str]) -> str:
         return _pick(rng, "followed_by_name").format(a=a, b=b, r=behind, w=w, n=things[0].shape)
     if choice < 0.16 and differ and places[0] == "top":
         return _pick(rng, "one_above").format(a=a, b=b, n=things[0].shape)
-    if choice < 0.42:
+    if choice < 0.24 and differ:
+        for mention in ("first", "second"):
+            facts.pop(f"{mention}_size", None)
+        c, d = (_colour(thing.colour, rng) for thing in things)
+        n, m = (_shape(thing, rng) for thing in things)
+        return _pick(rng, "told_later").format(n=n, m=m, c=c, d=d, r=r)
+    if choice < 0.45:
         return _pick(rng, "related").format(a=a, b=b, r=r)
     if choice < 0.68:
         return _pick(rng, "followed").format(a=a, b=b, w=w)

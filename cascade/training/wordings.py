@@ -44,7 +44,7 @@ _ROWS = 128  # whose pooled embeddings are compared ...
 _DRAWN = 32  # ... and of these, whose predictions are
 _POOLED = 0.1  # weight of the distance of the pooled embeddings
 _POOLED_FIRST = 2000  # steps in which nothing else is compared
-_MISTYPED = 0.06  # share of the wordings
+_MISTYPED = 0.12  # share of the wordings
 _CASES = 120
 
 Wordings = tuple[list[Scene], list[str], list[str]]  # scenes, what is said of them, the same in plain words
@@ -93,7 +93,7 @@ def train(run: Path, plan: Plan = PLAN) -> None:
 def sample_wordings(rng: np.random.Generator, count: int, size: tuple[int, int]) -> Wordings:
     """Sample scenes, wordings of them and plain captions of the same meaning.
 
-    One in eight is a caption of the training, one in thirty-two empty, and another names nothing. Some have a
+    One in four is a caption of the training, one in thirty-two empty, and another names nothing. Some have a
     typing error.
     """
     scenes, said, plainly = [], [], []
@@ -102,7 +102,7 @@ def sample_wordings(rng: np.random.Generator, count: int, size: tuple[int, int])
         if index % 32 < 2:
             words, plain = ("", filler(rng))[index % 32], ""
         else:
-            stated = caption(scene, rng) if index % 8 == 2 else free_caption(scene, rng)
+            stated = caption(scene, rng) if index % 4 == 2 else free_caption(scene, rng)
             scene, plain = settle(scene, stated)
             words = mistyped(stated.text, rng) if rng.random() < _MISTYPED else stated.text
         scenes.append(scene)

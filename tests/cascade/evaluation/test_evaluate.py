@@ -91,7 +91,7 @@ def test_prompts_alternate_between_one_and_two_things_and_depend_on_the_seed() -
 
 def test_free_prompts_state_what_can_be_drawn() -> None:
     captions = free_captions()
-    assert len({one.text for one in captions}) == len(captions) == 200
+    assert len({one.text for one in captions}) == len(captions) == 370
     for one in captions:
         assert all(one.labels()[1:3]), one
         colours = [value for name, value in one.facts.items() if name.endswith("colour")]

@@ -67,7 +67,7 @@ def test_every_word_of_a_caption_is_one_token_and_all_captions_fit(tokenizer: CL
 
 def test_words_of_free_captions_are_few_tokens(tokenizer: CLIPTokenizer) -> None:
     words = " ".join(phrases()).split()
-    assert np.mean([len(ids) for ids in tokenizer(words, add_special_tokens=False).input_ids]) < 1.3
+    assert np.mean([len(ids) for ids in tokenizer(words, add_special_tokens=False).input_ids]) < 1.4
 
 
 def test_any_text_has_tokens(tokenizer: CLIPTokenizer) -> None:

@@ -1,5 +1,6 @@
 """Free wordings mean what their plain captions say, and the text tower learns them without losing others."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -116,19 +117,47 @@ def test_words_over_a_thing_are_none_of_those_under_it(what: str, top: str) -> N
             assert not re.search(rf"\b({wrong})\b", phrase), phrase
 
 
-def test_a_typing_error_changes_one_long_word() -> None:
+def test_a_typing_error_changes_one_or_two_longer_words() -> None:
     rng = np.random.default_rng(6)
     text = "a yellow ring on a red background"
+    counts = set()
     for _ in range(200):
         changed = [
             pair for pair in zip(text.split(), mistyped(text, rng).split(), strict=True) if pair[0] != pair[1]
         ]
-        assert len(changed) <= 1
+        counts.add(len(changed))
         for before, after in changed:
-            assert before in ("yellow", "background")
+            assert before in ("yellow", "ring", "background")
             assert (before[0], before[-1]) == (after[0], after[-1])
             assert set(after) <= set(before)
+    assert counts == {0, 1, 2}  # none when equal letters are swapped
     assert mistyped("", rng) == ""
+
+
+@pytest.mark.parametrize("scene", [ONE, TWO])
+def test_a_form_states_what_its_entries_say(scene: Scene) -> None:
+    rng = np.random.default_rng(7)
+    forms = set()
+    for _ in range(200):
+        facts: dict[str, str] = {}
+        text = free_captions._keyed(scene, rng, facts)
+        forms.add(text.startswith("{"))
+        assert not text.startswith("{") or json.loads(text), "JSON that can be read"
+        _, plain = settle(scene, Caption(text, facts))
+        assert all(f"{thing.colour} {thing.shape}" in plain for thing in scene.things)
+        has_background = any(key in text for key in WORDS["background_keys"])
+        assert has_background == ("background" in facts), text
+    assert forms == {True, False}
+
+
+def test_colours_that_are_told_later_stand_by_their_shapes() -> None:
+    for template in WORDS["told_later"]:
+        if "respectively" not in template:
+            for colour, shape in (("{c}", "{n}"), ("{d}", "{m}")):
+                before, after = template.split(colour)
+                named = re.match(" ({[nm]})", after) or re.search("({[nm]})[^{]*({r}[^{]*)?$", before)
+                assert named is not None, template
+                assert named[1] == shape, template
 
 
 def test_nearly_all_wordings_fit_into_the_window() -> None:
