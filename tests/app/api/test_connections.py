@@ -48,15 +48,18 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def served(kind: type[TimeoutProtocol], app: Any = hello) -> AsyncIterator[uvicorn.Server]:
-    config = uvicorn.Config(app, http=kind, lifespan="off", log_config=None, port=0)
+    config = uvicorn.Config(app, http=kind, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     config.load()
     server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    try:
-        yield server
-    finally:
-        await server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Else the kernel takes the more of an answer, the faster earlier connections of this machine were.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)
+        await server.startup(sockets=[listener])
+        try:
+            yield server
+        finally:
+            await server.shutdown(sockets=[listener])
 
 
 def port_of(server: uvicorn.Server) -> int:
