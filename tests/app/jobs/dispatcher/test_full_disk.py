@@ -216,7 +216,7 @@ async def test_many_pictures_that_wait_hold_up_the_engine_and_none_is_lost(serve
     jobs = [await server.submit(seed) for seed in seeds]
     server.engine.finish(*await server.runs(len(jobs)))
     await until(server.dispatcher._fleet.results._pixels.locked)
-    assert not server.dispatcher.has_room
+    await until(lambda: not server.dispatcher.has_room)
     disk.is_full = False
     await until(lambda: server.dispatcher.has_room)
     assert {(await server.ended(accepted)).status for accepted in jobs} == {JobStatus.SUCCEEDED}
