@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cascade.networks.adapters import Groups, adapt, adapt_thirds
 from cascade.networks.fused import (
     NORM_EPS,
+    PackedLinear,
     attention,
     cached_rows,
     depthwise,
@@ -215,8 +216,8 @@ class ResWeights(NamedTuple):
     gain: Tensor  # GRN's gamma times the number of channels, in fp32
     narrow: Tensor
     narrow_bias: Tensor  # includes the contribution of GRN's beta
-    packed_widen: Tensor | None
-    packed_narrow: Tensor | None
+    packed_widen: PackedLinear | None
+    packed_narrow: PackedLinear | None
 
 
 class ResBlock(nn.Module):
@@ -374,8 +375,8 @@ class AttnWeights(NamedTuple):
     project_bias: Tensor
     out: Tensor
     out_bias: Tensor
-    packed_project: Tensor | None
-    packed_out: Tensor | None
+    packed_project: PackedLinear | None
+    packed_out: PackedLinear | None
 
 
 class AttnBlock(nn.Module):

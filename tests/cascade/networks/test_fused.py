@@ -12,7 +12,7 @@ from cascade.networks import fused
 from cascade.networks.blocks import Downsample, ResBlock, Upsample
 from cascade.networks.fused import (
     _attention_in_pieces,
-    _packed,
+    _packed_linear,
     attention,
     energy,
     layer_norm,
@@ -34,9 +34,19 @@ def close_in_bf16(ours: Tensor, exact: Tensor) -> bool:
     return bool(((ours.double() - exact.double()).abs() <= HALF_STEP * exact.double().abs() + 1e-4).all())
 
 
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What makes small products in fp32: in the second case, MKL even where it is slow."""
+    is_mkl = request.param == "MKL"
+    if is_mkl and not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        pytest.skip("there is no MKL")
+    monkeypatch.setattr(fused, "_has_fast_mkl", lambda: is_mkl)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_fused_layers_equal_the_formulas(dtype: torch.dtype) -> None:
+def test_fused_layers_equal_the_formulas(dtype: torch.dtype, library: str) -> None:
     x, weight = noise(1, 2, 5, 7, 24).to(dtype), (noise(2, 40, 24) / 5).to(dtype)
     bias, residual = noise(3, 40).to(dtype), noise(4, 2, 40, 5, 7).to(dtype).permute(0, 2, 3, 1)
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -44,6 +54,40 @@ def test_fused_layers_equal_the_formulas(dtype: torch.dtype) -> None:
         assert close_in_bf16(linear(x, weight, bias, packed), exact)
         assert close_in_bf16(linear_gelu(x, weight, bias, packed), F.gelu(exact))
         assert close_in_bf16(linear_add(x, weight, bias, residual, packed), residual.double() + exact)
+    is_mkl = library == "MKL" and dtype is torch.float32
+    assert (packed is not None and packed.for_mkl(x) is not None) is is_mkl
+
+
+@pytest.mark.skipif(not fused._has_fast_mkl(), reason="this processor is not MKL's maker's")
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 384), (384, 96), (112, 336), (512, 512)])
+@torch.inference_mode()
+def test_mkl_gives_a_row_the_same_alone_and_in_company(inputs: int, outputs: int, threads: int) -> None:
+    weight, bias, before = noise(1, outputs, inputs), noise(2, outputs), torch.get_num_threads()
+    packed = packed_linear(weight)
+    assert packed is not None
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (2, 4, 9, 36, 64, 250):
+            x, residual = noise(3, 8, tokens, inputs), noise(4, 8, tokens, outputs)
+            assert packed.for_mkl(x) is not None
+            together = linear_add(x, weight, bias, residual, packed)
+            for rows in (slice(0, 1), slice(7, 8), slice(2, 5)):
+                some = linear_add(x[rows], weight, bias, residual[rows], packed)
+                assert torch.equal(some, together[rows]), (tokens, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_mkl_is_not_used_where_its_sums_depend_on_the_batch(library: str) -> None:
+    layers = {inputs: packed_linear(noise(1, 8, inputs)) for inputs in (512, 513)}
+    chosen = {
+        (inputs, tokens): packed is not None and packed.for_mkl(noise(2, 3, tokens, inputs)) is not None
+        for inputs, packed in layers.items()
+        for tokens in (1, 2)
+    }
+    assert chosen == {(512, 1): False, (512, 2): library == "MKL", (513, 1): False, (513, 2): False}
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
@@ -57,11 +101,11 @@ def test_only_small_weights_are_packed() -> None:
 @torch.inference_mode()
 def test_packed_weights_are_kept_as_long_as_the_weight() -> None:
     gc.collect()
-    before, weight = len(_packed), torch.ones(8, 8)
+    before, weight = len(_packed_linear), torch.ones(8, 8)
     assert packed_linear(weight) is packed_linear(weight)
-    assert len(_packed) == before + 1
+    assert len(_packed_linear) == before + 1
     del weight
-    assert len(_packed) == before
+    assert len(_packed_linear) == before
 
 
 @torch.inference_mode()
