@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import httpx2
+import aiohttp
 
 from tests.benchmarks.serve.load import ask
 from tests.benchmarks.serve.workload import SIZES, USUAL
@@ -49,16 +49,26 @@ class Contestants:
     @asynccontextmanager
     async def running(
         self, name: str, *, key: str | None = None, **settings: object
-    ) -> AsyncIterator[httpx2.AsyncClient]:
+    ) -> AsyncIterator[aiohttp.ClientSession]:
         """A client, with its API key, of a server that is ready and has drawn every size once."""
+        async with self.started(name, **settings) as url, _client(url, key) as client:
+            for width, height in SIZES:
+                await ask(client, replace(USUAL, width=width, height=height), 0, 0)
+            yield client
+
+    @asynccontextmanager
+    async def started(self, name: str, **settings: object) -> AsyncIterator[str]:
+        """The address of a server that is ready."""
         with ending(self.process(name, **settings)) as server:
             server.start()
             await server.until_ready()
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            async with httpx2.AsyncClient(
-                base_url=server.url, timeout=None, limits=limits, headers=headers
-            ) as client:
-                for width, height in SIZES:
-                    await ask(client, replace(USUAL, width=width, height=height), 0, 0)
-                yield client
+            yield server.url
+
+
+def _client(url: str, key: str | None) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )

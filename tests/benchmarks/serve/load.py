@@ -10,8 +10,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
-import httpx2
+import aiohttp
 
 from tests.benchmarks.serve.workload import Order
 
@@ -88,7 +89,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 async def closed_loop(
-    client: httpx2.AsyncClient, orders: Iterator[Order], *, num_clients: int, seconds: float
+    client: aiohttp.ClientSession, orders: Iterator[Order], *, num_clients: int, seconds: float
 ) -> Load:
     """`num_clients` that ask again as soon as they have their answer."""
     start = time.monotonic()
@@ -104,7 +105,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    client: httpx2.AsyncClient,
+    client: aiohttp.ClientSession,
     orders: Iterator[Order],
     *,
     rate: float,
@@ -134,15 +135,16 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-async def ask(client: httpx2.AsyncClient, order: Order, due: float, start: float) -> Answer:
+async def ask(client: aiohttp.ClientSession, order: Order, due: float, start: float) -> Answer:
     """Send one request and read all of the answer."""
     try:
-        response = await client.post(PATH, json=order.body)
-    except httpx2.TransportError:
+        async with client.post(PATH, json=order.body) as response:
+            content = await response.read()
+    except aiohttp.ClientError:
         return Answer(due - start, time.monotonic() - start, LOST, 0)
     answered = time.monotonic() - start
-    num_images = response.text.count('"b64_json"') if response.status_code == 200 else 0
-    return Answer(due - start, answered, response.status_code, num_images, "retry-after" in response.headers)
+    num_images = content.count(b'"b64_json"') if response.status == HTTPStatus.OK else 0
+    return Answer(due - start, answered, response.status, num_images, "retry-after" in response.headers)
 
 
 async def _at_their_times(
@@ -170,14 +172,16 @@ class Pulse:
         return percentile(self.seconds, q)
 
 
-async def feel_pulse(client: httpx2.AsyncClient, path: str, every: float, stop: asyncio.Event) -> Pulse:
+async def feel_pulse(client: aiohttp.ClientSession, path: str, every: float, stop: asyncio.Event) -> Pulse:
     """Ask `path` again and again until `stop` is set."""
     seconds, num_failed = [], 0
     while not stop.is_set():
         start = time.monotonic()
         try:
-            num_failed += (await client.get(path)).status_code != 200
-        except httpx2.TransportError:
+            async with client.get(path) as response:
+                await response.read()
+            num_failed += response.status != HTTPStatus.OK
+        except aiohttp.ClientError:
             num_failed += 1
         seconds.append(time.monotonic() - start)
         await asyncio.sleep(every)

@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.client import HTTPConnection
-from typing import Any
+from urllib.parse import urlsplit
 
-import httpx2
+import aiohttp
 
 from app.jobs.flights import LEAST_PLENTY
 from tests.benchmarks.measure import Comparison, compare
@@ -79,9 +79,8 @@ async def lone_picture(contestants: Contestants, rounds: int) -> Comparison:
     """
     over_http, in_library = usual_orders(), usual_orders()
     with library(contestants.model) as ours:
-        async with contestants.running(OURS) as running:
-            url = running.base_url
-            with closing(HTTPConnection(url.host, url.port, timeout=60)) as client:
+        async with contestants.started(OURS) as url:
+            with closing(HTTPConnection(urlsplit(url).netloc, timeout=60)) as client:
 
                 def served() -> object:
                     content = json.dumps(next(over_http).body)
@@ -170,10 +169,10 @@ async def _fastest(candidates: Sequence[Contestants], server: str, extent: Exten
     return candidates[rates.index(max(rates))]
 
 
-async def _watch_queue(client: httpx2.AsyncClient, stop: asyncio.Event) -> int:
+async def _watch_queue(client: aiohttp.ClientSession, stop: asyncio.Event) -> int:
     most = 0
     while not stop.is_set():
-        state: dict[str, Any] = (await client.get("/api/v1/queue")).raise_for_status().json()
-        most = max(most, int(state["queued"]))
+        async with client.get("/api/v1/queue", raise_for_status=True) as answer:
+            most = max(most, int((await answer.json())["queued"]))
         await asyncio.sleep(0.1)
     return most

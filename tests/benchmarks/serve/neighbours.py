@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import httpx2
+import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.benchmarks.serve.contestants import OURS, Contestants
@@ -50,55 +50,56 @@ async def neighbours(contestants: Contestants, rounds: int) -> Neighbours:
 
 
 @asynccontextmanager
-async def _crowd_at_work(client: httpx2.AsyncClient) -> AsyncIterator[list[str]]:
+async def _crowd_at_work(client: aiohttp.ClientSession) -> AsyncIterator[list[str]]:
     """Ids of jobs of sixty-four pictures, of which the first has begun. What is left of them is cancelled."""
     jobs = []
     for number, count in enumerate(ORDERED):
         body = {"prompt": "a blue ring", "seed": 100 * number, "num_images_per_prompt": count}
-        answer = await client.post(IMAGES, json=body, headers={"Prefer": "respond-async"})
-        jobs.append(str(answer.raise_for_status().json()["id"]))
+        headers = {"Prefer": "respond-async"}
+        async with client.post(IMAGES, json=body, headers=headers, raise_for_status=True) as answer:
+            jobs.append(str((await answer.json())["id"]))
     try:
         await _until_stepped(client, jobs[0])
         yield jobs
     finally:
         for job in jobs:
-            await client.post(f"/api/v1/jobs/{job}/cancel")
+            await (await client.post(f"/api/v1/jobs/{job}/cancel")).read()
 
 
-async def _until_stepped(client: httpx2.AsyncClient, job: str) -> None:
+async def _until_stepped(client: aiohttp.ClientSession, job: str) -> None:
     while True:
         if (await _job(client, job))["progress"]["step"]:
             return
         await asyncio.sleep(0.01)
 
 
-async def _is_at_work(client: httpx2.AsyncClient, crowd: list[str]) -> bool:
+async def _is_at_work(client: aiohttp.ClientSession, crowd: list[str]) -> bool:
     return (await _job(client, crowd[-1]))["status"] in ("queued", "running")
 
 
-async def _job(client: httpx2.AsyncClient, job: str) -> dict[str, Any]:
-    answer: dict[str, Any] = (await client.get(f"/api/v1/jobs/{job}")).raise_for_status().json()
-    return answer
+async def _job(client: aiohttp.ClientSession, job: str) -> dict[str, Any]:
+    async with client.get(f"/api/v1/jobs/{job}", raise_for_status=True) as answer:
+        told: dict[str, Any] = await answer.json()
+        return told
 
 
-async def _first_step(client: httpx2.AsyncClient, seed: int) -> float:
+async def _first_step(client: aiohttp.ClientSession, seed: int) -> float:
     """Seconds until the guest hears that a step of its picture is done. Leaving cancels the rest."""
     headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {KEYS['guest']}"}
     start = time.monotonic()
-    async with client.stream(
-        "POST", IMAGES, json={"prompt": "a red star", "seed": seed}, headers=headers
-    ) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            name, _, value = line.partition(": ")
-            if name == "data" and json.loads(value).get("step"):
+    body = {"prompt": "a red star", "seed": seed}
+    async with client.post(IMAGES, json=body, headers=headers, raise_for_status=True) as answer:
+        async for line in answer.content:
+            name, _, value = line.partition(b": ")
+            if name == b"data" and json.loads(value).get("step"):
                 return time.monotonic() - start
     raise RuntimeError("the stream ended before a step was done")
 
 
-async def _step_seconds(client: httpx2.AsyncClient) -> tuple[float, float]:
+async def _step_seconds(client: aiohttp.ClientSession) -> tuple[float, float]:
     """Sum and count of all ticks so far."""
-    text = (await client.get("/metrics")).raise_for_status().text
+    async with client.get("/metrics", raise_for_status=True) as answer:
+        text = await answer.text()
     families = {family.name: family.samples for family in text_string_to_metric_families(text)}
     samples = families["cascade_step_seconds"]
     total, count = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import httpx2
+import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.benchmarks.serve.contestants import OURS
@@ -39,11 +39,12 @@ class Ticks:
         )
 
 
-async def read_ticks(client: httpx2.AsyncClient, server: str, before: Ticks | None = None) -> Ticks | None:
+async def read_ticks(client: aiohttp.ClientSession, server: str, before: Ticks | None = None) -> Ticks | None:
     """The ticks of our server, of all time or since `before`; the peer has none."""
     if server != OURS:
         return None
-    text = (await client.get("/metrics")).raise_for_status().text
+    async with client.get("/metrics", raise_for_status=True) as answer:
+        text = await answer.text()
     return parse_ticks(text).since(before or Ticks())
 
 
