@@ -42,7 +42,7 @@ class Extent:
     @classmethod
     def of(cls, is_quick: bool) -> "Extent":
         """A run to believe, or one to see that everything works."""
-        return cls(3, 1, 6, 8, (2.0,)) if is_quick else cls(40, 3, 20, 60, SHARES)
+        return cls(3, 1, 6, 8, (2.0,)) if is_quick else cls(40, 5, 20, 60, SHARES)
 
     @property
     def num_measurements(self) -> int:
