@@ -1,7 +1,8 @@
 """Clients: a closed loop, each waiting for its answer, and an open loop that arrives whatever happens.
 
 An open loop measures from the moment a request was due, so a server that stalls cannot hide it by slowing
-down those who ask.
+down those who ask. A load may have begun before it is measured: a server that advances many pictures together
+has nothing to show for its first seconds, and as much in work at the end.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ LOST = 0  # status of a request that got no answer
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request. Times are seconds since the load began."""
+    """What became of one request. Times are seconds since the measurement began, negative before it."""
 
     due: float
     answered: float
@@ -48,23 +49,28 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """All answers to a load that was offered for `seconds`."""
+    """All answers to a load that was measured for `seconds`, and warmed up before."""
 
     seconds: float
     answers: tuple[Answer, ...]
 
     @property
     def images_per_second(self) -> float:
-        """Pictures that came while the load lasted."""
-        return self._rate(lambda answer: answer.answered <= self.seconds)
+        """Pictures that came while it was measured, whenever they were asked for."""
+        return self._rate(lambda answer: 0 <= answer.answered <= self.seconds)
 
     def goodput(self, deadline: float) -> float:
         """Pictures per second of offered load that came within `deadline` seconds of being due."""
-        return self._rate(lambda answer: answer.seconds <= deadline)
+        return self._rate(lambda answer: answer.due >= 0 and answer.seconds <= deadline)
 
     def percentile(self, q: float) -> float:
         """Seconds that a share `q` of the good answers took at most; infinite where there are none."""
-        return percentile([answer.seconds for answer in self.answers if answer.is_good], q)
+        return percentile(self.latencies, q)
+
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds of the good answers to requests that were due while it was measured."""
+        return [answer.seconds for answer in self.answers if answer.is_good and answer.due >= 0]
 
     @property
     def refusals(self) -> tuple[Answer, ...]:
@@ -89,10 +95,15 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 async def closed_loop(
-    client: aiohttp.ClientSession, orders: Iterator[Order], *, num_clients: int, seconds: float
+    client: aiohttp.ClientSession,
+    orders: Iterator[Order],
+    *,
+    num_clients: int,
+    seconds: float,
+    warm_up: float = 0.0,
 ) -> Load:
     """`num_clients` that ask again as soon as they have their answer."""
-    start = time.monotonic()
+    start = time.monotonic() + warm_up
 
     async def one_client() -> list[Answer]:
         answers = []
@@ -111,10 +122,11 @@ async def open_loop(
     rate: float,
     seconds: float,
     patience: float,
+    warm_up: float = 0.0,
     seed: int = 0,
 ) -> Load:
     """Poisson arrivals of `rate` requests a second; who is not answered within `patience` seconds leaves."""
-    start = time.monotonic()
+    start = time.monotonic() + warm_up
 
     async def one_request(due: float, order: Order) -> Answer:
         try:
@@ -123,7 +135,8 @@ async def open_loop(
         except TimeoutError:
             return Answer(due, math.inf, LOST, 0)
 
-    visits = await _at_their_times(arrivals(rate, seconds, seed), orders, one_request, start)
+    times = [due - warm_up for due in arrivals(rate, warm_up + seconds, seed)]
+    visits = await _at_their_times(times, orders, one_request, start)
     return Load(seconds, tuple(await asyncio.gather(*visits)))
 
 

@@ -34,6 +34,7 @@ class Extent:
 
     lone_rounds: int
     closed_rounds: int
+    warm_up: float  # seconds of each load before it is measured
     seconds: float  # of each load
     overload_seconds: float
     shares: tuple[float, ...]
@@ -42,7 +43,7 @@ class Extent:
     @classmethod
     def of(cls, is_quick: bool) -> "Extent":
         """A run to believe, or one to see that everything works."""
-        return cls(3, 1, 6, 8, (2.0,)) if is_quick else cls(40, 5, 20, 60, SHARES)
+        return cls(3, 1, 2, 6, 8, (2.0,)) if is_quick else cls(40, 5, 10, 20, 60, SHARES)
 
     @property
     def num_measurements(self) -> int:
@@ -102,7 +103,7 @@ async def closed(contestants: Contestants, server: str, extent: Extent, seed: in
     """So many pictures a second for so many clients."""
     async with contestants.running(server) as client:
         before = await read_ticks(client, server)
-        load = await closed_loop(client, orders(seed), num_clients=extent.num_clients, seconds=extent.seconds)
+        load = await _crowd(client, extent, seed)
         return Loaded(server, None, load, await read_ticks(client, server, before))
 
 
@@ -116,6 +117,7 @@ async def opened(contestants: Contestants, server: str, extent: Extent, offered:
             rate=offered / mean_images(),
             seconds=extent.seconds,
             patience=PATIENCE_SECONDS,
+            warm_up=extent.warm_up,
         )
         return Loaded(server, offered, load, await read_ticks(client, server, before))
 
@@ -141,6 +143,7 @@ async def overloaded(contestants: Contestants, extent: Extent, capacity: float) 
                 rate=offered / mean_images(),
                 seconds=extent.overload_seconds,
                 patience=patience,
+                warm_up=extent.warm_up,
             )
         finally:
             stop.set()
@@ -162,11 +165,19 @@ async def _fastest(candidates: Sequence[Contestants], server: str, extent: Exten
     rates = []
     for candidate in candidates:
         async with candidate.running(server) as client:
-            load = await closed_loop(
-                client, orders(0), num_clients=extent.num_clients, seconds=extent.seconds
-            )
+            load = await _crowd(client, extent, seed=0)
         rates.append(load.images_per_second)
     return candidates[rates.index(max(rates))]
+
+
+async def _crowd(client: aiohttp.ClientSession, extent: Extent, seed: int) -> Load:
+    return await closed_loop(
+        client,
+        orders(seed),
+        num_clients=extent.num_clients,
+        seconds=extent.seconds,
+        warm_up=extent.warm_up,
+    )
 
 
 async def _watch_queue(client: aiohttp.ClientSession, stop: asyncio.Event) -> int:

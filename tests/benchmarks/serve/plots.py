@@ -16,7 +16,7 @@ def plot_closed(results: Results) -> None:
         rates = Spread.of([load.images_per_second for load in rounds])
         error = [[rates.median - rates.low], [rates.high - rates.median]]
         axes[0].bar(place, rates.median, yerr=error, color=COLOURS[name], capsize=3, width=0.6)
-        latencies = sorted(answer.seconds for load in rounds for answer in load.answers if answer.is_good)
+        latencies = sorted(seconds for load in rounds for seconds in load.latencies)
         shares = [(index + 1) / len(latencies) for index in range(len(latencies))]
         axes[1].step(latencies, shares, color=COLOURS[name], label=name, where="post")
     axes[0].set_xticks((0, 1), (OURS, PEER))

@@ -33,6 +33,14 @@ def test_rates_count_pictures_and_not_requests() -> None:
     assert (len(LOAD.refusals), LOAD.num_failed) == (1, 1)
 
 
+def test_a_picture_asked_for_before_the_measurement_counts_when_it_comes() -> None:
+    before = Answer(-3.0, -1.0, 200, 4), Answer(-1.0, 0.5, 200, 1)
+    warm = Load(2.0, (*LOAD.answers, *before))
+    assert warm.images_per_second == 2.5
+    assert warm.goodput(deadline=5) == LOAD.goodput(deadline=5)
+    assert warm.latencies == LOAD.latencies == [1.0, 2.0]
+
+
 def test_percentiles_are_of_good_answers() -> None:
     assert (LOAD.percentile(0.5), LOAD.percentile(0.95)) == (1.0, 2.0)
     assert percentile(range(1, 101), 0.99) == 99
@@ -77,6 +85,23 @@ async def test_an_open_loop_arrives_although_nobody_is_answered() -> None:
         load = await open_loop(client, orders(0), rate=200, seconds=0.2, patience=0.3)
     assert waiting == len(load.answers) == len(arrivals(200, 0.2, 0)) > 10
     assert load.num_failed == waiting
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_a_load_begins_before_it_is_measured(is_open: bool) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        await asyncio.sleep(0.01)
+        return web.json_response({"data": [{"b64_json": ""}]})
+
+    async with client_of(answer) as client:
+        if is_open:
+            load = await open_loop(client, orders(0), rate=100, seconds=0.2, patience=1, warm_up=0.2)
+        else:
+            load = await closed_loop(client, orders(0), num_clients=2, seconds=0.2, warm_up=0.2)
+    due = [one.due for one in load.answers]
+    assert -0.2 <= min(due) < -0.1
+    assert 0.1 < max(due) <= 0.2
 
 
 @pytest.mark.anyio
