@@ -120,7 +120,7 @@ class Dispatcher:
             model_name=settings.model_name,
             clock=clock,
             on_change=self._wake_all,
-            on_queued=lambda: self._maintenance.wake(is_queued=True),
+            on_queued=self._wake_to_claim,
             on_end=self._take_leave,
         )
         self._notes = resources.notes
@@ -374,7 +374,7 @@ class Dispatcher:
         if not submitted.is_replay:
             self._notes.of(job.id).promised_seconds = promised_seconds
             if not submitted.is_claimed:
-                self._maintenance.wake(is_queued=True)
+                self._wake_to_claim(job.tenant)
         return submitted
 
     async def _cancel(self, job_id: str, tenant: str | None) -> Job | None:
@@ -435,6 +435,11 @@ class Dispatcher:
         usable = [engine for engine in self.engines if engine.state is not EngineState.UNUSABLE]
         if self._is_closed or not usable or any(engine.ready for engine in usable):
             self._decided.set()
+
+    def _wake_to_claim(self, tenant: str | None = None) -> None:
+        """React to a job in the queue, of `tenant` or of anybody."""
+        self._fleet.note_queued(tenant)
+        self._maintenance.wake()
 
     async def _get(self, job_id: str) -> Job:
         job = await self._store.get(job_id, None)

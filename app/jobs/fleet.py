@@ -37,6 +37,7 @@ class Fleet:
         self._spawn = spawn
         self._is_closed = False
         self._boarding = asyncio.Lock()  # held to claim jobs, and to put them back after a death
+        self._queued: frozenset[str] | None = None  # who may have jobs in the queue; None: anybody
 
     def flight(self, job_id: str) -> Flight | None:
         """Return the flight of a job, if it is in our hands."""
@@ -118,18 +119,26 @@ class Fleet:
         except Exception as error:
             self._resources.logger.error("a job that was claimed could not board", exc_info=error)
 
-    async def claim(self, lease_seconds: float) -> bool:
-        """Fill the engines with jobs, the least busy one first. True if there may be more than fits."""
+    def note_queued(self, tenant: str | None = None) -> None:
+        """Learn that a job of `tenant`, or of anybody, may have joined the queue."""
+        if tenant is None:
+            self._queued = None
+        elif self._queued is not None:
+            self._queued |= {tenant}
+
+    @property
+    def may_claim(self) -> bool:
+        """Whether there may be jobs of tenants that are not sated everywhere."""
+        return any(self._may_claim_for(slot) for slot in self.slots)
+
+    async def claim(self, lease_seconds: float) -> None:
+        """Fill the engines with jobs, the least busy one first."""
         done: set[Slot] = set()
         async with self._boarding:
             await self._return_strays()
             while not self._is_closed and (slot := self._emptiest(done)) is not None:
-                sated = slot.sated
-                if not await self._claim(slot, lease_seconds, sated):
-                    if not sated:
-                        return False
+                if not (self._may_claim_for(slot) and await self._claim(slot, lease_seconds)):
                     done.add(slot)
-        return True
 
     async def renew(self, lease_seconds: float, *, tells: bool) -> None:
         """Renew the leases of the jobs in our hands, and end those that somebody wants ended.
@@ -227,10 +236,19 @@ class Fleet:
         roomy = [slot for slot in self.slots if slot.room > 0 and slot not in done]
         return min(roomy, key=lambda slot: slot.seconds_left, default=None)
 
-    async def _claim(self, slot: Slot, lease_seconds: float, sated: Collection[str]) -> bool:
-        """Claim and board one job of a tenant not in `sated`; the next one may be for another engine."""
+    def _may_claim_for(self, slot: Slot) -> bool:
+        return self._queued is None or not self._queued <= slot.sated
+
+    async def _claim(self, slot: Slot, lease_seconds: float) -> bool:
+        """Claim and board one job of a tenant that is not sated; the next one may be for another engine."""
         slot.may_hold_strays = True  # until all that was claimed is known here
-        jobs = await self._store.claim(slot.worker, limit=1, lease_seconds=lease_seconds, without=sated)
+        sated = self._queued = slot.sated  # so it is if nothing is found, but for those who come meanwhile
+        jobs: Sequence[Job] | None = None
+        try:
+            jobs = await self._store.claim(slot.worker, limit=1, lease_seconds=lease_seconds, without=sated)
+        finally:
+            if jobs is None or jobs:
+                self.note_queued()
         for job in jobs:
             await self._board(slot, job)
         slot.may_hold_strays = False

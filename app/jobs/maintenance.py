@@ -33,15 +33,13 @@ class Maintenance:
         self._resources = resources
         self._lease_seconds = lease_seconds
         self._is_sole = is_sole
-        self._may_claim = True  # the queue may hold jobs
         self._is_closed = False
         self._is_over = False
         self._renewed_at = 0.0
         self._round = 0
 
-    def wake(self, *, is_queued: bool = False) -> None:
-        """Wake the task, because there is room, or if `is_queued` a job to claim."""
-        self._may_claim |= is_queued
+    def wake(self) -> None:
+        """Wake the task, because there is room, or a job to claim."""
         self._has_news.set()
 
     def close(self) -> None:
@@ -61,7 +59,7 @@ class Maintenance:
             self._has_news.clear()
             if loop.time() >= next_round:
                 next_round = loop.time() + ROUND_SECONDS
-                self._may_claim = True  # other servers may have queued jobs
+                self._fleet.note_queued()  # by other servers
                 await self._try(self._renew, self._expire, self._claim, self._look_around, self._count)
             else:
                 await self._try(self._claim)
@@ -108,14 +106,8 @@ class Maintenance:
             self._fleet.results.tell(job, is_ours=True)
 
     async def _claim(self) -> None:
-        if not self._may_claim or self._is_closed:
-            return
-        self._may_claim = False  # until there is news, unless jobs are left because the engines are full
-        try:
-            self._may_claim |= await self._fleet.claim(self._lease_seconds)
-        except Exception:
-            self._may_claim = True
-            raise
+        if self._fleet.may_claim and not self._is_closed:
+            await self._fleet.claim(self._lease_seconds)
 
     async def _look_around(self) -> None:
         """Look up jobs that are asked about but not in work here: other servers may do or end them."""

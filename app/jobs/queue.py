@@ -4,13 +4,17 @@ The order is fair: of each tenant the oldest job of the highest priority comes n
 whose tenant has fewest jobs in work or before it. So a tenant that queues a thousand jobs delays nobody else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from sqlalchemy import Connection, Subquery, bindparam, func, or_, select
 
 from app.errors import QueueFull
 from app.jobs.job import JobStatus
 from app.jobs.tables import jobs
+
+FULL_SECONDS = 0.5
 
 IS_QUEUED = jobs.c.status == JobStatus.QUEUED
 IS_RUNNING = jobs.c.status == JobStatus.RUNNING
@@ -24,6 +28,41 @@ class QueueCounts:
     running: int
     queued_cost_seconds: float
     oldest_created_at: float | None  # of those queued
+
+
+class FullQueue:
+    """What is known of a full queue, so that refusing many callers does not take a transaction for each.
+
+    `clock` must never jump. Jobs that leave through other servers are noticed after `FULL_SECONDS`.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._num_left = 0
+        self._full: QueueFull | None = None
+        self._max_queue = 0
+        self._known_until = -inf
+
+    @property
+    def num_left(self) -> int:
+        """How often jobs have left the queue."""
+        return self._num_left
+
+    def check(self, max_queue: int) -> None:
+        """Raise QueueFull if the queue is known to hold `max_queue` jobs."""
+        if self._full is not None and max_queue == self._max_queue and self._clock() < self._known_until:
+            raise QueueFull(self._full.num_queued)
+
+    def note(self, full: QueueFull, max_queue: int, num_left: int) -> None:
+        """Learn that a transaction found it full, which began when `num_left` was what it said."""
+        if max_queue and num_left == self._num_left:  # a bound of 0 also asks whether any job is in work
+            self._full, self._max_queue = full, max_queue
+            self._known_until = self._clock() + FULL_SECONDS
+
+    def left(self) -> None:
+        """Learn that jobs may have left the queue."""
+        self._num_left += 1
+        self._full = None
 
 
 def count(connection: Connection) -> QueueCounts:

@@ -11,7 +11,7 @@ from typing import Self
 
 from sqlalchemy import Connection, bindparam, delete, select, update
 
-from app.errors import Conflict, StorageFull
+from app.errors import Conflict, QueueFull, StorageFull
 from app.jobs import claims, keys, outbox, pages, queue, rows
 from app.jobs.claims import Claim
 from app.jobs.database import Database, lock_queue
@@ -21,7 +21,7 @@ from app.jobs.job import Job, JobStatus, Progress, StoredImage
 from app.jobs.keys import Idempotency
 from app.jobs.leases import LeaseWatch
 from app.jobs.outbox import Busy, Delivery
-from app.jobs.queue import IS_QUEUED, QueueCounts
+from app.jobs.queue import IS_QUEUED, FullQueue, QueueCounts
 from app.jobs.tables import deliveries, inputs, jobs
 from app.schemas import GenerationRequest
 
@@ -69,6 +69,7 @@ class JobStore:
         self._database = database
         self._clock = clock
         self._watch = LeaseWatch(steady)
+        self._full = FullQueue(steady)
         self._faults = faults
 
     @classmethod
@@ -108,9 +109,16 @@ class JobStore:
         and QueueFull when over `max_queue` jobs would wait; with a `max_queue` of 0 a job is accepted only
         when there is nothing else to do.
         """
-        submitted = await self._database.write(
-            _submit, job, max_queue, idempotency, claim, self._clock(), has_room=has_room
-        )
+        if has_room and idempotency is None and claim is None:  # else there may be a place or a reply for it
+            self._full.check(max_queue)
+        num_left = self._full.num_left
+        try:
+            submitted = await self._database.write(
+                _submit, job, max_queue, idempotency, claim, self._clock(), has_room=has_room
+            )
+        except QueueFull as full:
+            self._full.note(full, max_queue, num_left)
+            raise
         if not submitted.is_replay:
             self._faults.hit("after_submit")
         self._note_claim(submitted.claimed)
@@ -132,7 +140,9 @@ class JobStore:
 
     async def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
         """End a queued job, or mark a running one for its worker to end; an ended one stays as it is."""
-        return await self._database.write(_request_cancel, job_id, tenant, self._clock())
+        job = await self._database.write(_request_cancel, job_id, tenant, self._clock())
+        self._full.left()
+        return job
 
     async def delete(self, job_id: str, tenant: str | None) -> Job | None:
         """Delete an ended job; the caller removes its files. Raises Conflict if it has not ended."""
@@ -176,6 +186,7 @@ class JobStore:
 
     def _note_claim(self, claimed: Sequence[Job]) -> None:
         if claimed:
+            self._full.left()
             self._faults.hit("after_claim")
 
     async def _release_lost(self, worker: str, lease_seconds: float) -> None:
@@ -220,7 +231,9 @@ class JobStore:
 
         A job that would be queued again is ended if somebody wants it ended or if it crashed too often.
         """
-        return await self._database.write(claims.move, before, after, self._clock())
+        is_moved = await self._database.write(claims.move, before, after, self._clock())
+        self._full.left()
+        return is_moved
 
     async def release(
         self, worker: str, *, crashed_jobs: Collection[str] = (), kept_jobs: Collection[str] = ()
@@ -255,7 +268,10 @@ class JobStore:
 
     async def expire(self, now: float) -> Sequence[Job]:
         """End the queued jobs whose deadline has passed."""
-        return await self._database.write(_expire, now)
+        expired = await self._database.write(_expire, now)
+        if expired:
+            self._full.left()
+        return expired
 
     async def prune(self, ended_before: float) -> Sequence[str]:
         """Delete the jobs that ended before a time; return the names of their files, to be removed.

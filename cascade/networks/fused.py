@@ -7,7 +7,7 @@ Intel's both are equally fast, and MKL starts in 2 microseconds instead of 20: t
 Everywhere else these are the plain formulas.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -296,8 +296,8 @@ def _has_fast_products() -> bool:
 @cache
 def _has_fast_mkl() -> bool:
     """Tell whether MKL is here and made for this processor: on those of other makes it is slow."""
-    name = torch.cpu.get_capabilities().get("cpu_name", "")
-    return torch.backends.mkl.is_available() and "Intel" in name  # type: ignore[no-untyped-call]
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.13
+    return torch.backends.mkl.is_available() and "Intel" in capabilities().get("cpu_name", "")  # type: ignore[no-untyped-call]
 
 
 @cache

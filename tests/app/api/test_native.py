@@ -109,7 +109,7 @@ async def test_async_is_answered_at_once_and_finishes(
     monkeypatch.setattr(maintenance, "ROUND_SECONDS", 60.0)  # none that would be claiming just then
     async with serve() as client:
         dispatcher = inside(client).dispatcher
-        await until(lambda: not (dispatcher._maintenance._may_claim or dispatcher._fleet._boarding.locked()))
+        await until(lambda: not (dispatcher._fleet.may_claim or dispatcher._fleet._boarding.locked()))
         with closed(runner.gate):
             answer = await post(client, {"prefer": "respond-async"}, num_images_per_prompt=2)
             job = answer.json()

@@ -211,8 +211,8 @@ class Server:
 
     async def at_rest(self) -> None:
         """Until the engine is ready, and nothing is being claimed or about to be."""
-        maintenance, fleet = self.dispatcher._maintenance, self.dispatcher._fleet
-        await until(lambda: self.engine.sent and not (maintenance._may_claim or fleet._boarding.locked()))
+        fleet = self.dispatcher._fleet
+        await until(lambda: self.engine.sent and not (fleet.may_claim or fleet._boarding.locked()))
 
     async def replace_engine(self) -> None:
         """The engine dies, and another one takes its place."""

@@ -3,15 +3,27 @@
 import asyncio
 import base64
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from app.errors import Conflict, InvalidRequest, KeyReused, QueueFull
+from app.jobs.claims import Claim
 from app.jobs.job import Failure, Job, JobStatus, Timings
 from app.jobs.keys import Idempotency
-from app.jobs.queue import QueueCounts
+from app.jobs.queue import FULL_SECONDS, FullQueue, QueueCounts
 from app.jobs.store import JobStore
-from tests.app.jobs.stores import MANY, Clock, add, add_running, claim, new_image, new_job, stored
+from tests.app.jobs.stores import (
+    LEASE_SECONDS,
+    MANY,
+    Clock,
+    add,
+    add_running,
+    claim,
+    new_image,
+    new_job,
+    stored,
+)
 
 pytestmark = pytest.mark.anyio
 KEY = Idempotency("key", "fingerprint")
@@ -66,6 +78,70 @@ async def test_the_bound_of_the_queue_is_exact(store: JobStore) -> None:
     assert full.value.num_queued == 3
     await claim(store)
     await store.submit(new_job(), max_queue=3)
+
+
+async def refused(store: JobStore, max_queue: int) -> None:
+    with pytest.raises(QueueFull) as full:
+        await store.submit(new_job(), max_queue=max_queue)
+    assert full.value.num_queued == max_queue
+
+
+async def test_many_are_refused_for_one_look_at_a_full_queue(
+    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add(store, new_job(), new_job())
+    await refused(store, 2)
+    looks, write = [], store._database.write
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        looks.append(args)
+        return await write(*args, **options)
+
+    monkeypatch.setattr(store._database, "write", counted)
+    for _ in range(3):
+        await refused(store, 2)
+    assert not looks
+    clock.let_pass(FULL_SECONDS)  # other servers may have claimed one
+    await refused(store, 2)
+    assert len(looks) == 1
+    assert not (await store.submit(new_job(), max_queue=3)).is_replay
+
+
+@pytest.mark.parametrize("way", ["claimed", "canceled", "expired", "canceled by a move"])
+async def test_a_place_in_a_full_queue_is_seen_at_once(store: JobStore, clock: Clock, way: str) -> None:
+    job = new_job(deadline_at=clock.now + FULL_SECONDS / 2)
+    await add(store, job)
+    await refused(store, 1)
+    match way:
+        case "claimed":
+            await claim(store)
+        case "canceled":
+            await store.request_cancel(job.id, None)
+        case "expired":
+            clock.let_pass(FULL_SECONDS / 2)
+            await store.expire(clock.now)
+        case "canceled by a move":
+            await store.move(job, job.canceled(clock.now))
+    await store.submit(new_job(), max_queue=1)
+
+
+def test_a_look_at_a_full_queue_that_a_job_left_meanwhile_counts_for_nothing(clock: Clock) -> None:
+    known = FullQueue(clock.steady)
+    num_left = known.num_left
+    known.left()
+    known.note(QueueFull(1), 1, num_left)
+    known.check(1)
+    known.note(QueueFull(1), 1, known.num_left)
+    with pytest.raises(QueueFull):
+        known.check(1)
+
+
+async def test_a_full_queue_still_answers_who_repeats_and_takes_whom_an_engine_takes(store: JobStore) -> None:
+    first = await store.submit(new_job(), max_queue=1, idempotency=KEY)
+    await refused(store, 1)
+    assert (await store.submit(new_job(), max_queue=1, idempotency=KEY)).job.id == first.job.id
+    wanted = Claim("one", LEASE_SECONDS, without=["ann"])
+    assert (await store.submit(new_job("bob"), max_queue=1, claim=wanted)).is_claimed
 
 
 async def test_without_a_queue_a_job_is_taken_when_there_is_nothing_else(

@@ -121,7 +121,7 @@ async def test_a_job_that_cannot_board_goes_back(
         accepted = await server.submit(1)
         await until(lambda: not fleet._boarding.locked())
     assert "could not board" in server.log.getvalue()
-    server.dispatcher._maintenance.wake(is_queued=True)
+    server.dispatcher._wake_to_claim()
     await finish_all(server, accepted)
 
 
@@ -143,7 +143,7 @@ async def test_a_failed_claim_takes_no_room_from_a_busy_engine(
         patch.setattr(store, "submit", failing)
         with pytest.raises(TimeoutError):
             await server.dispatcher.submit(second)
-    server.dispatcher._maintenance.wake(is_queued=True)  # as the next round does
+    server.dispatcher._wake_to_claim()  # as the next round does
     await until(lambda: server.dispatcher._fleet.slots[0].room)
     await server.at_rest()
     jobs = [first, *([second] if is_committed else []), await server.submit(3)]

@@ -1,6 +1,7 @@
 """From an accepted job to its pictures, when nothing dies."""
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from app.jobs import maintenance
 from app.jobs.events import News, Preview
 from app.jobs.faults import Point
 from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY
-from app.jobs.job import JobStatus, Progress
+from app.jobs.job import Job, JobStatus, Progress
 from app.jobs.store import JobStore, Submitted
 from app.storage.encoding import AI_MADE
 from tests.app.jobs.dispatcher.conftest import Serve
@@ -198,6 +199,35 @@ async def test_what_a_tenant_offers_too_much_is_refused_and_not_taken_aboard(ser
             await server.submit(seed)
         assert int(refusal.value.headers["Retry-After"]) >= 1
     await server.runs(LEAST_PLENTY)
+
+
+async def test_jobs_of_the_sated_are_not_looked_for_again_and_again(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 60.0)
+    server = await serve(max_queue=3)
+    for seed in range(LEAST_PLENTY):
+        await server.submit(seed)
+        await server.runs(seed + 1)
+    looks, look = [], store.claim
+
+    async def claim(*args: Any, **options: Any) -> Sequence[Job]:
+        looks.append(args)
+        return await look(*args, **options)
+
+    monkeypatch.setattr(store, "claim", claim)
+    for seed in range(2):
+        await server.submit(seed)
+    await server.at_rest()
+    known = len(looks)
+    for _ in range(3):
+        server.dispatcher._wake_all()
+        await server.at_rest()
+    assert len(looks) == known
+    server.engine.finish(server.engine.runs[0])  # so the tenant is not sated any more
+    await server.runs(LEAST_PLENTY + 1)
+    await server.at_rest()
+    assert known < len(looks) <= known + 2
 
 
 async def test_who_is_sated_on_one_device_goes_to_the_other(serve: Serve) -> None:
