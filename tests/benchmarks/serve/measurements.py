@@ -134,7 +134,7 @@ async def overloaded(contestants: Contestants, extent: Extent, capacity: float) 
     patience = max(PATIENCE_SECONDS, 2 * accepted * mean_images() / capacity)
     async with contestants.running(OURS, max_queue=OVERLOAD_QUEUE) as client:
         stop = asyncio.Event()
-        health = asyncio.create_task(feel_pulse(client, "/healthz", 0.1, stop))
+        health = asyncio.create_task(feel_pulse(client, "/healthz", 0.25, stop))
         queue = asyncio.create_task(_watch_queue(client, stop))
         try:
             load = await open_loop(
@@ -185,5 +185,5 @@ async def _watch_queue(client: aiohttp.ClientSession, stop: asyncio.Event) -> in
     while not stop.is_set():
         async with client.get("/api/v1/queue", raise_for_status=True) as answer:
             most = max(most, int((await answer.json())["queued"]))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
     return most
