@@ -128,8 +128,8 @@ class Fleet:
 
     @property
     def may_claim(self) -> bool:
-        """Whether there may be jobs of tenants that are not sated everywhere."""
-        return any(self._may_claim_for(slot) for slot in self.slots)
+        """Whether there may be jobs of tenants that are not sated everywhere, or that a failed claim left."""
+        return any(slot.may_hold_strays or self._may_claim_for(slot) for slot in self.slots)
 
     async def claim(self, lease_seconds: float) -> None:
         """Fill the engines with jobs, the least busy one first."""
@@ -242,7 +242,9 @@ class Fleet:
     async def _claim(self, slot: Slot, lease_seconds: float) -> bool:
         """Claim and board one job of a tenant that is not sated; the next one may be for another engine."""
         slot.may_hold_strays = True  # until all that was claimed is known here
-        sated = self._queued = slot.sated  # so it is if nothing is found, but for those who come meanwhile
+        sated = slot.sated
+        # If nothing is found, only these have jobs in the queue, and who joins it meanwhile.
+        self._queued = sated if self._queued is None else self._queued & sated
         jobs: Sequence[Job] | None = None
         try:
             jobs = await self._store.claim(slot.worker, limit=1, lease_seconds=lease_seconds, without=sated)

@@ -6,7 +6,6 @@ whose tenant has fewest jobs in work or before it. So a tenant that queues a tho
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 
 from sqlalchemy import Connection, Subquery, bindparam, func, or_, select
 
@@ -33,15 +32,16 @@ class QueueCounts:
 class FullQueue:
     """What is known of a full queue, so that refusing many callers does not take a transaction for each.
 
-    `clock` must never jump. Jobs that leave through other servers are noticed after `FULL_SECONDS`.
+    `clock` must never jump. Jobs that leave without our knowledge, such as through other servers, are noticed
+    `FULL_SECONDS` after the last look.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._num_left = 0
-        self._full: QueueFull | None = None
+        self._num_queued: int | None = None  # while it is known to be full
         self._max_queue = 0
-        self._known_until = -inf
+        self._known_until = 0.0
 
     @property
     def num_left(self) -> int:
@@ -50,19 +50,20 @@ class FullQueue:
 
     def check(self, max_queue: int) -> None:
         """Raise QueueFull if the queue is known to hold `max_queue` jobs."""
-        if self._full is not None and max_queue == self._max_queue and self._clock() < self._known_until:
-            raise QueueFull(self._full.num_queued)
+        if self._num_queued is None or max_queue != self._max_queue or self._clock() >= self._known_until:
+            return
+        raise QueueFull(self._num_queued)
 
     def note(self, full: QueueFull, max_queue: int, num_left: int) -> None:
         """Learn that a transaction found it full, which began when `num_left` was what it said."""
         if max_queue and num_left == self._num_left:  # a bound of 0 also asks whether any job is in work
-            self._full, self._max_queue = full, max_queue
+            self._num_queued, self._max_queue = full.num_queued, max_queue
             self._known_until = self._clock() + FULL_SECONDS
 
     def left(self) -> None:
         """Learn that jobs may have left the queue."""
         self._num_left += 1
-        self._full = None
+        self._num_queued = None
 
 
 def count(connection: Connection) -> QueueCounts:

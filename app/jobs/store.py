@@ -141,7 +141,8 @@ class JobStore:
     async def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
         """End a queued job, or mark a running one for its worker to end; an ended one stays as it is."""
         job = await self._database.write(_request_cancel, job_id, tenant, self._clock())
-        self._full.left()
+        if job is not None and job.status == JobStatus.CANCELED:
+            self._full.left()
         return job
 
     async def delete(self, job_id: str, tenant: str | None) -> Job | None:
@@ -232,7 +233,8 @@ class JobStore:
         A job that would be queued again is ended if somebody wants it ended or if it crashed too often.
         """
         is_moved = await self._database.write(claims.move, before, after, self._clock())
-        self._full.left()
+        if before.status == JobStatus.QUEUED:
+            self._full.left()
         return is_moved
 
     async def release(

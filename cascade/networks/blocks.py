@@ -204,7 +204,7 @@ class _ResponseNorm(torch.autograd.Function):
 
 
 class ResWeights(NamedTuple):
-    """The weights that a ResBlock reads at every step, looked up once and packed for oneDNN where that pays.
+    """The weights that a ResBlock reads at every step, looked up once and packed where that pays.
 
     The plain weights serve where packed ones cannot be used, and where GRN's factors are multiplied in.
     """

@@ -23,6 +23,7 @@ NORM_EPS = 1e-6
 _CACHED_ELEMENTS = 1 << 18  # in fp32, half of a 2 MB L2 cache
 _SMALL_WEIGHT = 1 << 18  # elements
 _FEW_INPUTS, _FEW_THREADS = 512, 4  # beyond, MKL sums in an order that depends on how many rows there are
+_LANES = 16  # else MKL's sums could depend on where in memory a row begins
 _MANY_TOKENS = 256  # of a picture; for fewer, starting several passes costs more than one operator
 _SCORE_BYTES = 4 << 20  # of a piece of attention, which stays in the cache between operators
 _MANY_SCORES = 1 << 17  # of a picture
@@ -40,7 +41,7 @@ class PackedLinear(NamedTuple):
 
         Not for pictures of a single token, whose sums would depend on the batch.
         """
-        if self.transposed is None or torch.get_num_threads() > _FEW_THREADS:
+        if self.transposed is None or not len(x) or torch.get_num_threads() > _FEW_THREADS:
             return None
         tokens = x.numel() // (x.shape[0] * x.shape[-1])
         return self.transposed if 1 < tokens <= (most_tokens or tokens) else None
@@ -219,7 +220,9 @@ def packed_linear(weight: Tensor) -> PackedLinear | None:
 
 
 def _laid_out(weight: Tensor) -> PackedLinear:
-    suits_mkl = weight.dtype is torch.float32 and weight.shape[1] <= _FEW_INPUTS and _has_fast_mkl()
+    is_aligned = all(side % _LANES == 0 for side in weight.shape)
+    suits_mkl = weight.dtype is torch.float32 and is_aligned and weight.shape[1] <= _FEW_INPUTS
+    suits_mkl = suits_mkl and _has_fast_mkl()
     reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
     return PackedLinear(reorder(weight, None), weight.t().contiguous() if suits_mkl else None)
 
@@ -296,7 +299,9 @@ def _has_fast_products() -> bool:
 @cache
 def _has_fast_mkl() -> bool:
     """Tell whether MKL is here and made for this processor: on those of other makes it is slow."""
-    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.13
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )  # older torch lacks it
     return torch.backends.mkl.is_available() and "Intel" in capabilities().get("cpu_name", "")  # type: ignore[no-untyped-call]
 
 

@@ -74,12 +74,12 @@ class Load:
 
     @property
     def refusals(self) -> tuple[Answer, ...]:
-        """Answers 429 and 503."""
-        return tuple(answer for answer in self.answers if answer.is_refusal)
+        """Answers 429 and 503 to requests that were due while it was measured."""
+        return tuple(answer for answer in self.answers if answer.is_refusal and answer.due >= 0)
 
     @property
     def num_failed(self) -> int:
-        """Requests that got neither pictures nor an honest refusal."""
+        """Requests that got neither pictures nor an honest refusal, even before it was measured."""
         return sum(not answer.is_good and not answer.is_refusal for answer in self.answers)
 
     def _rate(self, counts: Callable[[Answer], bool]) -> float:

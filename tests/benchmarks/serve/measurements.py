@@ -108,7 +108,10 @@ async def closed(contestants: Contestants, server: str, extent: Extent, seed: in
 
 
 async def opened(contestants: Contestants, server: str, extent: Extent, offered: float) -> Loaded:
-    """Pictures offered at a steady rate, whatever the server makes of them."""
+    """Pictures offered at a steady rate, whatever the server makes of them.
+
+    Measured from the start: who is offered too much falls further behind the longer it lasts.
+    """
     async with contestants.running(server) as client:
         before = await read_ticks(client, server)
         load = await open_loop(
@@ -117,7 +120,6 @@ async def opened(contestants: Contestants, server: str, extent: Extent, offered:
             rate=offered / mean_images(),
             seconds=extent.seconds,
             patience=PATIENCE_SECONDS,
-            warm_up=extent.warm_up,
         )
         return Loaded(server, offered, load, await read_ticks(client, server, before))
 
@@ -185,5 +187,5 @@ async def _watch_queue(client: aiohttp.ClientSession, stop: asyncio.Event) -> in
     while not stop.is_set():
         async with client.get("/api/v1/queue", raise_for_status=True) as answer:
             most = max(most, int((await answer.json())["queued"]))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.25)
     return most

@@ -18,10 +18,10 @@ _SETUP = (
     "The peer is FastAPI with diffusers' pipelines behind one lock (threads of torch: {threads}), ours has "
     "CASCADE_DEVICES={devices}; each was the faster choice in a trial beforehand. Our engines allocate with "
     "{allocator}, the peer with glibc, as they come. Both get the same requests. "
-    "Loads are measured from their eleventh second on. What the server adds to a lone picture is the time "
-    "of a request, by a plain client that does not decode the answer's base64, less "
-    "that of the same call of the library and the same PNG encoder in a process that is started as our "
-    "engines are, round by round: median and quartiles."
+    "Closed loops and the load of five times too much are measured from their eleventh second on. What the "
+    "server adds to a lone picture is the time of a request, by a plain client that does not decode the "
+    "answer's base64, less that of the same call of the library and the same PNG encoder in a process "
+    "that is started as our engines are, round by round: median and quartiles."
 )
 
 

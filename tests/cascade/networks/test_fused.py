@@ -47,8 +47,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_fused_layers_equal_the_formulas(dtype: torch.dtype, library: str) -> None:
-    x, weight = noise(1, 2, 5, 7, 24).to(dtype), (noise(2, 40, 24) / 5).to(dtype)
-    bias, residual = noise(3, 40).to(dtype), noise(4, 2, 40, 5, 7).to(dtype).permute(0, 2, 3, 1)
+    x, weight = noise(1, 2, 5, 7, 32).to(dtype), (noise(2, 48, 32) / 5).to(dtype)
+    bias, residual = noise(3, 48).to(dtype), noise(4, 2, 48, 5, 7).to(dtype).permute(0, 2, 3, 1)
     exact = F.linear(x.double(), weight.double(), bias.double())
     for packed in (None, packed_linear(weight)):
         assert close_in_bf16(linear(x, weight, bias, packed), exact)
@@ -81,13 +81,20 @@ def test_mkl_gives_a_row_the_same_alone_and_in_company(inputs: int, outputs: int
 
 @torch.inference_mode()
 def test_mkl_is_not_used_where_its_sums_depend_on_the_batch(library: str) -> None:
-    layers = {inputs: packed_linear(noise(1, 8, inputs)) for inputs in (512, 513)}
+    layers = {inputs: packed_linear(noise(1, 16, inputs)) for inputs in (24, 512, 528)}
+    layers[32] = packed_linear(noise(1, 24, 32))
     chosen = {
         (inputs, tokens): packed is not None and packed.for_mkl(noise(2, 3, tokens, inputs)) is not None
         for inputs, packed in layers.items()
         for tokens in (1, 2)
     }
-    assert chosen == {(512, 1): False, (512, 2): library == "MKL", (513, 1): False, (513, 2): False}
+    assert [each for each, is_mkl in chosen.items() if is_mkl] == ([(512, 2)] if library == "MKL" else [])
+
+
+@torch.inference_mode()
+def test_a_batch_may_be_empty(library: str) -> None:
+    weight, bias = noise(1, 32, 16), noise(2, 32)
+    assert linear(noise(3, 0, 4, 16), weight, bias, packed_linear(weight)).shape == (0, 4, 32), library
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")

@@ -230,6 +230,28 @@ async def test_jobs_of_the_sated_are_not_looked_for_again_and_again(
     assert known < len(looks) <= known + 2
 
 
+@pytest.mark.usefixtures("no_rounds")
+async def test_a_job_that_comes_while_none_is_found_is_claimed_next(
+    serve: Serve, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    await server.at_rest()
+    claim, looked, go_on = store.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow_claim(*args: Any, **options: Any) -> Sequence[Job]:
+        jobs = await claim(*args, **options)
+        looked.set()
+        await go_on.wait()
+        return jobs
+
+    monkeypatch.setattr(store, "claim", slow_claim)
+    server.dispatcher._wake_to_claim()
+    await looked.wait()
+    await server.submit(1)
+    go_on.set()
+    await server.runs(1)
+
+
 async def test_who_is_sated_on_one_device_goes_to_the_other(serve: Serve) -> None:
     server = await serve(devices=2)
     await until(lambda: all(engine.is_ready for engine in server.dispatcher.engines))
