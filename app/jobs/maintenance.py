@@ -33,6 +33,7 @@ class Maintenance:
         self._resources = resources
         self._lease_seconds = lease_seconds
         self._is_sole = is_sole
+        self._has_failed_to_claim = False
         self._is_closed = False
         self._is_over = False
         self._renewed_at = 0.0
@@ -60,6 +61,7 @@ class Maintenance:
             if loop.time() >= next_round:
                 next_round = loop.time() + ROUND_SECONDS
                 self._fleet.note_queued()  # by other servers
+                self._has_failed_to_claim = False
                 await self._try(self._renew, self._expire, self._claim, self._look_around, self._count)
             else:
                 await self._try(self._claim)
@@ -106,8 +108,13 @@ class Maintenance:
             self._fleet.results.tell(job, is_ours=True)
 
     async def _claim(self) -> None:
-        if self._fleet.may_claim and not self._is_closed:
+        if not self._fleet.may_claim or self._is_closed or self._has_failed_to_claim:
+            return
+        try:
             await self._fleet.claim(self._lease_seconds)
+        except Exception:
+            self._has_failed_to_claim = True  # until the next round: else the same job might fail without end
+            raise
 
     async def _look_around(self) -> None:
         """Look up jobs that are asked about but not in work here: other servers may do or end them."""

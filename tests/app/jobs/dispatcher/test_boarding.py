@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from app.engine.protocol import Expect, Run
+from app.jobs import maintenance
 from app.jobs.job import Job, JobStatus
 from app.jobs.keys import Idempotency
 from app.jobs.store import JobStore, Submitted
@@ -122,6 +123,27 @@ async def test_a_job_that_cannot_board_goes_back(
         await until(lambda: not fleet._boarding.locked())
     assert "could not board" in server.log.getvalue()
     server.dispatcher._wake_to_claim()
+    await finish_all(server, accepted)
+
+
+@pytest.mark.usefixtures("claims_come_later")
+async def test_a_job_that_cannot_board_is_tried_once_a_round(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 0.2)
+    server = await serve()
+    await server.at_rest()
+    tried_at: list[float] = []
+
+    async def broken(_: Job) -> dict[str, bytes]:
+        tried_at.append(asyncio.get_running_loop().time())
+        raise ValueError("a mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.dispatcher._fleet.results, "read_inputs", broken)
+        accepted = await server.submit(1)
+        await until(lambda: len(tried_at) == 4)
+    assert tried_at[-1] - tried_at[0] > 0.3
     await finish_all(server, accepted)
 
 
