@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.chaos.audit import Audit, References
-from tests.chaos.client import Client, Outcome, Way
+from tests.chaos.client import Client, Gone, Outcome, Refused, Way
 from tests.chaos.crowd import NUM_CLIENTS
 from tests.chaos.drain import drain
 from tests.chaos.faults import (
@@ -218,7 +218,7 @@ async def _endure(scenario: Scenario, site: Site, end: float) -> Row:
             found = await site.judge(await scenario.torment(site))
     except TimeoutError:
         miss = "not done in time"
-    except (Missed, ServerFailed) as error:
+    except (Missed, ServerFailed, Gone, Refused) as error:
         miss = str(error)
     finally:
         site.end()

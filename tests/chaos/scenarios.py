@@ -142,6 +142,7 @@ async def same_key(site: Site) -> Sequence[Outcome]:
     try:
         for number in range(site.rounds):
             outcomes += await _visit_together(site, clients, number)
+            await site.server.until_ready()  # all may have been answered before it died
             await _require_refusal(clients[0], f"same-{number}")
     finally:
         for client in clients:
