@@ -23,7 +23,7 @@ from app.errors import Overloaded
 from app.jobs import maintenance
 from app.jobs.events import News, Preview
 from app.jobs.faults import Point
-from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY
+from app.jobs.flights import ALMOST_DONE, LEAST_PLENTY, Slot
 from app.jobs.job import Job, JobStatus, Progress
 from app.jobs.store import JobStore, Submitted
 from app.storage.encoding import AI_MADE
@@ -250,6 +250,20 @@ async def test_a_job_that_comes_while_none_is_found_is_claimed_next(
     await server.submit(1)
     go_on.set()
     await server.runs(1)
+
+
+async def test_two_devices_that_find_nothing_know_of_each_other(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "ROUND_SECONDS", 60.0)
+    server = await serve(devices=2)
+    await until(lambda: all(engine.is_ready for engine in server.dispatcher.engines))
+    fleet = server.dispatcher._fleet
+    one = fleet.slots[0]
+    sated = property(lambda slot: frozenset({"ann"} if slot is one else {"bob"}))
+    monkeypatch.setattr(Slot, "sated", sated)
+    server.dispatcher._wake_to_claim()
+    await until(lambda: not fleet.may_claim)
 
 
 async def test_who_is_sated_on_one_device_goes_to_the_other(serve: Serve) -> None:
